@@ -1,0 +1,5 @@
+"""`python -m motley` equals `motley`."""
+
+from motley.cli import main
+
+main()

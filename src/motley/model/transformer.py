@@ -1,0 +1,158 @@
+"""The whole network: embedding, blocks, final norm, head, MTP modules."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from motley.model.attention import Where
+from motley.model.block import Block
+from motley.model.cache import Cache
+from motley.model.config import ModelConfig
+from motley.model.layers import Linear, RMSNorm
+from motley.model.moe import Gate, MoE, Routing
+from motley.model.mtp import MTPModule
+from motley.model.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What the training loss is made of.
+
+    main: [batch, seq, hidden], normed, predicts the next token through the head.
+    further: one tensor [batch, seq, hidden] for each MTP depth k: position i predicts token i + k + 1. The last k
+        positions have no such token within the row and must not be counted.
+    routings: what each MoE layer's router did, MTP's last.
+    """
+
+    main: Tensor
+    further: list[Tensor]
+    routings: list[Routing]
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm; in a module of its own so that names are the published ones (`model.…`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A DeepSeek V2/V3 language model.
+
+    Parameters are created in the default dtype on the default device; `compute_dtype` (settable) is what activations
+    and matrix products use, while router scores, norms' statistics and the loss stay in fp32.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleList(MTPModule(config, depth) for depth in range(config.num_nextn_predict_layers))
+        self.rotary = Rotary(config)
+        self.compute_dtype: torch.dtype | None = None  # None: the parameters' own
+        self.recompute = False  # activation checkpointing: keep only each block's input, compute the rest again
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw all weights from N(0, initializer_range²) (0.006 in the V3 report, 4.2); norms 1, biases 0.
+
+        Drawn on the CPU one tensor after another in name order, so that a seed means the same model everywhere.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                drawn = torch.empty(parameter.shape, dtype=torch.float32)
+                parameter.copy_(drawn.normal_(0.0, self.config.initializer_range, generator=generator))
+        for gate in self.gates():
+            if hasattr(gate, "e_score_correction_bias"):
+                gate.e_score_correction_bias.zero_()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.compute_dtype or self.model.embed_tokens.weight.dtype
+
+    def gates(self) -> list[Gate]:
+        """The routers in the order of `Hidden.routings`."""
+        blocks = [*self.model.layers, *(module.block for module in self.mtp)]  # pyright: ignore[reportAttributeAccessIssue]
+        return [block.mlp.gate for block in blocks if isinstance(block.mlp, MoE)]  # pyright: ignore
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` rows of at most `capacity` tokens, in the dtype of the activations."""
+        states = [
+            block.self_attn.new_state(batch, capacity, self.dtype, self.device)  # pyright: ignore
+            for block in self.model.layers
+        ]
+        return Cache(states, batch, capacity, self.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [batch, seq, vocab] of the token after each of input_ids [batch, seq].
+
+        Args:
+            input_ids: int64 [batch, seq].
+            documents: [batch, seq] or None; attention stays within equal numbers, -1 is padding.
+            cache: tokens go after those it holds, and it is advanced.
+            counts: [batch], with a cache: how many of the seq columns are real in each row (the rest pads its right).
+        """
+        hidden, _ = self._trunk(input_ids, documents, cache)
+        if cache is not None:
+            cache.advance(input_ids.shape[1], counts)
+        return self.lm_head(hidden)
+
+    def hidden(self, input_ids: Tensor, documents: Tensor | None = None, mtp: bool = True) -> Hidden:
+        """Everything a training step needs short of the head; `mtp=False` leaves the MTP modules out."""
+        main, routings = self._trunk(input_ids, documents, None)
+        further: list[Tensor] = []
+        where = self._where(input_ids, documents, None)
+        state = main
+        for depth, module in enumerate(self.mtp if mtp else [], start=1):
+            # Token i + depth beside position i; what rolls around the end of the row only reaches the last positions.
+            shifted = torch.roll(input_ids, -depth, dims=1)
+            state, routing = self._run(module, self._embed(shifted), state, where)
+            further.append(state)
+            routings += [] if routing is None else [routing]
+        return Hidden(main, further, routings)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids).to(self.dtype)
+
+    def _where(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None) -> Where:
+        seq = input_ids.shape[1]
+        positions = torch.arange(seq, device=input_ids.device)[None] if cache is None else cache.positions(seq)
+        return Where(positions, *self.rotary(positions, self.dtype), documents)
+
+    def _run(self, module: nn.Module, *inputs) -> tuple[Tensor, Routing | None]:
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(module, *inputs, use_reentrant=False)  # pyright: ignore
+        return module(*inputs)
+
+    def _trunk(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None) -> tuple[Tensor, list[Routing]]:
+        where = self._where(input_ids, documents, cache)
+        x = self._embed(input_ids)
+        routings: list[Routing] = []
+        for index, block in enumerate(self.model.layers):
+            x, routing = self._run(block, x, where, cache.layers[index] if cache else None)
+            routings += [] if routing is None else [routing]
+        return self.model.norm(x), routings

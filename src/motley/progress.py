@@ -1,0 +1,95 @@
+"""Progress of long work: a bar with rate and time left in a terminal, plain lines elsewhere. Always on stderr."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+PLAIN_SECONDS = 10.0  # between two lines when nobody watches live
+
+
+def in_words(seconds: float) -> str:
+    """`95.2` → `1 min 35 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Progress:
+    """Shows how far a piece of work is: `with Progress("packing", total=n, unit="documents") as bar: bar.advance(1)`.
+
+    Args:
+        title: what is being done, a word or two.
+        total: amount of work in `unit`, or None if unknown.
+        unit: plural noun; the rate is shown in units per second.
+        done: amount already done before this process started (a resumed run); not counted in the rate.
+    """
+
+    def __init__(self, title: str, total: float | None, unit: str, done: float = 0) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._done_before = done
+        self._values = ""
+        self._started = self._last_line = time.monotonic()
+        self._rich: RichProgress | None = None
+        if sys.stderr.isatty():
+            self._rich = RichProgress(
+                TextColumn("{task.description:<14}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:3.0f} %"),
+                TextColumn("[cyan]{task.fields[rate]}"),
+                TextColumn("[magenta]{task.fields[values]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._rich.add_task(title, total=total, completed=done, rate="", values="")
+
+    def __enter__(self) -> Self:
+        if self._rich:
+            self._rich.start()
+        return self
+
+    def advance(self, amount: float = 1, **values: float | str) -> None:
+        """Count `amount` more units as done; `values` (loss, say) are shown beside the bar."""
+        self.done += amount
+        if values:
+            self._values = "  ".join(
+                f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in values.items()
+            )
+        if self._rich:
+            self._rich.update(self._task, completed=self.done, rate=self._rate(), values=self._values)
+        elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            self._line()
+
+    def _rate(self) -> str:
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        return f"{(self.done - self._done_before) / elapsed:,.0f} {self.unit}/s"
+
+    def _line(self, finished: bool = False) -> None:
+        self._last_line = time.monotonic()
+        elapsed = self._last_line - self._started
+        parts = [f"{self.title}:"]
+        if self.total:
+            parts.append(f"{100 * self.done / self.total:.0f} %")
+        parts += [f"{self.done:,.0f} {self.unit}", self._rate(), self._values]
+        fresh = self.done - self._done_before
+        if finished:
+            parts.append(f"done in {in_words(elapsed)}")
+        elif self.total and fresh > 0:
+            parts.append(f"{in_words(elapsed * (self.total - self.done) / fresh)} left")
+        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._rich:
+            self._rich.stop()
+        else:
+            self._line(finished=kind is None)
