@@ -1,5 +1,129 @@
-"""The command line: one thin command a stage."""
+"""The command line: one thin command a stage; what it does lives in its room.
+
+A command's options are the fields of its config, under the same names as in `config.json` and in Python. Rooms are
+imported when their command runs, so that `motley --help` answers at once.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Annotated, Any
+
+from motley import __version__
+from motley.errors import InputError
 
 
-def main() -> None:
-    raise SystemExit("under construction")
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: where its function and config live, as "module:name", and what it says to people."""
+
+    summary: str
+    function: str
+    config: str
+    report: str | None = None
+    """Turns the result into text; None: the command speaks for itself."""
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "the whole journey on this machine: train a small model and talk to it",
+        "motley.journey.demo:demo", "motley.journey.demo:DemoConfig", "motley.journey.demo:summary",
+    ),
+    "fleet": Command(
+        "measure this machine", "motley.fleet.command:fleet", "motley.fleet.command:FleetConfig", "motley.fleet.command:summary",
+    ),
+    "data": Command(
+        "prepare text: read, clean, deduplicate, tokenize, pack",
+        "motley.data.command:data", "motley.data.command:DataCommandConfig", "motley.data.command:summary",
+    ),
+    "tasks": Command(
+        "write verifiable problems with thinking as conversations",
+        "motley.data.command:tasks", "motley.data.command:TasksConfig", "motley.data.command:tasks_summary",
+    ),
+    "pretrain": Command(
+        "train a new model on text",
+        "motley.train.pretrain:pretrain", "motley.train.config:PretrainConfig", "motley.train.run:summary",
+    ),
+    "sft": Command(
+        "fine-tune a model on conversations",
+        "motley.train.finetune:finetune", "motley.train.config:FinetuneConfig", "motley.train.run:summary",
+    ),
+    "eval": Command(
+        "bits per byte on text, exact answers on problems",
+        "motley.evaluate.command:evaluate", "motley.evaluate.command:EvalConfig", "motley.evaluate.command:summary",
+    ),
+    "export": Command(
+        "write a model for other tools",
+        "motley.evaluate.export:export", "motley.evaluate.export:ExportConfig", "motley.evaluate.export:summary",
+    ),
+    "report": Command(
+        "draw a run as one page",
+        "motley.evaluate.command:report", "motley.evaluate.command:ReportConfig", "motley.evaluate.command:report_summary",
+    ),
+    "chat": Command("talk to a model in the terminal", "motley.serve.chat:chat", "motley.serve.chat:ChatConfig"),
+    "serve": Command("serve a model and its page", "motley.serve.app:serve", "motley.serve.app:ServeConfig"),
+}  # fmt: skip
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"motley {__version__}: your own DeepSeek, on the chips you have", "", "usage: motley COMMAND [OPTIONS]", ""]
+    lines += [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "motley COMMAND --help tells a command's options."])
+
+
+def find(path: str) -> Any:
+    """The object that "module:name" names."""
+    module, name = path.split(":")
+    return getattr(import_module(module), name)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        print(f"motley: there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        config, as_json = parse(arguments[0], command, arguments[1:])
+        result = find(command.function)(config)
+        if command.report is not None:
+            print(json.dumps(result, ensure_ascii=False) if as_json else find(command.report)(result))
+    except InputError as error:
+        print(f"motley {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print(f"\nmotley {arguments[0]}: {stopped or 'stopped'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[Any, bool]:
+    """(config, whether --json was asked for); leaves with status 2 when an option is wrong, as tyro does."""
+    import tyro
+
+    flat = Annotated[find(command.config), tyro.conf.arg(name="")]
+    fields: list[Any] = [("config", flat)]
+    if command.report is not None:
+        on = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print the result as one JSON object.")]
+        fields.append(("json", on, dataclasses.field(default=False)))
+    options = dataclasses.make_dataclass("Options", fields)
+    chosen = tyro.cli(options, args=list(arguments), prog=f"motley {name}", description=command.summary.capitalize() + ".")
+    return chosen.config, getattr(chosen, "json", False)
+
+
+def main(entry: Callable[[Sequence[str]], int] = run) -> None:
+    """Entry point of `motley` and `python -m motley`."""
+    sys.exit(entry(sys.argv[1:]))

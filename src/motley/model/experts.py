@@ -1,11 +1,24 @@
 """Routed experts, stacked: weights [experts, …], tokens sorted by expert, one grouped product a projection.
 
+    tokens      a b c d                       each token goes to k experts: k slots
+    slots       a0 a1 b0 b1 c0 c1 d0 d1       token * k + choice
+    rows        b0 c1 d0 ·│ a0 b1 · ·│ …      sorted by expert; `·` fills each expert up to a multiple of PAD
+
+On a CPU every new number of rows makes the matrix library compile another kernel, so that real routing, which never
+gives the same counts twice, would run three times slower than a benchmark that repeats itself. Rounded counts come
+from a small set. A filling row copies token 0 and weighs nothing, so neither values nor gradients notice it.
+
 `moe_reference` is what one reads; `Experts.forward` is what runs; a test holds them equal.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+PAD = 64  # rows, on a CPU
 
 
 def moe_reference(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -19,6 +32,41 @@ def moe_reference(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, d
     return y
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which row each slot has.
+
+    ends: int32 [experts], where each expert's rows end.
+    token_of_row: [rows], the token a row copies.
+    slot_of_row: [rows], the slot a row stands for; one past the last slot for a filling row.
+    row_of_slot: [tokens * k].
+    """
+
+    ends: Tensor
+    token_of_row: Tensor
+    slot_of_row: Tensor
+    row_of_slot: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor, experts: int) -> "Layout":
+        """Lay out chosen [tokens, k]."""
+        slots, k = chosen.numel(), chosen.shape[1]
+        pad = PAD if chosen.device.type == "cpu" and slots >= PAD * experts else 1
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=experts)
+        padded = (counts + pad - 1) // pad * pad
+        ends = padded.cumsum(0)
+        shift = (ends - padded) - (counts.cumsum(0) - counts)  # how far an expert's rows moved to make room
+        rows_sorted = torch.arange(slots, device=chosen.device) + shift.repeat_interleave(counts, output_size=slots)
+        rows = slots if pad == 1 else int(ends[-1])
+        slot_of_row = order.new_full((rows,), slots)
+        slot_of_row[rows_sorted] = order
+        row_of_slot = torch.empty_like(order)
+        row_of_slot[order] = rows_sorted
+        token_of_row = torch.where(slot_of_row < slots, slot_of_row // k, 0)
+        return cls(ends.int(), token_of_row, slot_of_row, row_of_slot)
+
+
 class Experts(nn.Module):
     """`experts` gated MLPs of equal shape in two stacked tensors."""
 
@@ -29,47 +77,48 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, hidden], chosen [tokens, k], weights fp32 [tokens, k] → [tokens, hidden]."""
-        order = chosen.flatten().argsort(stable=True)  # slots (token * k + choice) sorted by expert
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        ends = torch.bincount(chosen.flatten(), minlength=self.gate_up_proj.shape[0]).cumsum(0).int()
-        rows = Dispatch.apply(x, order, back, chosen.shape[1])
-        gate, up = self._grouped(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        layout, k = Layout.of(chosen, self.gate_up_proj.shape[0]), chosen.shape[1]
+        rows = _Dispatch.apply(x, layout.token_of_row, layout.row_of_slot, k)
+        gate_up = self._grouped(rows, self.gate_up_proj, layout.ends)  # pyright: ignore[reportArgumentType]
         # Weighing the inner activation instead of the output is the same sum and narrower.
-        inner = F.silu(gate) * up * weights.flatten()[order, None].to(x.dtype)
-        return Combine.apply(self._grouped(inner, self.down_proj, ends), order, back, chosen.shape[1])
+        weight_of_row = F.pad(weights.flatten().to(x.dtype), (0, 1))[layout.slot_of_row, None]
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = F.silu(gate) * up * weight_of_row
+        out = self._grouped(inner, self.down_proj, layout.ends)
+        return _Combine.apply(out, layout.token_of_row, layout.row_of_slot, k)  # pyright: ignore[reportReturnType]
 
     @staticmethod
     def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        """rows [slots, in] sorted by expert, weight [experts, out, in] → [slots, out]."""
+        """rows [rows, in] sorted by expert, weight [experts, out, in] → [rows, out]."""
         return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
 
 
-class Dispatch(torch.autograd.Function):
-    """Copies each token to its k slots in expert order; the gradient gathers and sums, without a scatter."""
+class _Dispatch(torch.autograd.Function):
+    """Copies each token to its rows; the gradient gathers and sums, without a scatter."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(order, back)
+    def forward(ctx, x: Tensor, token_of_row: Tensor, row_of_slot: Tensor, k: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(row_of_slot)
         ctx.k = k
-        return x.index_select(0, order // k)
+        return x.index_select(0, token_of_row)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        _, back = ctx.saved_tensors
-        return grad.index_select(0, back).unflatten(0, (-1, ctx.k)).sum(dim=1), None, None, None
+        (row_of_slot,) = ctx.saved_tensors
+        return grad.index_select(0, row_of_slot).unflatten(0, (-1, ctx.k)).sum(dim=1), None, None, None
 
 
-class Combine(torch.autograd.Function):
-    """Sums the k slots of each token; the transpose of `Dispatch`."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(order)
-        ctx.k = k
-        return rows.index_select(0, back).unflatten(0, (-1, k)).sum(dim=1)
+class _Combine(torch.autograd.Function):
+    """Sums the k rows of each token; the transpose of `_Dispatch` (filling rows may get any gradient: they weigh 0)."""
 
     @staticmethod
+    def forward(ctx, rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor, k: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(token_of_row)
+        return rows.index_select(0, row_of_slot).unflatten(0, (-1, k)).sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order // ctx.k), None, None, None
+        (token_of_row,) = ctx.saved_tensors
+        return grad.index_select(0, token_of_row), None, None, None

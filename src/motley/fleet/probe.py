@@ -1,0 +1,328 @@
+"""Measure this machine: how many cores are really ours, how fast it multiplies and how fast it moves memory.
+
+    rounds until the time is up:   every product once, every copy once, in turn
+    result of each:                the median over the rounds
+
+Taking turns means that a busy moment of the machine slows all candidates alike, so that comparing them (is
+bf16 faster here?) stays fair; the median forgets the moment altogether.
+"""
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import torch
+
+from motley.errors import InputError
+
+GAIN_WORTH_BF16 = 1.3  # below this, bf16's rounding costs more than its speed gives
+SKINNY = (
+    4096,
+    256,
+    1024,
+)  # a batch of tokens through one small layer: what training a small model consists of
+LEAST_ROUNDS = 3
+BURST_SECONDS = 0.005  # a measurement shorter than this is repeated: clocks and kernel launches are not free
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CGROUPS = Path("/sys/fs/cgroup")
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class MatmulRate:
+    """Measured speed of one matrix product, [rows, inner] times [inner, columns]."""
+
+    dtype: str
+    rows: int
+    inner: int
+    columns: int
+    gflops: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine as measured: one entry of a fleet.
+
+    Attributes:
+        device: kind of device that will compute: "cpu", "cuda" (ROCm too), "mps".
+        name: the chip's own name.
+        cores: CPU cores this process may use (affinity and the container's quota counted).
+        threads: CPU threads PyTorch computes with, at most `cores`.
+        memory_bytes: memory of the host, or of the container if that is less.
+        available_memory_bytes: what of it was free when measured.
+        device_memory_bytes: memory of the accelerator; None where the device computes in host memory.
+        matmul_rates: measured products, per number format and shape.
+        bandwidth_gigabytes_per_second: reading plus writing while copying a large array.
+        compute_dtype: number format to train in: "bf16" where it is clearly faster than fp32, else "fp32".
+    """
+
+    device: str
+    name: str
+    cores: int
+    threads: int
+    memory_bytes: int
+    available_memory_bytes: int
+    device_memory_bytes: int | None
+    matmul_rates: tuple[MatmulRate, ...]
+    bandwidth_gigabytes_per_second: float
+    compute_dtype: str
+
+    def peak_gflops(self, dtype: str | None = None) -> float:
+        """The fastest product measured in `dtype` (default: the compute dtype), in GFLOP/s.
+
+        Raises:
+            InputError: nothing was measured in that format.
+        """
+        wanted = dtype or self.compute_dtype
+        rates = [rate.gflops for rate in self.matmul_rates if rate.dtype == wanted]
+        if not rates:
+            measured = ", ".join(sorted({rate.dtype for rate in self.matmul_rates}))
+            raise InputError(
+                f"{self.name} was not measured in {wanted}, only in {measured}; run `motley fleet probe`"
+            )
+        return max(rates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises InputError where fields are missing or unknown."""
+        names = {field.name for field in fields(cls)}
+        if set(value) != names:
+            wrong = ", ".join(sorted(names ^ set(value)))
+            raise InputError(
+                f"not a machine as `motley fleet probe --json` writes it: fields missing or unknown: {wrong}"
+            )
+        rates = tuple(MatmulRate(**rate) for rate in value["matmul_rates"])
+        return cls(**{**value, "matmul_rates": rates})
+
+
+def best_device() -> torch.device:
+    """The accelerator PyTorch was built for and finds here, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
+def probe(seconds: float = 3.0, device: torch.device | None = None) -> Machine:
+    """Measure this machine for about `seconds` (very slow ones take longer: three rounds are the least).
+
+    Args:
+        seconds: time for all measurements together.
+        device: what to measure; default the accelerator, or the CPU where there is none.
+    """
+    device = device or best_device()
+    cores = usable_cores()
+    threads_before = torch.get_num_threads()
+    threads = min(threads_before, cores)  # PyTorch does not know of container quotas
+    torch.set_num_threads(threads)
+    try:
+        rates, bandwidth = _measure(device, seconds)
+    finally:
+        torch.set_num_threads(threads_before)
+    total, available = host_memory()
+    return Machine(
+        device=device.type,
+        name=device_name(device),
+        cores=cores,
+        threads=threads,
+        memory_bytes=total,
+        available_memory_bytes=available,
+        device_memory_bytes=device_memory(device),
+        matmul_rates=rates,
+        bandwidth_gigabytes_per_second=round(bandwidth, 1),
+        compute_dtype=choose_dtype(rates),
+    )
+
+
+def describe(machine: Machine) -> str:
+    """One sentence for people."""
+    formats = sorted({rate.dtype for rate in machine.matmul_rates}, key=list(DTYPES).index)
+    rates = ", ".join(f"{in_flops(machine.peak_gflops(dtype))} in {dtype}" for dtype in formats)
+    if machine.device == "cpu":
+        size = f"{machine.cores} CPU core{'s' if machine.cores != 1 else ''}"
+    else:
+        size = f"{machine.device}, {in_gigabytes(machine.device_memory_bytes)} of its own memory"
+    return (
+        f"{machine.name} ({size}, {in_gigabytes(machine.memory_bytes)} of host memory) multiplies matrices "
+        f"at {rates} and moves {machine.bandwidth_gigabytes_per_second:,.0f} GB/s; "
+        f"it computes in {machine.compute_dtype}."
+    )
+
+
+def in_flops(gflops: float) -> str:
+    """`849.6` → `850 GFLOP/s`; thousands become TFLOP/s."""
+    return f"{gflops / 1000:,.1f} TFLOP/s" if gflops >= 1000 else f"{gflops:,.0f} GFLOP/s"
+
+
+def in_gigabytes(memory_bytes: int | None) -> str:
+    """Bytes → `23.5 GB` (decimal); `shared` where the device has no memory of its own."""
+    return "shared" if memory_bytes is None else f"{memory_bytes / GIGA:,.1f} GB"
+
+
+def choose_dtype(rates: tuple[MatmulRate, ...]) -> str:
+    """bf16 if it beats fp32 by more than `GAIN_WORTH_BF16` in every shape measured in both, else fp32."""
+    speed = {(rate.dtype, rate.rows, rate.inner, rate.columns): rate.gflops for rate in rates}
+    gains = [
+        gflops / speed["fp32", rows, inner, columns]
+        for (dtype, rows, inner, columns), gflops in speed.items()
+        if dtype == "bf16" and ("fp32", rows, inner, columns) in speed
+    ]
+    return "bf16" if gains and min(gains) > GAIN_WORTH_BF16 else "fp32"
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def _measure(device: torch.device, seconds: float) -> tuple[tuple[MatmulRate, ...], float]:
+    """Rates of all products, and the copy bandwidth in GB/s."""
+    on_cpu = device.type == "cpu"
+    side = 2048 if on_cpu else 8192
+    formats = ["fp32", "bf16"] if on_cpu else list(DTYPES)
+    shapes = [(side, side, side), SKINNY]
+    keys = [(dtype, *shape) for dtype in formats for shape in shapes]
+    actions = [_product(device, *key) for key in keys]
+    copy_bytes = 2**28 if on_cpu else 2**30  # larger than any cache
+    actions.append(_copy(device, copy_bytes))
+    times = _take_turns(actions, device, seconds)
+    rates = tuple(
+        MatmulRate(dtype, rows, inner, columns, round(2 * rows * inner * columns / taken / GIGA, 1))
+        for (dtype, rows, inner, columns), taken in zip(keys, times, strict=False)
+    )
+    return rates, 2 * copy_bytes / times[-1] / GIGA
+
+
+def _take_turns(actions: list[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
+    """Median seconds of one run of each action, all run in turn until `seconds` are over."""
+    start = time.perf_counter()
+    bursts = []
+    for action in actions:
+        action()  # the first run plans kernels and touches fresh memory
+        bursts.append(min(100, math.ceil(BURST_SECONDS / max(_seconds_of(action, 1, device), 1e-7))))
+    samples: list[list[float]] = [[] for _ in actions]
+    rounds = 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() - start < seconds:
+        for action, burst, sample in zip(actions, bursts, samples, strict=True):
+            sample.append(_seconds_of(action, burst, device))
+        rounds += 1
+    return [statistics.median(sample) for sample in samples]
+
+
+def _seconds_of(action: Callable[[], object], times: int, device: torch.device) -> float:
+    _wait_for(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        action()
+    _wait_for(device)
+    return (time.perf_counter() - start) / times
+
+
+def _wait_for(device: torch.device) -> None:
+    """Accelerators compute behind our back: wait until the queue is empty."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _product(device: torch.device, dtype: str, rows: int, inner: int, columns: int) -> Callable[[], object]:
+    left = torch.randn(rows, inner, device=device).to(DTYPES[dtype])
+    right = torch.randn(inner, columns, device=device).to(DTYPES[dtype])
+    result = torch.empty(rows, columns, device=device, dtype=DTYPES[dtype])
+    return lambda: torch.mm(left, right, out=result)
+
+
+def _copy(device: torch.device, size: int) -> Callable[[], object]:
+    source = torch.zeros(size // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+# -------------------------------------------------------------------------------- what the system says
+
+
+def device_name(device: torch.device) -> str:
+    """The chip's own name; the CPU's architecture where the system does not tell more."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Total bytes of the accelerator's memory; None for devices that compute in host memory."""
+    if device.type in ("cpu", "mps"):
+        return None
+    return torch.accelerator.get_memory_info(device)[1]
+
+
+def usable_cores(cgroups: Path = CGROUPS) -> int:
+    """Cores this process may really use: its CPU affinity, cut to its container's quota (at least 1)."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.floor(min(affinity, cpu_quota(cgroups))))
+
+
+def cpu_quota(cgroups: Path = CGROUPS) -> float:
+    """Cores' worth of time granted by the control groups (version 2 or 1) around us; inf if unlimited."""
+    quotas = [math.inf]
+    for group in _own_groups(cgroups, ""):
+        if (limit := _read(group / "cpu.max")) is not None:  # "150000 100000" or "max 100000"
+            quota, period = limit.split()
+            if quota != "max":
+                quotas.append(int(quota) / int(period))
+    for group in _own_groups(cgroups / "cpu", "cpu"):
+        quota, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")
+        if quota is not None and period is not None and int(quota) > 0:  # -1: no limit
+            quotas.append(int(quota) / int(period))
+    return min(quotas)
+
+
+def host_memory(cgroups: Path = CGROUPS) -> tuple[int, int]:
+    """Total and available bytes of memory, cut to the limit of the container around this process."""
+    memory = psutil.virtual_memory()
+    total, available = int(memory.total), int(memory.available)
+    groups = [(group, "memory.max", "memory.current") for group in _own_groups(cgroups, "")]
+    groups += [
+        (group, "memory.limit_in_bytes", "memory.usage_in_bytes")
+        for group in _own_groups(cgroups / "memory", "memory")
+    ]
+    for group, limit_name, used_name in groups:
+        limit, used = _read(group / limit_name), _read(group / used_name)
+        if limit is None or used is None or limit == "max":
+            continue
+        statistics_lines = (_read(group / "memory.stat") or "").splitlines()
+        # Files the system merely remembers are counted as used, but make room when asked.
+        reclaimable = sum(
+            int(line.split()[1]) for line in statistics_lines if line.startswith("inactive_file ")
+        )
+        total = min(total, int(limit))
+        available = min(available, max(0, int(limit) - int(used) + reclaimable))
+    return total, available
+
+
+def _own_groups(mount: Path, controller: str) -> list[Path]:
+    """Folders of the control group this process is in, and of all groups around it, as far as visible."""
+    own = Path("/")
+    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            own = Path(path)
+    return [mount / str(folder).lstrip("/") for folder in [own, *own.parents]]
+
+
+def _read(path: Path) -> str | None:
+    """Content of a small system file; None where this system has no such file."""
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None

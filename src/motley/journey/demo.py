@@ -1,0 +1,227 @@
+"""`motley demo`: every stage of the journey on this machine, in minutes, ending at a page to talk to the model.
+
+    probe → plan → data → problems → pretrain → sft → eval → export → report → serve
+                                                      (each complete stage is remembered in journey.json)
+
+The plan is made from a few real steps of the very model that will be trained, so that the time it promises can be
+held against the time it took; both are shown at the end.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from motley.data.pack import DataConfig, prepare
+from motley.data.tasks import FAMILIES, make_problems, write_jsonl
+from motley.errors import InputError
+from motley.evaluate.command import EvalConfig, evaluate
+from motley.evaluate.export import ExportConfig, export
+from motley.evaluate.report import write_report
+from motley.files import read_json, write_json
+from motley.fleet.probe import Machine, describe, probe
+from motley.journey.about import about
+from motley.journey.plan import DemoPlan, make_plan
+from motley.journey.show import stage_line, times_table, welcome
+from motley.plan.cost import active_parameters, kv_cache_bytes_per_token, parameters
+from motley.progress import in_words
+from motley.train.finetune import finetune
+from motley.train.pretrain import pretrain
+
+JOURNEY_FILE = "journey.json"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train a small model on this machine and talk to it."""
+
+    out: Path = Path("runs/demo")
+    """Folder of everything the demo makes; the same command goes on where it stopped."""
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH|hf:NAME")] = ()
+    """Your own text instead of the Python standard library: files, folders, or a dataset of the Hugging Face hub."""
+    minutes: float = 7.5
+    """Time for the whole journey, serving apart; the plan fits into it."""
+    serve: bool = True
+    """Start the server at the end."""
+    port: int = 8321
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise InputError(f"--minutes is {self.minutes}; it must be above 0")
+
+
+class Journey:
+    """What has been done so far, kept in `journey.json` after every stage."""
+
+    def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
+        self.file = folder / JOURNEY_FILE
+        self.facts: dict[str, Any] = {"asked": asked, "started": datetime.now(UTC).isoformat(timespec="seconds"), "stages": []}
+        if self.file.is_file():
+            self.facts = read_json(self.file)
+            for name, value in asked.items():
+                if self.facts["asked"].get(name) != value:
+                    raise InputError(
+                        f"{folder} holds a demo with {name}={self.facts['asked'].get(name)!r}, now asked for {value!r}; "
+                        "choose another --out, or remove the folder to begin again"
+                    )
+
+    def save(self, **facts: Any) -> None:
+        self.facts |= facts
+        write_json(self.file, self.facts)
+
+    def stage(self, name: str) -> dict[str, Any]:
+        return next(stage for stage in self.facts["stages"] if stage["name"] == name)
+
+    def run(self, name: str, work: Callable[[], dict[str, Any]], console: Console) -> dict[str, Any]:
+        """The result of stage `name`: remembered if it was complete, else worked out now."""
+        stage = self.stage(name)
+        if stage["seconds"] is not None:
+            console.print(stage_line(stage, remembered=True))
+            return stage["result"]
+        console.print(stage_line(stage))
+        with self._clock(stage):
+            result = work()
+        self.save()
+        stage["result"] = result
+        # A resumed training stage knows its whole time; the clock saw only this process.
+        stage["seconds"] = max(stage["spent"], result.get("seconds", 0.0))
+        self.save()
+        return result
+
+    @contextmanager
+    def _clock(self, stage: dict[str, Any]):
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            stage["spent"] += time.monotonic() - started
+            self.save()
+
+
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Run, or go on with, the whole journey; returns what it amounts to."""
+    console = Console(stderr=True)
+    asked = {"data": list(config.data), "minutes": config.minutes, "seed": config.seed}
+    journey = Journey(config.out, asked)
+    machine, plan = _planned(journey, config, console)
+    facts = _stages(journey, config, machine, plan, console)
+    console.print(times_table(journey.facts["stages"]))
+    if config.serve:
+        _serve(config, console)
+    return facts
+
+
+def _planned(journey: Journey, config: DemoConfig, console: Console) -> tuple[Machine, DemoPlan]:
+    """Measure and plan once; a resumed demo keeps its plan, or training would not be the same."""
+    if "plan" in journey.facts:
+        machine, plan = Machine.from_dict(journey.facts["machine"]), DemoPlan.from_json(journey.facts["plan"])
+        console.print(welcome(describe(machine), plan, resumed=True))
+        return machine, plan
+    started = time.monotonic()
+    with console.status("measuring this machine"):
+        machine = probe()
+        plan = make_plan(machine, config.minutes, config.seed)
+    seconds = time.monotonic() - started
+    stages = [{"name": "probe", "title": "Measure and plan", "predicted_seconds": seconds, "seconds": seconds,
+               "spent": seconds, "folder": None, "result": {}}]  # fmt: skip
+    stages += [{"name": name, "title": title, "predicted_seconds": plan.seconds[name], "seconds": None, "spent": 0.0,
+                "folder": folder, "result": None} for name, title, folder in STAGES]  # fmt: skip
+    journey.save(machine=asdict(machine), plan=plan.to_json(), stages=stages)
+    console.print(welcome(describe(machine), plan, resumed=False))
+    return machine, plan
+
+
+STAGES = [  # name, title, run folder of the stage
+    ("data", "Data and tokenizer", None),
+    ("problems", "Problems with thinking", None),
+    ("pretrain", "Pretraining", "pretrain"),
+    ("sft", "Fine-tuning", "sft"),
+    ("eval", "Evaluation", None),
+    ("export", "Export", None),
+    ("report", "Report", None),
+]
+
+
+def _stages(
+    journey: Journey, config: DemoConfig, machine: Machine, plan: DemoPlan, console: Console
+) -> dict[str, Any]:
+    out, exported = config.out, config.out / "export"
+    conversations = out / "problems.jsonl"
+
+    def data() -> dict[str, Any]:
+        prepared = prepare(DataConfig(data=config.data, vocab_size=plan.vocab_size, seed=config.seed), out / "data")
+        return {"summary": prepared.summary(), **read_json(out / "data" / "data.json")}
+
+    def problems() -> dict[str, Any]:
+        made = make_problems(tuple(FAMILIES), plan.problems, config.seed)
+        return {"written": write_jsonl(made, conversations)}
+
+    def pretraining() -> dict[str, Any]:
+        return pretrain(dataclasses.replace(plan.pretrain, out=out / "pretrain", data=(str(out / "data"),)), machine)
+
+    def finetuning() -> dict[str, Any]:
+        settings = dataclasses.replace(
+            plan.finetune, out=out / "sft", model=out / "pretrain", data=(str(conversations),)
+        )
+        return finetune(settings, machine)
+
+    def evaluation() -> dict[str, Any]:
+        return evaluate(EvalConfig(
+            model=out / "sft", data=out / "data", text_model=out / "pretrain", count=plan.evaluated,
+            seen=(conversations,), seed=config.seed,
+        ))  # fmt: skip
+
+    def exporting() -> dict[str, Any]:
+        result = export(ExportConfig(out / "sft", exported))
+        write_json(exported / "about.json", about(journey.stage("eval")["result"], plan, config.data))
+        return result
+
+    def reporting() -> dict[str, Any]:
+        shape = plan.shape(read_json(exported / "config.json")["vocab_size"])
+        journey.save(
+            model={"name": plan.size, "config": shape.to_hf(), "parameters": parameters(shape),
+                   "active_parameters": active_parameters(shape), "kv_bytes_per_token": kv_cache_bytes_per_token(shape)},
+            data=journey.stage("data")["result"], results=journey.stage("eval")["result"],
+        )  # fmt: skip
+        return {"report": str(write_report(out, out / "report.html"))}
+
+    works = {"data": data, "problems": problems, "pretrain": pretraining, "sft": finetuning, "eval": evaluation,
+             "export": exporting, "report": reporting}  # fmt: skip
+    results = {name: journey.run(name, work, console) for name, work in works.items()}
+    write_report(out, out / "report.html")  # once more, now that the report's own time is known
+    return {"out": str(out), "report": str(out / "report.html"), "model": str(exported), **results["eval"],
+            **_times(journey.facts["stages"])}  # fmt: skip
+
+
+def _times(stages: list[dict[str, Any]]) -> dict[str, float]:
+    return {
+        "predicted_seconds": sum(stage["predicted_seconds"] for stage in stages),
+        "seconds": sum(stage["seconds"] for stage in stages),
+    }
+
+
+def _serve(config: DemoConfig, console: Console) -> None:
+    from motley.serve.app import ServeConfig, serve
+
+    console.print("Ctrl-C stops the server; the same command starts it again at once.")
+    serve(ServeConfig(model=config.out / "export", port=config.port))
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The last lines a user sees."""
+    problems = result["problems"]
+    error = (result["seconds"] / result["predicted_seconds"] - 1) * 100
+    return (
+        f"answered {problems['accuracy']:.1%} of {problems['count']} fresh problems right "
+        f"(standard error {problems['standard_error']:.1%})\n"
+        f"predicted {in_words(result['predicted_seconds'])}, took {in_words(result['seconds'])} ({error:+.0f} %)\n"
+        f"report {result['report']}   model {result['model']}"
+    )

@@ -1,0 +1,94 @@
+"""Settings of the training stages: the same names on the command line, in `config.json` and in Python."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from motley.errors import InputError
+from motley.train.optimizer import OptimizerName
+from motley.train.schedule import Schedule
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What both training stages share."""
+
+    out: Path = Path("runs/default")
+    """Folder of this stage's run; the same command goes on where it stopped."""
+    steps: int = 500
+    batch_rows: int = 16
+    """Sequences in one optimizer step."""
+    micro_batch: int = 16
+    """Sequences computed at a time; lower it when memory is short (the result stays the same)."""
+    seq_len: int = 256
+    """Tokens in a sequence."""
+    learning_rate: float = 4e-3
+    """Peak, for Muon and AdamW alike (Muon's update is scaled to AdamW's size)."""
+    optimizer: OptimizerName = "muon"
+    schedule: Schedule = "wsd"
+    warmup_steps: int = 20
+    decay_share: float = 0.4
+    """Share of the steps in which wsd decays."""
+    final_share: float = 0.05
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Largest gradient norm."""
+    mtp_weight: float = 0.3
+    """Weight of the multi-token-prediction loss; 0 leaves its modules out of the step."""
+    balance_weight: float = 1e-4
+    """Weight (alpha) of the sequence-wise balance loss."""
+    bias_speed: float = 1e-3
+    """How far (gamma) the router's bias moves towards balance after each step."""
+    confine_to_document: bool = False
+    """Attention stays within each document of a packed sequence (DeepSeek-V3 pretrained without)."""
+    precision: Precision = "auto"
+    """bf16 computes in bf16 over fp32 weights; auto takes it where this device gains from it."""
+    recompute: bool = False
+    """Activation checkpointing: less memory, about a third more computing."""
+    device: str = "auto"
+    seed: int = 0
+    valid_every: int = 100
+    """Steps between validations; the last step always validates."""
+    valid_rows: int = 64
+    """Sequences of held-out data in one validation."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step, Ctrl-C and SIGTERM also write one."""
+    keep_last: int = 2
+    """Checkpoints kept besides the best."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_rows", "micro_batch", "seq_len", "valid_every", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """Train a new model on prepared text."""
+
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH|hf:NAME")] = ()
+    """Text to train on: a folder made by `motley data`, or text files and folders (prepared first); none: the Python
+    standard library on this machine."""
+    model: str = "nano"
+    """A size (nano, micro, small, v2-lite, moonlight, v3) or the path of a config.json."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainingConfig):
+    """Fine-tune a model on conversations."""
+
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")] = ()
+    """Conversations: jsonl or parquet with `messages` (role, content, optionally reasoning_content)."""
+    model: Path = Path("runs/default")
+    """A checkpoint folder or a run to start from."""
+    learning_rate: float = 2e-3
+    mtp_weight: float = 0.0
+    confine_to_document: bool = True

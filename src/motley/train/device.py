@@ -1,0 +1,29 @@
+"""Where to compute and in which dtype: decided by rule, and said."""
+
+import torch
+
+from motley.errors import InputError
+from motley.fleet.probe import Machine
+from motley.train.config import Precision
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` takes the accelerator if there is one. Raises InputError for a device this machine lacks."""
+    if wanted == "auto":
+        if torch.accelerator.is_available():
+            found = torch.accelerator.current_accelerator()
+            assert found is not None
+            return found
+        return torch.device("cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {wanted} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def compute_dtype(precision: Precision, machine: Machine) -> torch.dtype:
+    """The dtype of activations and matrix products; `auto` is what the probe measured to be faster."""
+    name = machine.compute_dtype if precision == "auto" else precision
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]

@@ -1,0 +1,45 @@
+"""`motley sft`: a model learns from conversations; only what the assistant says counts."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from motley.data.pack import DATA_FILE, pack_conversations
+from motley.data.sources import read_conversations
+from motley.data.stream import TokenStream
+from motley.data.tokenizer import Tokenizer
+from motley.errors import InputError
+from motley.files import read_json
+from motley.fleet.probe import Machine, probe
+from motley.infer.find import find_model
+from motley.model import load
+from motley.train.config import FinetuneConfig
+from motley.train.device import choose_device, compute_dtype
+from motley.train.loop import train
+from motley.train.run import open_run
+
+
+def packed_conversations(config: FinetuneConfig, tokenizer: Tokenizer) -> Path:
+    """The packed folder that config.data names, or one made in the run folder from its conversations."""
+    if len(config.data) == 1 and (Path(config.data[0]) / DATA_FILE).is_file():
+        return Path(config.data[0])
+    if not config.data:
+        raise InputError("--data is missing: name jsonl or parquet files with conversations (`messages`)")
+    return pack_conversations(read_conversations(config.data), tokenizer, config.out / "data", config.seq_len).folder
+
+
+def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str, Any]:
+    """Fine-tune config.model; goes on where the same command stopped. Returns what the run amounts to."""
+    source = find_model(config.model)
+    tokenizer = Tokenizer.load(source)
+    data = packed_conversations(config, tokenizer)
+    run = open_run(config.out, "sft", config, {"data": read_json(data / DATA_FILE).get("fingerprint")})
+    if run.finished is not None:
+        return run.finished
+    device = choose_device(config.device)
+    model = load(source, device=device).float()
+    model.compute_dtype = compute_dtype(config.precision, machine or probe())
+    model.recompute = config.recompute
+    rows = TokenStream(data, "train", config.seq_len, config.seed)
+    held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
+    return run.finish(asdict(train(model, rows, held_out, tokenizer, config, "fine-tuning")))

@@ -1,0 +1,169 @@
+"""What a training run writes down while it runs: metrics.jsonl for everyone, TensorBoard events beside it.
+
+    kind      written                 values beside step, tokens, seconds
+    train     every step              loss, mtp_loss, balance_loss (nats per token), learning_rate, grad_norm,
+                                      tokens_per_second, memory_bytes
+    valid     at each validation      loss, bits_per_byte
+    experts   with it                 load: share of the routed tokens per expert, one list per MoE layer
+    event     when something happens  message
+
+metrics.jsonl is the truth (one JSON object a line, flushed at once); the events are a copy for TensorBoard.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from motley.errors import InputError
+from motley.files import whole_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FOLDER = "tensorboard"
+KINDS = ("train", "valid", "experts", "event")
+POSITION = ("step", "tokens", "seconds")  # where in the run: not curves of their own
+
+
+class MetricsWriter:
+    """Appends records to `folder`/metrics.jsonl and to `folder`/tensorboard.
+
+    A run that goes on from a checkpoint forgets what it wrote after that checkpoint, so that the file reads
+    as if the run had never been interrupted.
+
+    Args:
+        folder: the stage's run folder; made if missing.
+        resume_step: step of the checkpoint the run goes on from; 0 starts the file anew.
+
+    Raises:
+        InputError: a line of an existing file is broken, other than a half-written last one.
+    """
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        self._folder, self._resume_step = Path(folder), resume_step
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.path = self._folder / METRICS_FILE
+        _keep_until(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events: SummaryWriter | None = None  # opened with the first record: its import takes seconds
+
+    def write(self, kind: str, *, step: int, **values: Any) -> None:
+        """Write one record: `write("train", step=1, tokens=4096, seconds=1.2, loss=8.3)`.
+
+        JSON knows no NaN or infinity: such values are written as null.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind of record {kind!r}; known are {', '.join(KINDS)}")
+        record = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        self._write_events(record)
+
+    def flush(self) -> None:
+        """Put everything written so far on disk; call it before a checkpoint is declared complete."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_events(self, record: Mapping[str, Any]) -> None:
+        events, step, kind = self._open_events(), record["step"], record["kind"]
+        if kind == "event":
+            events.add_text("event", str(record.get("message", "")), step)
+            return
+        if kind == "experts":
+            for layer, imbalance in enumerate(imbalances(record["load"])):
+                events.add_scalar(f"experts/imbalance_of_moe_layer_{layer}", imbalance, step)
+            return
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in POSITION:
+                events.add_scalar(f"{kind}/{name}", value, step)
+
+    def _open_events(self) -> "SummaryWriter":
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # TensorBoard drops events at and after `purge_step` that an earlier process left behind.
+            purge_step = self._resume_step + 1
+            self._events = SummaryWriter(self._folder / EVENTS_FOLDER, purge_step=purge_step, flush_secs=10)
+        return self._events
+
+
+def imbalances(load: list[list[float]]) -> list[float]:
+    """Per MoE layer, how many times its fair share the busiest expert received; 1.0 is perfect balance.
+
+    `load` holds the share of routed tokens per layer and expert, as in records of kind "experts".
+    """
+    shares = [[share or 0.0 for share in layer] for layer in load]  # a share of nothing was written as null
+    return [max(layer) * len(layer) / sum(layer) if sum(layer) > 0 else 1.0 for layer in shares]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a metrics.jsonl (or of the run folder that holds it), in order.
+
+    A half-written last line, as a killed run leaves it, is passed over.
+
+    Raises:
+        InputError: no such file, or a line that is no record, with its number.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / METRICS_FILE
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give the folder of a training run") from None
+    # Every whole line ends in a newline: what follows the last one is empty or half-written.
+    return [_record(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
+
+
+def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise InputError(
+            f"{path}, line {number} is not valid JSON ({error}); remove the line to go on"
+        ) from None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
+        raise InputError(f"{path}, line {number} is no record of a training run: it needs a kind and a step")
+    return record
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop records after `step`, and a half-written last line, from the file at `path`, if there is one."""
+    if not path.exists():
+        return
+    if step <= 0:
+        path.unlink()
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None, also inside lists."""
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,125 @@
+"""Muon for matrices, AdamW for everything else (embedding, head, router, norms, biases).
+
+Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a few Newton-Schulz
+steps. Its update is scaled to the size AdamW's would have, 0.2 sqrt(max(rows, columns)) (Moonlight, arXiv 2502.16982,
+2.2), so both take the same learning rate and weight decay.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+OptimizerName = Literal["muon", "adamw"]
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
+    """Nearest (semi-)orthogonal matrices to `matrices` [n, rows, columns], roughly: singular values in about 0.7 … 1.2.
+
+    The quintic's coefficients are Jordan's: they push small singular values up fast and need not converge to 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.flatten(1).float().norm(dim=1)[:, None, None].to(dtype) + 1e-7)
+    for _ in range(iterations):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def as_matrices(name: str, tensor: Tensor) -> Tensor:
+    """A weight as a stack of matrices [n, rows, columns]: experts one by one, gate and up apart."""
+    if tensor.dim() == 2:
+        return tensor[None]
+    if name.endswith("gate_up_proj"):
+        return tensor.unflatten(1, (2, -1)).flatten(0, 1)
+    return tensor
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes it. Embedding, head and router rows stand for tokens and experts, not for a linear map."""
+    apart = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
+    return parameter.dim() >= 2 and not name.endswith(apart)
+
+
+class Optimizer:
+    """Steps all parameters of a model; its state is named after the parameters it belongs to.
+
+    Args:
+        parameters: (name, parameter) pairs.
+        kind: "muon" (Muon and AdamW) or "adamw" (AdamW for all).
+        weight_decay: decoupled, on everything with two dimensions or more.
+        dtype: of Muon's matrix products.
+    """
+
+    MOMENTUM = 0.95
+    BETAS = (0.9, 0.95)
+
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], kind: OptimizerName, weight_decay: float, dtype: torch.dtype
+    ) -> None:
+        named = [(name, p) for name, p in parameters if p.requires_grad]
+        self.matrices = {name: p for name, p in named if kind == "muon" and is_matrix(name, p)}
+        self.others = {name: p for name, p in named if name not in self.matrices}
+        self.momentum = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
+        self.weight_decay, self.dtype = weight_decay, dtype
+        decayed = [p for p in self.others.values() if p.dim() >= 2]
+        plain = [p for p in self.others.values() if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=self.BETAS, eps=1e-8, fused=True)
+        self._same_shape: dict[torch.Size, list[str]] = defaultdict(list)
+        for name, parameter in self.matrices.items():
+            self._same_shape[as_matrices(name, parameter).shape[1:]].append(name)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Apply one update from the gradients; parameters without a gradient stay as they are."""
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        for shape, names in self._same_shape.items():
+            names = [name for name in names if self.matrices[name].grad is not None]
+            if names:
+                self._muon(names, learning_rate, 0.2 * max(shape) ** 0.5)
+
+    def _muon(self, names: list[str], learning_rate: float, scale: float) -> None:
+        """Matrices of one shape together, so that orthogonalising them is a few batched products."""
+        looking_ahead = []
+        for name in names:
+            grad, momentum = self.matrices[name].grad, self.momentum[name]
+            assert grad is not None
+            momentum.lerp_(grad, 1 - self.MOMENTUM)
+            looking_ahead.append(as_matrices(name, torch.lerp(grad, momentum, self.MOMENTUM)).to(self.dtype))
+        updates = orthogonalize(torch.cat(looking_ahead), self.dtype)
+        for name, update in zip(names, updates.split([len(m) for m in looking_ahead]), strict=True):
+            weight = self.matrices[name]
+            weight.mul_(1 - learning_rate * self.weight_decay)
+            weight.add_(update.reshape(weight.shape), alpha=-learning_rate * scale)
+
+    def zero_grad(self) -> None:
+        for parameter in (*self.matrices.values(), *self.others.values()):
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything needed to go on exactly, by name."""
+        state = {f"{name}:momentum": tensor for name, tensor in self.momentum.items()}
+        for name, parameter in self.others.items():
+            for key, value in self.adamw.state.get(parameter, {}).items():
+                state[f"{name}:{key}"] = value
+        return state
+
+    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`. Raises KeyError when the state belongs to another set of parameters."""
+        for name, momentum in self.momentum.items():
+            momentum.copy_(state[f"{name}:momentum"])
+        for name, parameter in self.others.items():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            if f"{name}:step" in state:
+                self.adamw.state[parameter] = {key: state[f"{name}:{key}"].clone().to(
+                    device="cpu" if key == "step" and parameter.device.type == "cpu" else parameter.device
+                ) for key in keys}  # fmt: skip

@@ -1,0 +1,60 @@
+"""`motley pretrain`: a new model from text."""
+
+import dataclasses
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from motley.data.pack import DATA_FILE, DataConfig, prepare
+from motley.data.stream import TokenStream
+from motley.data.tokenizer import Tokenizer
+from motley.errors import InputError
+from motley.files import read_json
+from motley.fleet.probe import Machine, probe
+from motley.model import SIZES, ModelConfig, Transformer
+from motley.train.config import PretrainConfig
+from motley.train.device import choose_device, compute_dtype
+from motley.train.loop import train
+from motley.train.run import open_run
+
+
+def model_config(name: str, tokenizer: Tokenizer, seq_len: int) -> ModelConfig:
+    """The config of a named size or of a config.json, with the vocabulary and control tokens of `tokenizer`."""
+    if name in SIZES:
+        config = SIZES[name]
+    elif Path(name).is_file():
+        config = ModelConfig.from_hf(read_json(Path(name)))
+    else:
+        raise InputError(f"--model {name} is neither a size ({', '.join(SIZES)}) nor the path of a config.json")
+    if config.max_position_embeddings < seq_len:
+        raise InputError(f"--seq-len {seq_len} is longer than the model's {config.max_position_embeddings} positions")
+    return dataclasses.replace(
+        config, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )  # fmt: skip
+
+
+def prepared_data(config: PretrainConfig) -> Path:
+    """The prepared folder that config.data names, or one made in the run folder from the text it names."""
+    if len(config.data) == 1 and (Path(config.data[0]) / DATA_FILE).is_file():
+        return Path(config.data[0])
+    return prepare(DataConfig(data=config.data, seed=config.seed), config.out / "data").folder
+
+
+def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str, Any]:
+    """Train a model from random weights; goes on where the same command stopped. Returns what the run amounts to."""
+    data = prepared_data(config)
+    tokenizer = Tokenizer.load(data)
+    shape = model_config(config.model, tokenizer, config.seq_len)
+    run = open_run(config.out, "pretrain", config, {"data": read_json(data / DATA_FILE).get("fingerprint")})
+    if run.finished is not None:
+        return run.finished
+    device = choose_device(config.device)
+    model = Transformer(shape)
+    model.initialize(config.seed)
+    model.to(device)
+    model.compute_dtype = compute_dtype(config.precision, machine or probe())
+    model.recompute = config.recompute
+    rows = TokenStream(data, "train", config.seq_len, config.seed)
+    held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
+    return run.finish(asdict(train(model, rows, held_out, tokenizer, config, "pretraining")))

@@ -1,0 +1,77 @@
+"""A run is a folder: what it was asked to do, and whether it is done.
+
+    runs/NAME/config.json    the settings; the same command goes on, another one is refused
+    runs/NAME/result.json    written last: the stage is complete and is not repeated
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from motley.errors import InputError
+from motley.files import read_json, remove_unfinished, write_json
+from motley.progress import in_words
+from motley.train.config import TrainingConfig
+
+CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
+FREE_TO_CHANGE = {  # these do not change what is learned
+    "out", "micro_batch", "recompute", "device", "valid_every", "valid_rows", "checkpoint_every", "keep_last",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run folder; `finished` is its result if it was already complete."""
+
+    folder: Path
+    finished: dict[str, Any] | None
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        result = {"out": str(self.folder), **result}
+        write_json(self.folder / RESULT_FILE, result)
+        return result
+
+
+def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str, Any]) -> Run:
+    """Open or create the run folder of one stage.
+
+    Args:
+        folder: the run folder.
+        stage: its name in config.json.
+        config: the settings asked for now.
+        inputs: what else decides the result (fingerprint of the data).
+
+    Raises InputError when the folder belongs to a run with other settings or other data, naming the first difference.
+    """
+    asked = {"stage": stage, **_plain(dataclasses.asdict(config)), **inputs}
+    remove_unfinished(folder)
+    file = folder / CONFIG_FILE
+    if file.is_file():
+        before = read_json(file)
+        for name in sorted(set(before) | set(asked)):
+            if name not in FREE_TO_CHANGE and before.get(name) != asked.get(name):
+                raise InputError(
+                    f"{folder} holds a run with {name}={before.get(name)!r}, now asked for {asked.get(name)!r}; "
+                    "choose another --out, or remove the folder to begin again"
+                )
+    write_json(file, asked)
+    result = folder / RESULT_FILE
+    return Run(folder, read_json(result) if result.is_file() else None)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON's own types, so that what is read back compares equal."""
+    return {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A finished training stage in one line."""
+    return (
+        f"{result['out']}: {result['step']:,} steps, {result['tokens']:,} tokens in {in_words(result['seconds'])}; "
+        f"best held-out loss {result['best_loss']:.3f} nats per token ({result['best_bits_per_byte']:.3f} bits per byte) "
+        f"at step {result['best_step']:,}"
+    )

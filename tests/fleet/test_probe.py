@@ -1,0 +1,151 @@
+"""The probe measures what is there, and says it in words."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from motley.errors import InputError
+from motley.fleet import Machine, MatmulRate, best_device, describe, probe
+from motley.fleet.probe import SKINNY, choose_dtype, cpu_quota, host_memory, usable_cores
+from motley.fleet.show import machine_table
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    return probe(seconds=0.1)
+
+
+def own_group(tmp_path: Path, controller: str = "") -> Path:
+    """The folder under a made-up mount of control groups that stands for this very process."""
+    own = "/"
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            own = path
+    folder = tmp_path / controller / own.lstrip("/")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def rates(**gflops: float) -> tuple[MatmulRate, ...]:
+    """`fp32_100=…`: rate in fp32 of a product with side 100."""
+    return tuple(
+        MatmulRate(dtype, int(side), int(side), int(side), value)
+        for name, value in gflops.items()
+        for dtype, side in [name.split("_")]
+    )
+
+
+def test_everything_measured_is_a_positive_number(machine: Machine):
+    assert machine.matmul_rates
+    assert all(rate.gflops > 0 for rate in machine.matmul_rates)
+    assert machine.bandwidth_gigabytes_per_second > 0
+    assert machine.memory_bytes >= machine.available_memory_bytes > 0
+    assert 1 <= machine.threads <= machine.cores
+    assert machine.device == best_device().type
+    assert machine.name
+
+
+def test_large_and_skinny_products_are_measured_in_every_format(machine: Machine):
+    shapes = {}
+    for rate in machine.matmul_rates:
+        shapes.setdefault(rate.dtype, set()).add((rate.rows, rate.inner, rate.columns))
+    assert {"fp32", "bf16"} <= set(shapes)
+    for measured in shapes.values():
+        assert len(measured) == 2
+        assert SKINNY in measured
+
+
+def test_a_machine_survives_json(machine: Machine):
+    assert Machine.from_dict(json.loads(json.dumps(machine.to_dict()))) == machine
+
+
+def test_a_file_that_is_no_machine_is_refused(machine: Machine):
+    value = machine.to_dict()
+    del value["cores"]
+    with pytest.raises(InputError, match="cores"):
+        Machine.from_dict(value)
+
+
+def test_the_probe_leaves_pytorch_as_it_was():
+    before = torch.get_num_threads()
+    probe(seconds=0.01)
+    assert torch.get_num_threads() == before
+
+
+def test_bf16_is_chosen_only_where_it_is_clearly_faster_in_every_shape():
+    assert choose_dtype(rates(fp32_100=100, bf16_100=131)) == "bf16"
+    assert choose_dtype(rates(fp32_100=100, bf16_100=129)) == "fp32"
+    assert choose_dtype(rates(fp32_100=100, bf16_100=400, fp32_9=100, bf16_9=90)) == "fp32"
+    assert choose_dtype(rates(fp32_100=100)) == "fp32"
+
+
+def test_the_sentence_names_the_chip_its_speed_and_the_choice(machine: Machine):
+    sentence = describe(machine)
+    assert sentence.startswith(machine.name)
+    assert sentence.endswith(f"it computes in {machine.compute_dtype}.")
+    assert "LOP/s in fp32" in sentence
+
+
+def test_the_table_shows_every_measurement(machine: Machine):
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(machine_table(machine))
+    text = console.export_text()
+    assert text.count("product, ") == len(machine.matmul_rates)
+    assert machine.compute_dtype in text
+
+
+def test_the_peak_is_the_fastest_shape():
+    machine = Machine("cpu", "chip", 2, 2, 8, 4, None, rates(fp32_9=10, fp32_99=20, bf16_9=30), 1.0, "bf16")
+    assert machine.peak_gflops("fp32") == 20
+    assert machine.peak_gflops() == 30
+    with pytest.raises(InputError, match="fp16"):
+        machine.peak_gflops("fp16")
+
+
+def test_without_a_quota_the_affinity_counts(tmp_path: Path):
+    assert cpu_quota(tmp_path) == math.inf
+    assert 1 <= usable_cores(tmp_path) <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cgroup").exists(), reason="control groups are Linux's")
+class TestContainers:
+    def test_a_quota_of_version_2_is_counted(self, tmp_path: Path):
+        (own_group(tmp_path) / "cpu.max").write_text("150000 100000\n")
+        assert cpu_quota(tmp_path) == 1.5
+        assert usable_cores(tmp_path) == 1
+
+    def test_a_quota_around_the_own_group_is_counted(self, tmp_path: Path):
+        (own_group(tmp_path) / "cpu.max").write_text("max 100000\n")
+        if own_group(tmp_path) != tmp_path:
+            (tmp_path / "cpu.max").write_text("50000 100000\n")
+            assert cpu_quota(tmp_path) == 0.5
+            assert usable_cores(tmp_path) == 1
+        else:
+            assert cpu_quota(tmp_path) == math.inf
+
+    def test_a_quota_of_version_1_is_counted(self, tmp_path: Path):
+        group = own_group(tmp_path, "cpu")
+        (group / "cpu.cfs_period_us").write_text("100000\n")
+        (group / "cpu.cfs_quota_us").write_text("-1\n")
+        assert cpu_quota(tmp_path) == math.inf
+        (group / "cpu.cfs_quota_us").write_text("250000\n")
+        assert cpu_quota(tmp_path) == 2.5
+
+    def test_a_memory_limit_is_counted_and_cached_files_are_free_memory(self, tmp_path: Path):
+        group = own_group(tmp_path)
+        (group / "memory.max").write_text(f"{2**20}\n")
+        (group / "memory.current").write_text(f"{2**19}\n")
+        (group / "memory.stat").write_text(f"anon 7\ninactive_file {2**18}\n")
+        assert host_memory(tmp_path) == (2**20, 2**20 - 2**19 + 2**18)
+
+    def test_a_memory_limit_of_max_is_none(self, tmp_path: Path):
+        unlimited = host_memory(tmp_path)[0]
+        (own_group(tmp_path) / "memory.max").write_text("max\n")
+        (own_group(tmp_path) / "memory.current").write_text("123\n")
+        assert host_memory(tmp_path)[0] == unlimited
