@@ -11,7 +11,7 @@ from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.probe import Machine, probe
-from motley.infer.find import find_model
+from motley.model.find import find_model
 from motley.model import load
 from motley.train.config import FinetuneConfig
 from motley.train.device import choose_device, compute_dtype

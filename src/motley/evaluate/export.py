@@ -1,0 +1,47 @@
+"""`motley export`: a model for other tools."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from motley.data.conversation import ConversationEncoder
+from motley.data.tokenizer import Tokenizer
+from motley.errors import InputError
+from motley.files import whole_folder, write_json
+from motley.model import load
+from motley.model.checkpoint import write_weights
+from motley.model.find import find_model
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model as a Hugging Face folder: transformers, vLLM, SGLang and others read it as it is."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run or a checkpoint folder."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to write; it must not hold anything yet, or an earlier export."""
+    to: Literal["hf"] = "hf"
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write config.out whole or not at all."""
+    source = find_model(config.model)
+    if config.out.exists() and any(config.out.iterdir()) and not (config.out / "config.json").is_file():
+        raise InputError(f"{config.out} holds something that is no model; choose another folder")
+    model, tokenizer = load(source), Tokenizer.load(source)
+    with whole_folder(config.out) as folder:
+        write_weights(model, folder)
+        if tokenizer.has_conversation_tokens:
+            ConversationEncoder(tokenizer).save(folder, model.config.max_position_embeddings)
+        else:
+            tokenizer.save(folder)
+        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        write_json(folder / "generation_config.json", ends)
+    return {"model": str(source), "out": str(config.out), "bytes": sum(f.stat().st_size for f in config.out.iterdir())}
+
+
+def summary(result: dict[str, Any]) -> str:
+    return f"{result['out']}: {result['bytes'] / 1e6:.1f} MB, Hugging Face form of {result['model']}"

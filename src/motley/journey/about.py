@@ -1,0 +1,35 @@
+"""What the page tells about the model: measured numbers, and plainly what it can and cannot do."""
+
+from typing import Any
+
+from motley.data.tasks import FAMILIES, make_problems
+from motley.journey.plan import DemoPlan
+from motley.plan.cost import active_parameters, parameters
+
+PROMPT_SEED = 3  # of the prompts offered; drawn, not picked
+PROMPTS_PER_FAMILY = 2
+
+
+def about(results: dict[str, Any], plan: DemoPlan, data: tuple[str, ...]) -> dict[str, Any]:
+    """The content of about.json beside the exported model."""
+    problems, text = results["problems"], results["text"]
+    source = "the text you gave" if data else "the source of the Python standard library"
+    shape = plan.shape(plan.vocab_size)
+    offered = make_problems(tuple(FAMILIES), PROMPTS_PER_FAMILY * len(FAMILIES), PROMPT_SEED, evaluation=True)
+    return {
+        "model": f"motley {plan.size}",
+        "parameters": parameters(shape),
+        "active_parameters": active_parameters(shape),
+        "context_length": shape.max_position_embeddings,
+        "about": [
+            f"This model was just trained on this machine, from nothing, in minutes: first on {source}, then on "
+            "problems with worked thinking.",
+            f"It can solve the kinds of problem offered here; on {problems['count']} fresh ones it had not seen, "
+            f"{problems['accuracy']:.0%} of its answers were right.",
+            "It cannot hold a conversation, knows no facts and follows no other instruction: ask it anything else and "
+            "it answers with nonsense, confidently.",
+        ],
+        "prompts": [{"family": problem.family, "text": problem.question} for problem in offered],
+        "accuracy": {name: problems[name] for name in ("accuracy", "standard_error", "count", "families")},
+        "bits_per_byte": text["bits_per_byte"],
+    }

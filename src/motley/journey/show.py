@@ -1,0 +1,47 @@
+"""What the demo shows in the terminal besides progress bars."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+
+from motley.journey.plan import DemoPlan
+from motley.plan.cost import active_parameters, parameters
+from motley.progress import in_words
+
+
+def welcome(machine: str, plan: DemoPlan, resumed: bool) -> RenderableType:
+    """The machine, what will be trained on it, and how long each part should take."""
+    shape = plan.shape(plan.vocab_size)
+    lines = [
+        machine,
+        f"Model `{plan.size}`: DeepSeek-V3's architecture, {parameters(shape) / 1e6:.1f} M parameters, "
+        f"{active_parameters(shape) / 1e6:.1f} M active for each token.",
+        f"Pretraining on {plan.pretrain_tokens / 1e6:.1f} M tokens of text, fine-tuning on "
+        f"{plan.finetune_tokens / 1e6:.1f} M tokens of {plan.problems:,} problems with thinking.",
+        f"It should take {in_words(sum(plan.seconds.values()))}.",
+    ]
+    title = "motley demo (going on where it stopped)" if resumed else "motley demo"
+    return Panel(Group(*lines), title=title, title_align="left")
+
+
+def stage_line(stage: dict[str, Any], remembered: bool = False) -> str:
+    """One line as a stage begins, or is found complete."""
+    if remembered:
+        return f"[green]✓[/] {stage['title']} (done before, {in_words(stage['seconds'])})"
+    return f"[bold]▸ {stage['title']}[/] (about {in_words(stage['predicted_seconds'])})"
+
+
+def times_table(stages: list[dict[str, Any]]) -> Table:
+    """Predicted and actual time of each stage and of the whole."""
+    table = Table(title="Time", title_justify="left")
+    table.add_column("stage")
+    for name in ("predicted", "actual"):
+        table.add_column(name, justify="right")
+    for stage in stages:
+        table.add_row(stage["title"], in_words(stage["predicted_seconds"]), in_words(stage["seconds"]))
+    table.add_section()
+    predicted, actual = (sum(stage[key] for stage in stages) for key in ("predicted_seconds", "seconds"))
+    table.add_row("[bold]all", f"[bold]{in_words(predicted)}", f"[bold]{in_words(actual)}")
+    return table
