@@ -6,12 +6,15 @@ The library draws the numbers and words and judges the answers; wording and thin
 of a few million parameters can learn each step: numbers digit by digit, words letter by letter (their letters stand
 apart in the question, since the tokenizer would hide them), searches tried one after another.
 
-Item i of the library depends on seed + i only, so nearby seeds give the same items shifted. Training draws from seeds
-below `EVALUATION`, evaluation from above, and what occurs in training is dropped from evaluation by its question.
+Training and evaluation share no problem, however many are drawn: a hash of what a problem is about (`substance`: its
+numbers, letters and signs, in any order and wording) gives one problem in `HELD_OUT` to evaluation and the others to
+training. They also draw from seeds far apart, since item i of the library depends on seed + i only and nearby seeds
+give the same items shifted.
 """
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +30,9 @@ from motley.files import whole_file
 
 EVALUATION = 1 << 40  # seeds from here on are never trained on
 SEED_DISTANCE = 1 << 28  # items of one seed; the next seed begins behind them
+SEEDS = EVALUATION // SEED_DISTANCE
+HELD_OUT = 8  # one problem in so many is kept for evaluation
+SUBSTANCE = re.compile(r"\d+|\b[a-z]\b|(?<= )[+-](?= )|\b(?:ascending|descending)\b")
 PLAIN_EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,80}")  # all that the library may evaluate
 
 
@@ -43,9 +49,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Worked:
-    """How an entry is put to the model and solved."""
+    """How an entry is put to the model and solved; one of several wordings asks the same question."""
 
-    question: str
+    wordings: tuple[str, ...]
     thinking: str
     answer: str
 
@@ -113,7 +119,8 @@ def _chain_sum(entry: dict[str, Any]) -> Worked | None:
         steps, result = column(total, int(term))
         lines.append(f"{total}{sign}{term}: {steps} so {result}")
         total = result
-    return Worked(f"What is {expression}?", "\n".join(lines), entry["answer"])
+    wordings = (f"What is {expression}?", f"Calculate {expression}.", f"{expression} = ?")
+    return Worked(wordings, "\n".join(lines), entry["answer"])
 
 
 # ------------------------------------------------------------------------------------------ countdown
@@ -139,18 +146,22 @@ def _countdown_entries(seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _countdown(entry: dict[str, Any]) -> Worked:
-    """Try the signs one after another, each worked out in two steps, until the target is met."""
+    """Try the signs one after another, in two steps each, until the target is met: `7+16=23 23+17=40 no 23-17=6 yes`."""
     (a, b, c), target = entry["metadata"]["numbers"], entry["metadata"]["target"]
-    tried = []
-    for first, second in ((a, b), (a, c), (b, c)):
-        third = a + b + c - first - second
-        for sign in ("+", "-") if (first, second) == (a, b) else ("-",):
-            result = first + second + (third if sign == "+" else -third)
-            tried.append(f"{first}+{second}={first + second} {first + second}{sign}{third}={result}")
+    wordings = (
+        f"Make {target} from {a}, {b} and {c} with + and -.",
+        f"Use {a}, {b} and {c} with + and - to make {target}.",
+        f"Reach {target} with {a}, {b}, {c} by + and -.",
+    )
+    lines = []
+    for first, second, third, signs in ((a, b, c, "+-"), (a, c, b, "-"), (b, c, a, "-")):
+        pair = first + second
+        lines.append(f"{first}+{second}={pair}")
+        for sign in signs:
+            result = pair + third if sign == "+" else pair - third
+            lines[-1] += f" {pair}{sign}{third}={result} {'yes' if result == target else 'no'}"
             if result == target:
-                question = f"Make {target} from {a}, {b} and {c} with + and -."
-                return Worked(question, "\n".join([*tried, "yes"]), f"{first} + {second} {sign} {third}")
-            tried[-1] += " no"
+                return Worked(wordings, "\n".join(lines), f"{first} + {second} {sign} {third}")
     raise AssertionError(f"no signs make {target} of {a}, {b}, {c}")
 
 
@@ -158,46 +169,56 @@ def _countdown(entry: dict[str, Any]) -> Worked:
 
 
 def _number_sorting(entry: dict[str, Any]) -> Worked:
-    """Take the smallest (largest) of what is left, again and again."""
+    """Take the smallest (largest) of what is left, again and again: `14 | 81 55` says 14 is taken, 81 and 55 are left."""
     direction = entry["metadata"]["direction"]
     left = [int(float(number)) for number in entry["metadata"]["original_numbers"]]
-    question = f"Sort in {direction} order: {', '.join(map(str, left))}"
+    numbers = ", ".join(map(str, left))
+    wordings = (
+        f"Sort in {direction} order: {numbers}",
+        f"Sort {numbers} in {direction} order.",
+        f"Put in {direction} order: {numbers}",
+    )
     best, steps, taken = (min if direction == "ascending" else max), [], []
     while left:
         taken.append(best(left))
         left.remove(taken[-1])
-        steps.append(f"{taken[-1]}" + (f" left {' '.join(map(str, left))}" if left else ""))
-    return Worked(question, "\n".join(steps), f"[{', '.join(map(str, taken))}]")
+        steps.append(f"{taken[-1]}" + (f" | {' '.join(map(str, left))}" if left else ""))
+    return Worked(wordings, "\n".join(steps), f"[{', '.join(map(str, taken))}]")
 
 
 # ------------------------------------------------------------------------------------------ letters
 
 
-def _apart(word: str) -> str:
-    """`hero` → `h e r o`: each letter a token of its own."""
-    return " ".join(word)
-
-
 def _letter_counting(entry: dict[str, Any]) -> Worked | None:
-    """Walk over the letters and count aloud."""
+    """Walk over the letters, each with the count so far: `t0h0e1h1e2r2o2`.
+
+    A digit after each letter keeps the letters apart, so that every one is a token of its own.
+    """
     words, letter = [word.lower() for word in entry["metadata"]["span"]], entry["metadata"]["target_letter"]
     if not all(word.isascii() and word.isalpha() for word in words) or sum(map(len, words)) > 14:
         return None
-    count, walk = 0, []
+    count, walk = 0, ""
     for character in "".join(words):
         count += character == letter
-        walk.append(f"{character} {count}" if character == letter else character)
-    question = f"How many times does the letter {letter} appear in: {', '.join(map(_apart, words))}?"
-    return Worked(question, " ".join(walk), entry["answer"])
+        walk += f"{character}{count}"
+    apart = " ".join(map("-".join, words))
+    wordings = (
+        f"Count the letter {letter} in: {apart}",
+        f"How often is the letter {letter} in {apart}?",
+        f"How many {letter} are in {apart}?",
+    )
+    return Worked(wordings, walk, entry["answer"])
 
 
 def _spell_backward(entry: dict[str, Any]) -> Worked | None:
-    """Number the letters, then read them from the last."""
-    word = entry["metadata"]["word"]
+    """Number the letters, then read them from the last: `h1e2r3o4`, `o4r3e2h1`; all in small letters."""
+    word = entry["metadata"]["word"].lower()
     if not (word.isascii() and word.isalpha()):
         return None
-    forwards = " ".join(f"{number} {letter}" for number, letter in enumerate(word, start=1))
-    return Worked(f"Spell backward: {_apart(word)}", f"{forwards}\n{_apart(word[::-1])}", word[::-1])
+    numbered = [f"{letter}{number}" for number, letter in enumerate(word, start=1)]
+    apart = "-".join(word)
+    wordings = (f"Spell backward: {apart}", f"Spell {apart} backward.", f"Reverse the letters: {apart}")
+    return Worked(wordings, "".join(numbered) + "\n" + "".join(reversed(numbered)), word[::-1])
 
 
 # ------------------------------------------------------------------------------------------ all of them
@@ -214,8 +235,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "number_sorting": Family(
         "Sorting",
-        "three to five whole numbers up to 99, both directions",
-        _library("number_sorting", min_numbers=3, max_numbers=5, min_decimals=0, max_decimals=0, min_value=0, max_value=99),
+        "three to five whole numbers from 10 to 99, both directions",
+        _library(
+            "number_sorting",
+            min_numbers=3, max_numbers=5, min_decimals=0, max_decimals=0, min_value=10, max_value=99,
+        ),
         _number_sorting,
     ),
     "letter_counting": Family(
@@ -233,50 +257,67 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+def substance(question: str) -> str:
+    """What a question is about, whatever its wording: its numbers, single letters and signs, sorted.
+
+    Two questions of equal substance count as the same problem: `27 + 58` and `58 + 27`, or the same three numbers of a
+    countdown in another order.
+    """
+    return " ".join(sorted(SUBSTANCE.findall(question.lower())))
+
+
+def is_held_out(question: str) -> bool:
+    """Whether the problem belongs to evaluation; depends on its substance alone."""
+    return zlib.crc32(substance(question).encode()) % HELD_OUT == 0
+
+
 def make_problems(families: Sequence[str], count: int, seed: int, evaluation: bool = False) -> Iterator[Problem]:
     """`count` problems, the families taking turns; the same arguments give the same problems.
+
+    Problems may repeat within a draw; `write_jsonl` and `fresh_problems` drop repetitions.
 
     Args:
         families: names from `FAMILIES`.
         count: problems in all.
         seed: which draw, 0 … 4095.
-        evaluation: draw from the seeds that training never sees.
+        evaluation: draw what is held out of every training draw.
 
     Raises InputError for an unknown family or a seed out of range.
     """
     unknown = [name for name in families if name not in FAMILIES]
     if unknown or not families:
-        raise InputError(f"no family of problems is called {unknown or 'nothing'}; there are {', '.join(FAMILIES)}")
-    if not 0 <= seed < 4096:
-        raise InputError(f"the seed of problems is {seed}; it must be from 0 to 4095")
-    first = seed * SEED_DISTANCE + (EVALUATION if evaluation else 0)
-    streams = [_worked(name, first) for name in families]
-    for number in range(count):
-        yield next(streams[number % len(streams)])
+        raise InputError(
+            f"no family of problems is called {', '.join(unknown) or 'nothing'}; there are {', '.join(FAMILIES)}"
+        )
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"the seed of problems is {seed}; it must be from 0 to {SEEDS - 1}")
+    streams = [_worked(name, seed, evaluation) for name in families]
+    return (next(streams[number % len(streams)]) for number in range(count))
 
 
-def _worked(name: str, seed: int) -> Iterator[Problem]:
-    family = FAMILIES[name]
-    for entry in family.entries(seed):
+def _worked(name: str, seed: int, evaluation: bool) -> Iterator[Problem]:
+    family, first = FAMILIES[name], seed * SEED_DISTANCE + (EVALUATION if evaluation else 0)
+    for entry in family.entries(first):
         worked = family.work(entry)
-        if worked is not None:
-            yield Problem(name, worked.question, worked.thinking, worked.answer, entry)
+        if worked is not None and is_held_out(worked.wordings[0]) == evaluation:
+            question = worked.wordings[entry["metadata"]["source_index"] % len(worked.wordings)]
+            yield Problem(name, question, worked.thinking, worked.answer, entry)
 
 
 def fresh_problems(families: Sequence[str], count: int, seed: int, seen: set[str]) -> Iterator[Problem]:
-    """`count` problems for evaluation: far seeds, none twice, none whose question is in `seen`.
+    """`count` problems for evaluation: held out of training, none twice, none whose `substance` is in `seen`.
 
-    Raises InputError when the families have too few unseen problems left.
+    Raises InputError when the families have too few such problems.
     """
     seen = set(seen)
     asked: dict[str, int] = dict.fromkeys(families, 0)
-    streams = {name: make_problems([name], 50 * count + 1000, seed, evaluation=True) for name in families}
+    streams = {name: make_problems([name], 50 * count + 10_000, seed, evaluation=True) for name in families}
     for number in range(count):
         name = families[number % len(families)]
-        problem = next((one for one in streams[name] if one.question not in seen), None)
+        problem = next((one for one in streams[name] if substance(one.question) not in seen), None)
         if problem is None:
-            raise InputError(f"{name} has no more problems that were not seen in training ({asked[name]} found)")
-        seen.add(problem.question)
+            raise InputError(f"{name} has only {asked[name]} fresh problems; ask for fewer, or leave it out")
+        seen.add(substance(problem.question))
         asked[name] += 1
         yield problem
 
@@ -327,8 +368,9 @@ def write_jsonl(problems: Iterable[Problem], path: Path) -> int:
 
 
 def seen_questions(files: Iterable[Path]) -> set[str]:
-    """What users ask in files of conversations: not to be asked again in an evaluation."""
+    """The `substance` of what users ask in files of conversations: not to be asked again in an evaluation."""
     from motley.data.sources import read_conversations
 
     paths = [str(file) for file in files]
-    return {m.content for messages in (read_conversations(paths) if paths else ()) for m in messages if m.role == "user"}
+    conversations = read_conversations(paths) if paths else ()
+    return {substance(message.content) for messages in conversations for message in messages if message.role == "user"}

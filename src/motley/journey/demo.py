@@ -197,8 +197,8 @@ def _stages(
              "export": exporting, "report": reporting}  # fmt: skip
     results = {name: journey.run(name, work, console) for name, work in works.items()}
     write_report(out, out / "report.html")  # once more, now that the report's own time is known
-    return {"out": str(out), "report": str(out / "report.html"), "model": str(exported), **results["eval"],
-            **_times(journey.facts["stages"])}  # fmt: skip
+    return {**results["eval"], **_times(journey.facts["stages"]), "out": str(out), "model": str(exported),
+            "report": str(out / "report.html")}  # fmt: skip
 
 
 def _times(stages: list[dict[str, Any]]) -> dict[str, float]:

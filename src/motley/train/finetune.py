@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from motley.data.pack import DATA_FILE, pack_conversations
-from motley.data.sources import read_conversations
+from motley.data.sources import fingerprint_files, read_conversations
 from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
@@ -25,7 +25,9 @@ def packed_conversations(config: FinetuneConfig, tokenizer: Tokenizer) -> Path:
         return Path(config.data[0])
     if not config.data:
         raise InputError("--data is missing: name jsonl or parquet files with conversations (`messages`)")
-    return pack_conversations(read_conversations(config.data), tokenizer, config.out / "data", config.seq_len).folder
+    inputs = {"files": fingerprint_files(config.data)}
+    conversations = read_conversations(config.data)
+    return pack_conversations(conversations, tokenizer, config.out / "data", config.seq_len, inputs=inputs).folder
 
 
 def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str, Any]:

@@ -139,14 +139,14 @@ def _validate(
     metrics: MetricsWriter, losses: StepLosses,
 ) -> None:  # fmt: skip
     started = time.perf_counter()
-    loss, bits = validate(model, valid_rows, config.valid_rows, token_bytes, config.confine_to_document)
+    read = validate(model, valid_rows, config.valid_rows, token_bytes, config.confine_to_document)
     at.seconds += time.perf_counter() - started
     where: dict[str, Any] = {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
-    metrics.write("valid", **where, loss=loss, bits_per_byte=bits)
+    metrics.write("valid", **where, loss=read.nats_per_token, bits_per_byte=read.bits_per_byte)
     load = [(counts / counts.sum().clamp(min=1)).tolist() for counts in losses.expert_counts]
     metrics.write("experts", **where, load=load)
-    if loss < at.best_loss:
-        at.best_loss, at.best_bits_per_byte, at.best_step = loss, bits, at.step
+    if read.nats_per_token < at.best_loss:
+        at.best_loss, at.best_bits_per_byte, at.best_step = read.nats_per_token, read.bits_per_byte, at.step
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Loss on held-out rows, in nats per token and in bits per byte (comparable across tokenizers)."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,9 +13,19 @@ from motley.train.loss import summed_cross_entropy
 ROWS_AT_A_TIME = 16
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Loss on held-out rows, and over how much it was measured."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
 @torch.no_grad()
-def validate(model: Transformer, stream: TokenStream, rows: int, token_bytes: np.ndarray, confined: bool) -> tuple[float, float]:
-    """(nats per token, bits per byte) over the first `rows` rows of `stream` in its own order.
+def validate(model: Transformer, stream: TokenStream, rows: int, token_bytes: np.ndarray, confined: bool) -> Reading:
+    """Loss over the first `rows` rows of `stream` in its own order.
 
     token_bytes: bytes each token of the vocabulary stands for; control tokens count none.
     """
@@ -33,4 +44,4 @@ def validate(model: Transformer, stream: TokenStream, rows: int, token_bytes: np
         tokens += len(counted)
         size += int(token_bytes[counted].sum())
     model.train()
-    return nats / max(1, tokens), nats / math.log(2) / max(1, size)
+    return Reading(nats / max(1, tokens), nats / math.log(2) / max(1, size), tokens, size)
