@@ -121,10 +121,8 @@ def journey() -> dict[str, Any]:
             "vocab_size": 4096,
             "duplicates": 14,
             "dropped": 3,
-            "splits": {
-                "train": {"documents": 1500, "bytes": 3_000_000, "tokens": 900_000, "rows": 0},
-                "valid": {"documents": 32, "bytes": 60_000, "tokens": 20_000, "rows": 0},
-            },
+            "train": {"documents": 1500, "bytes": 3_000_000, "tokens": 900_000, "rows": 0},
+            "valid": {"documents": 32, "bytes": 60_000, "tokens": 20_000, "rows": 0},
             "inputs": {},
         },
         "stages": [

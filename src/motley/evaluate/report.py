@@ -308,11 +308,11 @@ def _data(data: Mapping[str, Any]) -> Html:
     facts = [
         (names.get(key, key.replace("_", " ").capitalize()), as_text(value))
         for key, value in data.items()
-        if key not in ("format", "pad_id", "summary")
+        if key not in ("format", "pad_id", "summary", "fingerprint")
         and isinstance(value, str | int | float)
         and not isinstance(value, bool)
     ]
-    splits = {name: split for name, split in (data.get("splits") or {}).items() if isinstance(split, dict)}
+    splits = {name: data[name] for name in ("train", "valid") if isinstance(data.get(name), dict)}
     lines = [element("h2", "The data")]
     if data.get("summary"):
         lines.append(element("p", str(data["summary"])))

@@ -4,8 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 
-from motley.fleet.probe import describe, probe
+from motley.fleet.probe import Machine, describe, probe
+from motley.fleet.show import machine_table
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,14 @@ class FleetConfig:
 
 
 def fleet(config: FleetConfig) -> dict[str, Any]:
-    machine = probe(config.seconds)
-    return {**asdict(machine), "description": describe(machine)}
+    """One entry of a fleet: this machine, measured."""
+    return asdict(probe(config.seconds))
 
 
 def summary(result: dict[str, Any]) -> str:
-    lines = [result["description"], ""]
-    for rate in result["matmul_rates"]:
-        shape = f"{rate['rows']} x {rate['inner']} x {rate['columns']}"
-        lines.append(f"  {rate['dtype']:<5} {shape:<20} {rate['gflops']:10,.0f} GFLOP/s")
-    return "\n".join(lines)
+    machine = Machine.from_dict(result)
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(machine_table(machine))
+        console.print(describe(machine))
+    return captured.get().rstrip()
