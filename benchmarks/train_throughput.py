@@ -26,7 +26,7 @@ from motley.data.stream import Batch, TokenStream
 from motley.fleet.probe import describe, probe
 from motley.model import SIZES, ModelConfig, Transformer
 from motley.plan.cost import training_flops_per_token
-from motley.train.device import choose_device, compute_dtype
+from motley.fleet.device import choose_device, compute_dtype
 from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
 

@@ -70,7 +70,12 @@ COMMANDS: dict[str, Command] = {
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"motley {__version__}: your own DeepSeek, on the chips you have", "", "usage: motley COMMAND [OPTIONS]", ""]
+    lines = [
+        f"motley {__version__}: your own DeepSeek, on the chips you have",
+        "",
+        "usage: motley COMMAND [OPTIONS]",
+        "",
+    ]
     lines += [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "motley COMMAND --help tells a command's options."])
 
@@ -120,7 +125,9 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[Any, b
         on = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print the result as one JSON object.")]
         fields.append(("json", on, dataclasses.field(default=False)))
     options = dataclasses.make_dataclass("Options", fields)
-    chosen = tyro.cli(options, args=list(arguments), prog=f"motley {name}", description=command.summary.capitalize() + ".")
+    chosen = tyro.cli(
+        options, args=list(arguments), prog=f"motley {name}", description=command.summary.capitalize() + "."
+    )
     return chosen.config, getattr(chosen, "json", False)
 
 

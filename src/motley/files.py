@@ -39,7 +39,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync(path.parent)
     except OSError as error:
-        raise InputError(f"could not write {path}: {error.strerror or error}; free some space or choose another place") from error
+        raise InputError(
+            f"could not write {path}: {error.strerror or error}; free some space or choose another place"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -65,7 +67,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         fsync(path.parent)
     except OSError as error:
-        raise InputError(f"could not write {path}: {error.strerror or error}; free some space or choose another place") from error
+        raise InputError(
+            f"could not write {path}: {error.strerror or error}; free some space or choose another place"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

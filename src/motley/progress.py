@@ -88,7 +88,9 @@ class Progress:
             parts.append(f"{in_words(elapsed * (self.total - self.done) / fresh)} left")
         print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._rich:
             self._rich.stop()
         else:

@@ -47,9 +47,7 @@ def check_conversation(messages: Sequence[Message]) -> None:
         raise InputError("the conversation has no messages")
     for number, message in enumerate(messages, start=1):
         if message.role not in get_args(Role):
-            raise InputError(
-                f"message {number} has the role {message.role!r}; roles are system, user, assistant"
-            )
+            raise InputError(f"message {number} has the role {message.role!r}; roles are system, user, assistant")
         if message.role == "system" and number > 1:
             raise InputError(f"message {number} is a system message; only the first message can be one")
         if message.reasoning_content is not None and message.role != "assistant":
@@ -81,9 +79,7 @@ class ConversationEncoder:
         """
         check_conversation(messages)
         if not any(message.role == "assistant" for message in messages):
-            raise InputError(
-                "the conversation has no assistant message, so there is nothing to learn from it"
-            )
+            raise InputError("the conversation has no assistant message, so there is nothing to learn from it")
         ids, mask = self._history(messages)
         return Encoded(ids, mask)
 

@@ -57,9 +57,7 @@ def standard_library_files(root: Path | None = None) -> list[Path]:
     """
     root = Path(root or sysconfig.get_paths()["stdlib"])
     files = [path for path in root.rglob("*.py") if path.is_file() and _wanted(path.relative_to(root))]
-    files.sort(
-        key=lambda path: (bool(TESTS & set(path.relative_to(root).parts)), path.relative_to(root).as_posix())
-    )
+    files.sort(key=lambda path: (bool(TESTS & set(path.relative_to(root).parts)), path.relative_to(root).as_posix()))
     size = sum(path.stat().st_size for path in files)
     if size < LEAST_BYTES:
         raise InputError(

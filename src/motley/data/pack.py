@@ -119,11 +119,7 @@ def _hash_of(tokenizer: Tokenizer) -> str:
 def _documents(config: DataConfig) -> Iterator[Document]:
     """Everything the config names, cut off after `max_bytes`."""
     left = config.max_bytes
-    source = (
-        iter_documents(config.data, config.max_document_bytes)
-        if config.data
-        else standard_library_documents()
-    )
+    source = iter_documents(config.data, config.max_document_bytes) if config.data else standard_library_documents()
     for document in source:
         if left is not None:
             encoded = document.text.encode()
@@ -166,9 +162,7 @@ def _is_valid(digest: bytes, valid_share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < valid_share * 2**64
 
 
-def split_documents(
-    documents: Iterable[tuple[str, bytes]], valid_share: float
-) -> Iterator[tuple[Split, str]]:
+def split_documents(documents: Iterable[tuple[str, bytes]], valid_share: float) -> Iterator[tuple[Split, str]]:
     """Decide by its hash for each (text, hash) whether it is for training or for validation.
 
     The decision is the document's own, whatever else is there, except where none falls to validation (a few
@@ -199,9 +193,7 @@ def split_documents(
     elif any_valid:
         yield "train", held[1]
     else:
-        yield from _end_for_validation(
-            held[1], max(1, round(valid_share * train_characters)), train_characters
-        )
+        yield from _end_for_validation(held[1], max(1, round(valid_share * train_characters)), train_characters)
 
 
 def _end_for_validation(text: str, wanted: int, all_characters: int) -> Iterator[tuple[Split, str]]:
@@ -337,9 +329,7 @@ def pack_conversations(
     """
     encoder = ConversationEncoder(tokenizer)
     if seq_len < 2 or not 0 < valid_share <= 0.5:
-        raise InputError(
-            f"seq_len {seq_len}, valid_share {valid_share}: at least 2, and above 0 up to 0.5, are needed"
-        )
+        raise InputError(f"seq_len {seq_len}, valid_share {valid_share}: at least 2, and above 0 up to 0.5, are needed")
     settings = {
         "tokenizer": _hash_of(tokenizer),
         "seq_len": seq_len,

@@ -149,8 +149,7 @@ def find(out: Path, inputs: Mapping[str, Any] | None) -> Prepared | None:
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         raise InputError(
-            f"{out} was prepared from other inputs (different: {', '.join(changed)}); "
-            "remove it or choose another place"
+            f"{out} was prepared from other inputs (different: {', '.join(changed)}); remove it or choose another place"
         )
     return prepared
 

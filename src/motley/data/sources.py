@@ -255,9 +255,7 @@ def _unpack(file: Path, unpacked: IO[bytes]) -> None:
                 unpacked.write(chunk)
                 unpacked.flush()
             except OSError as error:
-                raise InputError(
-                    f"{file} cannot be unpacked to {tempfile.gettempdir()}: {error.strerror}"
-                ) from error
+                raise InputError(f"{file} cannot be unpacked to {tempfile.gettempdir()}: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------------------------------------- hub
@@ -315,9 +313,7 @@ def _checked(text: str, origin: str, limit: int) -> str:
     try:
         size = len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{origin} is not valid Unicode: half a surrogate pair at character {error.start}"
-        ) from None
+        raise InputError(f"{origin} is not valid Unicode: half a surrogate pair at character {error.start}") from None
     if size > limit:
         raise InputError(_too_large(origin, limit))
     return text

@@ -104,9 +104,7 @@ class TokenStream:
         arguments.
         """
         if position < 0 or count < 1:
-            raise ValueError(
-                f"rows(position={position}, count={count}): a position >= 0 and a count >= 1 are needed"
-            )
+            raise ValueError(f"rows(position={position}, count={count}): a position >= 0 and a count >= 1 are needed")
         read = self._conversation_row if self._conversations else self._window
         inputs = np.full((count, self.seq_len), self.pad_id, dtype=np.int64)
         targets = np.full((count, self.seq_len), NO_LOSS, dtype=np.int64)
@@ -148,9 +146,7 @@ class TokenStream:
             index += 1
         return tokens, begins
 
-    def _conversation_row(
-        self, row: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray
-    ) -> None:
+    def _conversation_row(self, row: int, inputs: np.ndarray, targets: np.ndarray, documents: np.ndarray) -> None:
         index = int(np.searchsorted(self._first_row, row, side="right")) - 1
         shard, local = self._shards[index], row - int(self._first_row[index])
         last = shard.rows[local + 1] if local + 1 < shard.rows.shape[0] else shard.documents.shape[0]
@@ -162,9 +158,7 @@ class TokenStream:
             given = int(stop - start) - 1  # the last token is only a target
             inputs[place : place + given] = shard.tokens[start : stop - 1]
             spoken = np.asarray(shard.loss[start + 1 : stop])
-            targets[place : place + given] = np.where(
-                spoken, shard.tokens[start + 1 : stop].astype(np.int64), NO_LOSS
-            )
+            targets[place : place + given] = np.where(spoken, shard.tokens[start + 1 : stop].astype(np.int64), NO_LOSS)
             documents[place : place + given] = number
             place += given
 

@@ -89,9 +89,7 @@ class Tokenizer:
         self._backend.no_padding()
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self._added = {added["content"] for added in content["added_tokens"]}
-        self._control = {
-            name: index for name, index in vocabulary.items() if name in self._added and _is_control(name)
-        }
+        self._control = {name: index for name, index in vocabulary.items() if name in self._added and _is_control(name)}
         self._control_ids = frozenset(self._control.values())
         self.vocab_size: int = max(vocabulary.values()) + 1
         self._bytes = [b""] * self.vocab_size
@@ -106,9 +104,7 @@ class Tokenizer:
         try:
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
         except KeyError:
-            raise InputError(
-                f"{self.origin} is not a byte-level vocabulary: it holds the token {token!r}"
-            ) from None
+            raise InputError(f"{self.origin} is not a byte-level vocabulary: it holds the token {token!r}") from None
 
     def _id(self, token: str) -> int:
         if token not in self._control:
@@ -191,15 +187,11 @@ class Tokenizer:
         try:
             return cls(file.read_text(encoding="utf-8"), str(file))
         except FileNotFoundError:
-            raise InputError(
-                f"{file} does not exist; a tokenizer is a file tokenizer.json or its folder"
-            ) from None
+            raise InputError(f"{file} does not exist; a tokenizer is a file tokenizer.json or its folder") from None
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{file} is not valid UTF-8 (byte {error.start}), so it is no tokenizer.json"
-            ) from None
+            raise InputError(f"{file} is not valid UTF-8 (byte {error.start}), so it is no tokenizer.json") from None
 
     def save(self, path: str | Path) -> Path:
         """Write `path`, or `path/tokenizer.json` unless it ends in .json; returns the file written.
@@ -247,9 +239,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     """
     smallest = len(CONTROL_TOKENS) + 256
     if vocab_size <= smallest:
-        raise InputError(
-            f"vocab_size is {vocab_size}; it must be more than {smallest} (control tokens and bytes)"
-        )
+        raise InputError(f"vocab_size is {vocab_size}; it must be more than {smallest} (control tokens and bytes)")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
@@ -260,9 +250,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[
-            tokenizers.AddedToken(name, normalized=False, special=True) for name in CONTROL_TOKENS
-        ],
+        special_tokens=[tokenizers.AddedToken(name, normalized=False, special=True) for name in CONTROL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -283,14 +271,8 @@ def _parse(definition: str, origin: str) -> dict[str, Any]:
         content = json.loads(definition)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{origin} is not valid JSON: {error}") from None
-    if (
-        not isinstance(content, dict)
-        or not isinstance(content.get("added_tokens"), list)
-        or "model" not in content
-    ):
+    if not isinstance(content, dict) or not isinstance(content.get("added_tokens"), list) or "model" not in content:
         raise InputError(f"{origin} is no tokenizer.json: it lacks `model` or `added_tokens`")
-    if not all(
-        isinstance(added, dict) and isinstance(added.get("content"), str) for added in content["added_tokens"]
-    ):
+    if not all(isinstance(added, dict) and isinstance(added.get("content"), str) for added in content["added_tokens"]):
         raise InputError(f"{origin} is no tokenizer.json: an entry of `added_tokens` lacks `content`")
     return content

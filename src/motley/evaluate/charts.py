@@ -182,9 +182,7 @@ def _tinted(relative: np.ndarray) -> np.ndarray:
 
 def _thinned(x: Sequence[float | None], y: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
     """At most `MOST_POINTS` points: means of neighbours, but a single gap never hides its neighbours."""
-    xs, ys = (
-        np.array([np.nan if value is None else value for value in side], dtype=float) for side in (x, y)
-    )
+    xs, ys = (np.array([np.nan if value is None else value for value in side], dtype=float) for side in (x, y))
     if len(xs) <= MOST_POINTS:
         return xs, ys
     edges = np.linspace(0, len(xs), MOST_POINTS + 1).astype(int)

@@ -8,13 +8,13 @@ import tyro
 
 from motley.data.conversation import ConversationEncoder
 from motley.data.tasks import FAMILIES, fresh_problems, seen_questions
-from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.evaluate.problems import evaluate_problems
 from motley.evaluate.report import write_report
 from motley.evaluate.text import bits_per_byte
 from motley.files import write_json
-from motley.infer.engine import Engine
+from motley.fleet.device import choose_device
+from motley.infer.opening import open_engine
 from motley.model import load
 from motley.model.find import find_model
 
@@ -38,6 +38,8 @@ class EvalConfig:
     seen: tuple[Path, ...] = ()
     """Files of conversations the model was trained on: problems that occur there are not asked."""
     seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
     out: Path | None = None
     """File for the result, besides printing it."""
 
@@ -49,15 +51,15 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"model": str(config.model)}
     if config.data is not None:
         reader = find_model(config.text_model or config.model)
-        result["text"] = {"model": str(reader), **bits_per_byte(load(reader), config.data)}
+        result["text"] = {
+            "model": str(reader),
+            **bits_per_byte(load(reader, device=choose_device(config.device)), config.data),
+        }
     if config.families:
-        folder = find_model(config.model)
-        tokenizer = Tokenizer.load(folder)
+        engine = open_engine(config.model, config.device)
         seen = seen_questions(config.seen)
         problems = list(fresh_problems(config.families, config.count, config.seed, seen))
-        report = evaluate_problems(
-            Engine(load(folder), tokenizer), ConversationEncoder(tokenizer), problems, max_tokens=config.max_tokens
-        )
+        report = evaluate_problems(engine, ConversationEncoder(engine.tokenizer), problems, config.max_tokens)
         result["problems"] = asdict(report)
     if config.out is not None:
         write_json(config.out, result)
@@ -70,7 +72,9 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"text      {text['bits_per_byte']:.3f} bits per byte over {text['bytes']:,} bytes")
     if problems := result.get("problems"):
         rows = [("all problems", problems), *problems["families"].items()]
-        lines += [f"{name:<18} {row['accuracy']:6.1%} ± {row['standard_error']:.1%}  of {row['count']}" for name, row in rows]
+        lines += [
+            f"{name:<18} {row['accuracy']:6.1%} ± {row['standard_error']:.1%}  of {row['count']}" for name, row in rows
+        ]
     return "\n".join(lines) or "nothing was asked for: give --data, --families or both"
 
 

@@ -36,9 +36,7 @@ def stage_section(stage: Stage) -> Html:
     large = []
     for against, field, unit in axes:
         label = "tokens" if field == "tokens" else clock
-        large += _chart(
-            f"Loss against {against}", _loss_curves(train, valid, field, unit), label, "nats per token"
-        )
+        large += _chart(f"Loss against {against}", _loss_curves(train, valid, field, unit), label, "nats per token")
     for against, field, unit in axes:
         label = "tokens" if field == "tokens" else clock
         bits = Curve("", _column(valid, field, unit), _column(valid, "bits_per_byte"), THIRD, markers=True)
@@ -56,9 +54,7 @@ def stage_section(stage: Stage) -> Html:
         curve = Curve("", _column(train, "tokens"), _column(train, field, unit))
         small += _chart(title, [curve], "tokens", label, small=True)
 
-    events = [
-        element("li", f"step {event['step']}: {event.get('message', '')}") for event in stage.of_kind("event")
-    ]
+    events = [element("li", f"step {event['step']}: {event.get('message', '')}") for event in stage.of_kind("event")]
     return element(
         "section",
         element("h2", stage.title),
@@ -68,9 +64,7 @@ def stage_section(stage: Stage) -> Html:
     )
 
 
-def _loss_curves(
-    train: list[dict[str, Any]], valid: list[dict[str, Any]], field: str, unit: float
-) -> list[Curve]:
+def _loss_curves(train: list[dict[str, Any]], valid: list[dict[str, Any]], field: str, unit: float) -> list[Curve]:
     x, loss, mtp = _column(train, field, unit), _column(train, "loss"), _column(train, "mtp_loss")
     curves = [Curve("", x, loss, FIRST, faint=True), Curve("training", x, smoothed(loss), FIRST)]
     if any(mtp):  # a weight of 0 leaves the MTP modules out of training
@@ -100,9 +94,7 @@ def _expert_charts(experts: list[dict[str, Any]]) -> list[Html]:
     return [heat, figure("Imbalance on the way", chart, "1 is perfect balance.")]
 
 
-def _chart(
-    title: str, curves: Sequence[Curve], x_label: str, y_label: str, small: bool = False
-) -> list[Html]:
+def _chart(title: str, curves: Sequence[Curve], x_label: str, y_label: str, small: bool = False) -> list[Html]:
     """A figure, or nothing if there is nothing to draw."""
     drawn = [curve for curve in curves if any(value is not None for value in curve.y)]
     if not drawn:

@@ -61,7 +61,11 @@ class ProblemReport:
 
 
 def evaluate_problems(
-    engine: Engine, encoder: ConversationEncoder, problems: Sequence[Problem], max_tokens: int = 200, temperature: float = 0.0
+    engine: Engine,
+    encoder: ConversationEncoder,
+    problems: Sequence[Problem],
+    max_tokens: int = 200,
+    temperature: float = 0.0,
 ) -> ProblemReport:
     """Ask every problem once and let the library's scorer judge what follows `</think>`."""
     started = time.monotonic()

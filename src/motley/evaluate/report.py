@@ -140,9 +140,7 @@ def _page(run: Path, journey: Mapping[str, Any], stages: Sequence[Stage]) -> str
         _results(problems, text),
         _limits(model, trained, problems),
         list_section("Not in this report", missing),
-        element(
-            "footer", "Written by motley from the files of this run. All curves: metrics.jsonl beside it."
-        ),
+        element("footer", "Written by motley from the files of this run. All curves: metrics.jsonl beside it."),
     ]
     head = [
         Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
@@ -186,16 +184,12 @@ def _tiles(
     bits = as_number(text.get("bits_per_byte"))
     if bits is None:  # not evaluated separately: the last validation says it too
         validations = [record for stage in stages for record in stage.of_kind("valid")]
-        bits = next(
-            (b for r in reversed(validations) if (b := as_number(r.get("bits_per_byte"))) is not None), None
-        )
+        bits = next((b for r in reversed(validations) if (b := as_number(r.get("bits_per_byte"))) is not None), None)
     if bits is not None:
         tiles.append(_tile("Held-out text", f"{bits:.3f}", "bits per byte; less is better"))
     if (total := as_number(model.get("parameters"))) is not None:
         active = as_number(model.get("active_parameters"))
-        tiles.append(
-            _tile("Parameters", in_count(total), f"{in_count(active)} active per token" if active else "")
-        )
+        tiles.append(_tile("Parameters", in_count(total), f"{in_count(active)} active per token" if active else ""))
     tokens = sum(as_number(stage.records[-1].get("tokens")) or 0 for stage in stages if stage.records)
     if tokens:
         tiles.append(
@@ -243,9 +237,7 @@ def _strip(stages: Sequence[Stage]) -> Html:
         cards.append(element("div", *parts, class_="stage"))
     lines = [element("h2", "The journey"), element("div", *cards, class_="strip")]
     both = [
-        (s.seconds, s.predicted_seconds)
-        for s in timed
-        if s.seconds is not None and s.predicted_seconds is not None
+        (s.seconds, s.predicted_seconds) for s in timed if s.seconds is not None and s.predicted_seconds is not None
     ]
     actual, predicted = sum(pair[0] for pair in both), sum(pair[1] for pair in both)
     if predicted:
@@ -383,9 +375,7 @@ def _accuracy(problems: Mapping[str, Any]) -> list[Html]:
         if (count := as_number(problems.get("count"))) is not None:
             sentence += f", {count:,.0f} problems"
         if (cut := as_number(problems.get("truncated_share"))) is not None:
-            sentence += (
-                f"; {100 * cut:.1f} % of the answers were cut off at the length limit and count as wrong"
-            )
+            sentence += f"; {100 * cut:.1f} % of the answers were cut off at the length limit and count as wrong"
         lines.append(element("p", f"{sentence}."))
     if not families:
         return lines
@@ -438,9 +428,7 @@ def _limits(model: Mapping[str, Any], trained: Sequence[Stage], problems: Mappin
     ]
     if weak:
         limits.append(f"More often wrong than right: {', '.join(sorted(weak))}.")
-    skipped = sum(
-        "skipped" in str(event.get("message", "")) for stage in trained for event in stage.of_kind("event")
-    )
+    skipped = sum("skipped" in str(event.get("message", "")) for stage in trained for event in stage.of_kind("event"))
     if skipped:
         limits.append(f"{skipped} training step{'s were' if skipped > 1 else ' was'} skipped.")
     return list_section("What to keep in mind", limits)

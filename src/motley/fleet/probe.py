@@ -84,9 +84,7 @@ class Machine:
         rates = [rate.gflops for rate in self.matmul_rates if rate.dtype == wanted]
         if not rates:
             measured = ", ".join(sorted({rate.dtype for rate in self.matmul_rates}))
-            raise InputError(
-                f"{self.name} was not measured in {wanted}, only in {measured}; run `motley fleet probe`"
-            )
+            raise InputError(f"{self.name} was not measured in {wanted}, only in {measured}; run `motley fleet probe`")
         return max(rates)
 
     def to_dict(self) -> dict[str, Any]:
@@ -293,8 +291,7 @@ def host_memory(cgroups: Path = CGROUPS) -> tuple[int, int]:
     total, available = int(memory.total), int(memory.available)
     groups = [(group, "memory.max", "memory.current") for group in _own_groups(cgroups, "")]
     groups += [
-        (group, "memory.limit_in_bytes", "memory.usage_in_bytes")
-        for group in _own_groups(cgroups / "memory", "memory")
+        (group, "memory.limit_in_bytes", "memory.usage_in_bytes") for group in _own_groups(cgroups / "memory", "memory")
     ]
     for group, limit_name, used_name in groups:
         limit, used = _read(group / limit_name), _read(group / used_name)
@@ -302,9 +299,7 @@ def host_memory(cgroups: Path = CGROUPS) -> tuple[int, int]:
             continue
         statistics_lines = (_read(group / "memory.stat") or "").splitlines()
         # Files the system merely remembers are counted as used, but make room when asked.
-        reclaimable = sum(
-            int(line.split()[1]) for line in statistics_lines if line.startswith("inactive_file ")
-        )
+        reclaimable = sum(int(line.split()[1]) for line in statistics_lines if line.startswith("inactive_file "))
         total = min(total, int(limit))
         available = min(available, max(0, int(limit) - int(used) + reclaimable))
     return total, available

@@ -1,6 +1,6 @@
 """Generation with the latent cache: many prompts at once, or one conversation token by token.
 
-    prompts, padded on the right ──▶ one call fills the cache ──▶ one token a row and call ──▶ rows that end leave
+prompts, padded on the right ──▶ one call fills the cache ──▶ one token a row and call ──▶ rows that end leave
 """
 
 import threading
@@ -81,7 +81,9 @@ class Engine:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
         cache = model.new_cache(len(prompts), min(longest + max_tokens, self.context_length))
-        logits = model(ids.to(device), cache=cache, counts=counts)[torch.arange(len(prompts), device=device), counts - 1]
+        logits = model(ids.to(device), cache=cache, counts=counts)[
+            torch.arange(len(prompts), device=device), counts - 1
+        ]
         said: list[list[int]] = [[] for _ in prompts]
         reasons: list[Literal["stop", "length"]] = ["length"] * len(prompts)
         rows = list(range(len(prompts)))  # which prompt each row of the cache belongs to
@@ -118,13 +120,14 @@ class Engine:
         cache = self.model.new_cache(1, len(prompt) + room)
         sampler = Sampler(params)
         ids = torch.tensor([list(prompt)], device=self.model.device)
-        for chunk in ids.split(PREFILL_AT_ONCE, dim=1):
+        *chunks, last = ids.split(PREFILL_AT_ONCE, dim=1)
+        for chunk in chunks:
+            self.model(chunk, cache=cache)
             if cancelled is not None and cancelled.is_set():
                 return
-            logits = self.model(chunk, cache=cache)[:, -1]
-        for number in range(room):
-            token = sampler.draw(logits)
+        for _ in range(room):
+            token = sampler.draw(self.model(last, cache=cache)[:, -1])
             yield int(token)
-            if int(token) == self.tokenizer.eos_id or number + 1 == room or (cancelled is not None and cancelled.is_set()):
+            if int(token) == self.tokenizer.eos_id or (cancelled is not None and cancelled.is_set()):
                 return
-            logits = self.model(token[:, None], cache=cache)[:, 0]
+            last = token[:, None]

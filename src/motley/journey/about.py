@@ -17,7 +17,7 @@ def about(results: dict[str, Any], plan: DemoPlan, data: tuple[str, ...]) -> dic
     shape = plan.shape(plan.vocab_size)
     offered = make_problems(tuple(FAMILIES), PROMPTS_PER_FAMILY * len(FAMILIES), PROMPT_SEED, evaluation=True)
     return {
-        "model": f"motley {plan.size}",
+        "model": f"motley-{plan.size}",
         "parameters": parameters(shape),
         "active_parameters": active_parameters(shape),
         "context_length": shape.max_position_embeddings,
@@ -31,5 +31,7 @@ def about(results: dict[str, Any], plan: DemoPlan, data: tuple[str, ...]) -> dic
         ],
         "prompts": [{"family": problem.family, "text": problem.question} for problem in offered],
         "accuracy": {name: problems[name] for name in ("accuracy", "standard_error", "count", "families")},
+        # as measured: one question at a time, the most probable answer
+        "defaults": {"temperature": 0.0, "max_tokens": 400, "thinking": True, "remember": False},
         "bits_per_byte": text["bits_per_byte"],
     }

@@ -51,6 +51,7 @@ class DemoConfig:
     serve: bool = True
     """Start the server at the end."""
     port: int = 8321
+    """Of the server; if it is taken, one of the next is."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,7 +64,11 @@ class Journey:
 
     def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
         self.file = folder / JOURNEY_FILE
-        self.facts: dict[str, Any] = {"asked": asked, "started": datetime.now(UTC).isoformat(timespec="seconds"), "stages": []}
+        self.facts: dict[str, Any] = {
+            "asked": asked,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "stages": [],
+        }
         if self.file.is_file():
             self.facts = read_json(self.file)
             for name, value in asked.items():
@@ -150,9 +155,7 @@ STAGES = [  # name, title, run folder of the stage
 ]
 
 
-def _stages(
-    journey: Journey, config: DemoConfig, machine: Machine, plan: DemoPlan, console: Console
-) -> dict[str, Any]:
+def _stages(journey: Journey, config: DemoConfig, machine: Machine, plan: DemoPlan, console: Console) -> dict[str, Any]:
     out, exported = config.out, config.out / "export"
     conversations = out / "problems.jsonl"
 
@@ -211,8 +214,8 @@ def _times(stages: list[dict[str, Any]]) -> dict[str, float]:
 def _serve(config: DemoConfig, console: Console) -> None:
     from motley.serve.app import ServeConfig, serve
 
-    console.print("Ctrl-C stops the server; the same command starts it again at once.")
-    serve(ServeConfig(model=config.out / "export", port=config.port))
+    console.print("The same command starts the server again at once.")
+    serve(ServeConfig(model=config.out / "export", port=config.port), other_ports=20)
 
 
 def summary(result: dict[str, Any]) -> str:

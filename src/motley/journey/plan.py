@@ -1,8 +1,8 @@
 """What the demo will do on this machine, and how long each stage should take.
 
-    time for the journey  −  data, problems, evaluation, report (measured on one machine, scaled by speed)
-                          =  training, split between pretraining and fine-tuning
-    steps of each         =  its time / seconds of one real step, tried on this machine
+time for the journey  −  data, problems, evaluation, report (measured on one machine, scaled by speed)
+                      =  training, split between pretraining and fine-tuning
+steps of each         =  its time / seconds of one real step, tried on this machine
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from motley.errors import InputError
+from motley.fleet.device import choose_device, compute_dtype
 from motley.fleet.probe import Machine
 from motley.journey.trial import step_seconds
 from motley.model import SIZES, ModelConfig
 from motley.train.config import FinetuneConfig, PretrainConfig
-from motley.train.device import choose_device, compute_dtype
 
 VOCAB_SIZE = 2048  # a small head leaves more of the time to the layers
 PRETRAINING_SHARE = 0.3  # of the training time; the rest teaches the skill

@@ -14,14 +14,18 @@ from motley.train.step import LossWeights, accumulate
 WARM_UP = 2  # first steps allocate memory and pick kernels
 
 
-def step_seconds(shape: ModelConfig, config: TrainingConfig, device: torch.device, dtype: torch.dtype, steps: int = 6) -> float:
+def step_seconds(
+    shape: ModelConfig, config: TrainingConfig, device: torch.device, dtype: torch.dtype, steps: int = 6
+) -> float:
     """Median seconds of one training step of this model at these settings, on random tokens."""
     model = Transformer(shape)
     model.initialize(config.seed)
     model.to(device)
     model.compute_dtype = dtype
     optimizer = Optimizer(model.named_parameters(), config.optimizer, config.weight_decay, dtype)
-    ids = torch.randint(shape.vocab_size, (config.batch_rows, config.seq_len), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        shape.vocab_size, (config.batch_rows, config.seq_len), generator=torch.Generator().manual_seed(0)
+    )
     documents = torch.arange(config.seq_len).div(64, rounding_mode="floor").expand_as(ids).contiguous()
     batch = Batch(ids, ids.roll(-1, dims=1), documents)
     times: list[float] = []

@@ -30,7 +30,9 @@ class LayerState(Protocol):
 class LatentState:
     """MLA keeps the normalised latent and the rotated shared key (V2 report, 2.1), nothing per head."""
 
-    def __init__(self, batch: int, capacity: int, rank: int, rope: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, batch: int, capacity: int, rank: int, rope: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.latent = torch.zeros(batch, capacity, rank, dtype=dtype, device=device)
         self.rope_key = torch.zeros(batch, capacity, rope, dtype=dtype, device=device)
 

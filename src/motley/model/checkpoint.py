@@ -89,7 +89,10 @@ def shared_copies(config: ModelConfig) -> dict[str, str]:
     copies = {} if not config.tie_word_embeddings else {"lm_head.weight": "model.embed_tokens.weight"}
     for depth in range(config.num_nextn_predict_layers):
         stem = f"model.layers.{config.num_hidden_layers + depth}"
-        copies |= {f"{stem}.embed_tokens.weight": "model.embed_tokens.weight", f"{stem}.shared_head.head.weight": "lm_head.weight"}
+        copies |= {
+            f"{stem}.embed_tokens.weight": "model.embed_tokens.weight",
+            f"{stem}.shared_head.head.weight": "lm_head.weight",
+        }
     return copies
 
 
@@ -97,7 +100,10 @@ def shared_copies(config: ModelConfig) -> dict[str, str]:
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None, check_finite: bool = False
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    check_finite: bool = False,
 ) -> Transformer:
     """Read a Hugging Face folder; returns the model in eval mode.
 
@@ -141,7 +147,9 @@ def load(
                 done.add(name)
     missing = [name for name in where if name not in done]
     if missing:
-        raise InputError(f"{folder}: tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+        raise InputError(
+            f"{folder}: tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else "")
+        )
     return model.eval()
 
 
@@ -177,7 +185,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             raise InputError(f"{index} has no weight_map")
         for name, file in mapping.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise InputError(f"{index}: tensor {name} is said to be in {file!r}, which is not a safetensors file of this folder")
+                raise InputError(
+                    f"{index}: tensor {name} is said to be in {file!r}, which is not a safetensors file of this folder"
+                )
         for file in sorted(set(mapping.values())):
             if not (folder / file).is_file():
                 raise InputError(f"{folder / file} is missing; {INDEX} names it")
@@ -194,7 +204,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _check_names(
-    folder: Path, files: dict[str, Path], entries: dict[str, Entry | None], where: dict[str, Place], copies: dict[str, str]
+    folder: Path,
+    files: dict[str, Path],
+    entries: dict[str, Entry | None],
+    where: dict[str, Place],
+    copies: dict[str, str],
 ) -> None:
     for name, entry in entries.items():
         if entry is None:
@@ -206,7 +220,9 @@ def _check_names(
     for name in entries:
         base = name.removesuffix(SCALE_SUFFIX)
         if name not in known and not (base != name and base in known) and not name.endswith("rotary_emb.inv_freq"):
-            raise InputError(f"{files[name]}: tensor {name} is not part of this architecture; is config.json the right one?")
+            raise InputError(
+                f"{files[name]}: tensor {name} is not part of this architecture; is config.json the right one?"
+            )
 
 
 def _own_dtype(entries: dict[str, Entry | None], where: dict[str, Place]) -> torch.dtype:
@@ -223,7 +239,9 @@ def _materialize(model: Transformer, dtype: torch.dtype, device: torch.device) -
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(
-                name, torch.empty(buffer.shape, dtype=torch.float32, device=device), name not in module._non_persistent_buffers_set
+                name,
+                torch.empty(buffer.shape, dtype=torch.float32, device=device),
+                name not in module._non_persistent_buffers_set,
             )
     model.rotary = Rotary(model.config).to(device)
     if model.config.tie_word_embeddings:
@@ -246,7 +264,9 @@ def _read(
         if scale_entry is None:
             raise InputError(f"{file}: tensor {name} is FP8 but its scales {scale_name} are missing")
         if list(scale_entry.shape) != blocks:
-            raise InputError(f"{files[scale_name]}: tensor {scale_name} has shape {list(scale_entry.shape)}, expected {blocks}")
+            raise InputError(
+                f"{files[scale_name]}: tensor {scale_name} has shape {list(scale_entry.shape)}, expected {blocks}"
+            )
         if files[scale_name] == file:
             scale = shard.get_tensor(scale_name)
         else:
@@ -283,11 +303,17 @@ def write_weights(model: Transformer, folder: Path, shard_bytes: int = SHARD_BYT
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         try:
-            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in names.items()}, folder / file, {"format": "pt"})
+            save_file(
+                {name: tensor.detach().contiguous().cpu() for name, tensor in names.items()},
+                folder / file,
+                {"format": "pt"},
+            )
         except Exception as error:  # safetensors raises its own type for a full disk, which is no OSError
             if "SafetensorError" not in type(error).__name__:
                 raise
-            raise InputError(f"could not write {folder / file}: {error}; free some space or choose another place") from error
+            raise InputError(
+                f"could not write {folder / file}: {error}; free some space or choose another place"
+            ) from error
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for names in shards for tensor in names.values())

@@ -1,8 +1,8 @@
 """DeepSeek's block-scaled FP8 weights (V3 report, 3.3): one scale for each block of 128 x 128 values.
 
-    weight            float8_e4m3fn [out, in]
-    weight_scale_inv  fp32, or ue8m0 (powers of two, V3.1), [ceil(out / 128), ceil(in / 128)]
-    real value        weight * scale of its block
+weight            float8_e4m3fn [out, in]
+weight_scale_inv  fp32, or ue8m0 (powers of two, V3.1), [ceil(out / 128), ceil(in / 128)]
+real value        weight * scale of its block
 """
 
 import torch

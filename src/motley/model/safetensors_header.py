@@ -40,7 +40,9 @@ def read_header(file: Path) -> dict[str, Entry]:
             stream.seek(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else size + 1
             if length > LONGEST_HEADER and length <= size:
-                raise InputError(f"{file}: its header claims {length:,} bytes, more than the {LONGEST_HEADER:,} allowed")
+                raise InputError(
+                    f"{file}: its header claims {length:,} bytes, more than the {LONGEST_HEADER:,} allowed"
+                )
             if length > size - 8:
                 raise InputError(f"{file} is truncated or no safetensors file: {size:,} bytes cannot hold its header")
             raw = stream.read(length)
@@ -69,7 +71,9 @@ def _checked(file: Path, header: dict, data_bytes: int) -> dict[str, Entry]:
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{file}: tensor {name} is described wrongly or has an unknown dtype") from None
         if expected != end - start:
-            raise InputError(f"{file}: tensor {name} has shape {list(shape)} of {dtype} but {end - start} bytes of data")
+            raise InputError(
+                f"{file}: tensor {name} has shape {list(shape)} of {dtype} but {end - start} bytes of data"
+            )
         spans.append((start, end, name))
         entries[name] = Entry(dtype, shape)
     at = 0

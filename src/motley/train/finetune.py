@@ -10,11 +10,11 @@ from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json
+from motley.fleet.device import choose_device, compute_dtype
 from motley.fleet.probe import Machine, probe
-from motley.model.find import find_model
 from motley.model import load
+from motley.model.find import find_model
 from motley.train.config import FinetuneConfig
-from motley.train.device import choose_device, compute_dtype
 from motley.train.loop import train
 from motley.train.run import open_run
 

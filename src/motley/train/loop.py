@@ -1,8 +1,8 @@
 """The training loop both stages share.
 
-    rows at step * batch_rows ──▶ accumulate (exact gradient) ──▶ guard ──▶ clip ──▶ optimizer ──▶ router bias
-             ▲                                                      │ skip: say so, go on
-             └── position is just the step: resuming needs no more ─┘      every so often: validate, checkpoint
+rows at step * batch_rows ──▶ accumulate (exact gradient) ──▶ guard ──▶ clip ──▶ optimizer ──▶ router bias
+         ▲                                                      │ skip: say so, go on
+         └── position is just the step: resuming needs no more ─┘      every so often: validate, checkpoint
 """
 
 import signal
@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil

@@ -140,9 +140,7 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
-        raise InputError(
-            f"{path}, line {number} is not valid JSON ({error}); remove the line to go on"
-        ) from None
+        raise InputError(f"{path}, line {number} is not valid JSON ({error}); remove the line to go on") from None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
         raise InputError(f"{path}, line {number} is no record of a training run: it needs a kind and a step")
     return record

@@ -61,7 +61,11 @@ class Optimizer:
     BETAS = (0.9, 0.95)
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], kind: OptimizerName, weight_decay: float, dtype: torch.dtype
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        kind: OptimizerName,
+        weight_decay: float,
+        dtype: torch.dtype,
     ) -> None:
         named = [(name, p) for name, p in parameters if p.requires_grad]
         self.matrices = {name: p for name, p in named if kind == "muon" and is_matrix(name, p)}

@@ -10,10 +10,10 @@ from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json
+from motley.fleet.device import choose_device, compute_dtype
 from motley.fleet.probe import Machine, probe
 from motley.model import SIZES, ModelConfig, Transformer
 from motley.train.config import PretrainConfig
-from motley.train.device import choose_device, compute_dtype
 from motley.train.loop import train
 from motley.train.run import open_run
 

@@ -1,7 +1,7 @@
 """A run is a folder: what it was asked to do, and whether it is done.
 
-    runs/NAME/config.json    the settings; the same command goes on, another one is refused
-    runs/NAME/result.json    written last: the stage is complete and is not repeated
+runs/NAME/config.json    the settings; the same command goes on, another one is refused
+runs/NAME/result.json    written last: the stage is complete and is not repeated
 """
 
 import dataclasses

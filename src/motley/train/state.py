@@ -32,7 +32,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-????????") if (path / TRAINING_FACTS).is_file())
 
 
-def save_checkpoint(run: Path, model: Transformer, optimizer: Optimizer, facts: dict[str, Any], tokenizer: Tokenizer) -> Path:
+def save_checkpoint(
+    run: Path, model: Transformer, optimizer: Optimizer, facts: dict[str, Any], tokenizer: Tokenizer
+) -> Path:
     """Write the checkpoint of step facts["step"]; `facts` is every number the loop needs to go on."""
     folder = step_folder(run, facts["step"])
     with whole_folder(folder) as temporary:
@@ -67,7 +69,9 @@ def restore(folder: Path, model: Transformer, optimizer: Optimizer) -> dict[str,
     try:
         optimizer.load_state_tensors(load_file(folder / TRAINING_TENSORS))
     except KeyError as error:
-        raise InputError(f"{folder} was written by another optimizer (no state for {error}); choose another --out") from None
+        raise InputError(
+            f"{folder} was written by another optimizer (no state for {error}); choose another --out"
+        ) from None
     return facts
 
 

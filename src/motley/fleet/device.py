@@ -1,20 +1,17 @@
 """Where to compute and in which dtype: decided by rule, and said."""
 
+from typing import Literal
+
 import torch
 
 from motley.errors import InputError
-from motley.fleet.probe import Machine
-from motley.train.config import Precision
+from motley.fleet.probe import Machine, best_device
 
 
 def choose_device(wanted: str) -> torch.device:
     """`auto` takes the accelerator if there is one. Raises InputError for a device this machine lacks."""
     if wanted == "auto":
-        if torch.accelerator.is_available():
-            found = torch.accelerator.current_accelerator()
-            assert found is not None
-            return found
-        return torch.device("cpu")
+        return best_device()
     try:
         device = torch.device(wanted)
         torch.empty(1, device=device)
@@ -23,7 +20,7 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def compute_dtype(precision: Precision, machine: Machine) -> torch.dtype:
+def compute_dtype(precision: Literal["auto", "bf16", "fp32"], machine: Machine) -> torch.dtype:
     """The dtype of activations and matrix products; `auto` is what the probe measured to be faster."""
     name = machine.compute_dtype if precision == "auto" else precision
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]

@@ -1,0 +1,119 @@
+"""From generated tokens to what people read: thinking, then the answer, cut at a stop text.
+
+token ──▶ AnswerSplitter ──▶ reasoning ──────────────────▶ Piece
+                         └─▶ content ──▶ StopAtText ──▶    (and at the end: finish_reason, Usage)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from motley.data.conversation import AnswerSplitter, Message
+from motley.data.tokenizer import Tokenizer
+from motley.infer.sampler import SamplingParams
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """What every dialect of the API comes down to: a conversation whose last message asks, and how to answer it."""
+
+    messages: Sequence[Message]
+    params: SamplingParams
+    thinking: bool = True
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text as it arrives."""
+
+    reasoning: str = ""
+    content: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and said; `reasoning_tokens` are those up to and with `</think>`, and among the said ones."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+
+
+class StopAtText:
+    """Passes text on up to the first of some stop texts, wherever the pieces are cut.
+
+    What may be the beginning of a stop text is held back until the next piece decides.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to stand before any stop text; nothing once one was found."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._take(min(found))
+        return self._take(len(self._held) - self._begun())
+
+    def finish(self) -> str:
+        """What was held back: the text ended before it became a stop text."""
+        return self._take(len(self._held))
+
+    def _begun(self) -> int:
+        """Length of the longest end of the held text with which a stop text begins."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+    def _take(self, count: int) -> str:
+        taken = self._held[:count]
+        self._held = "" if self.stopped else self._held[count:]
+        return taken
+
+
+class AnswerWriter:
+    """Collects one answer token by token.
+
+    Args:
+        tokenizer: whose tokens arrive.
+        prompt_tokens: length of the prompt, for the usage.
+        request: for its stop texts (they apply to the answer, not to the thinking) and whether it begins with thinking.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, request: AnswerRequest) -> None:
+        self._splitter = AnswerSplitter(tokenizer, request.thinking)
+        self._stop = StopAtText(request.params.stop)
+        self._end = tokenizer.eos_id
+        self._prompt_tokens, self._said, self._reasoning = prompt_tokens, 0, 0
+        self.finish_reason: Literal["stop", "length"] = "length"  # until the model, or a stop text, ends the answer
+
+    @property
+    def stopped(self) -> bool:
+        return self.finish_reason == "stop"
+
+    def push(self, token: int) -> Piece:
+        self._said += 1
+        self._reasoning += self._splitter.reasoning and token != self._end
+        reasoning, content = self._splitter.push(token)
+        piece = Piece(reasoning, self._stop.push(content))
+        if token == self._end or self._stop.stopped:
+            self.finish_reason = "stop"
+        return piece
+
+    def finish(self) -> Piece:
+        """The last piece: what was held back or not completed."""
+        reasoning, content = self._splitter.finish()
+        before = self._stop.push(content)
+        return Piece(reasoning, before + ("" if self._stop.stopped else self._stop.finish()))
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self._prompt_tokens, self._said, self._reasoning)

@@ -1,0 +1,288 @@
+"""`motley serve`: one model behind an API and a page.
+
+GET  /                      the page                    GET  /v1/models
+GET  /api/about             what the page tells         POST /v1/chat/completions
+GET  /health
+"""
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+import tyro
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+from motley import __version__
+from motley.errors import InputError
+from motley.files import read_json
+from motley.infer.engine import Engine
+from motley.infer.opening import open_engine
+from motley.model.find import find_model
+from motley.plan.cost import active_parameters, parameters
+from motley.serve.guard import Guard, is_loopback
+from motley.serve.openai import ALIASES, ChatRequest, Reply, error_body, in_a_sentence, model_card
+from motley.serve.worker import Busy, Event, Worker
+
+PAGES = Path(__file__).parent / "pages"
+KEY_VARIABLE = "MOTLEY_API_KEY"
+RETRY_SECONDS = 5
+GRACE_SECONDS = 5  # for answers under way when the server is stopped
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a model: an API in OpenAI's form, and a page to talk to it."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run or a checkpoint folder."""
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but this machine needs an API key."""
+    port: int = 8321
+    """0 takes any free port."""
+    api_key: str | None = None
+    """Key that callers must send; also read from the environment variable MOTLEY_API_KEY."""
+    max_waiting: int = 16
+    """Requests that may wait while one is answered; more are told to come again."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise InputError(f"--port is {self.port}; it must be from 0 to 65535")
+        if self.max_waiting < 0:
+            raise InputError(f"--max-waiting is {self.max_waiting}; it must be at least 0")
+
+
+class EventStream(StreamingResponse):
+    """A stream that is closed, whatever ends it: so the engine is free as soon as the reader is gone."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._events.aclose()
+
+
+def create_app(
+    engine: Engine,
+    about: dict[str, Any],
+    local: bool = True,
+    api_key: str | None = None,
+    max_waiting: int = 16,
+) -> FastAPI:
+    """The application around one engine; `about` is what the page tells, its "model" the name in the API."""
+    worker, name, created = Worker(engine, max_waiting), about["model"], int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        worker.close()
+
+    app = FastAPI(title="motley", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "model": name, "waiting": worker.waiting}
+
+    @app.get("/api/about")
+    async def tell() -> dict[str, Any]:
+        return about
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_card(name, created, engine.context_length)]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        check_model(model)
+        return model_card(name, created, engine.context_length)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
+        check_model(asked.model)
+        events = worker.answer(asked.request())
+        await anext(events)  # now it stands in line, or was refused
+        reply = Reply(name)
+        if asked.stream:
+            return EventStream(reply.stream(events, bool(asked.stream_options and asked.stream_options.include_usage)))
+        answer = await unless_gone(request, events, reply)
+        return JSONResponse(answer) if answer is not None else Response(status_code=499)
+
+    def check_model(asked: str) -> None:
+        if asked != name and asked not in ALIASES:
+            raise HTTPException(404, f"there is no model {asked!a} here; this server has {name!r}")
+
+    if (PAGES / "index.html").is_file():
+        app.mount("/", StaticFiles(directory=PAGES, html=True))
+    add_error_handlers(app)
+    app.add_middleware(Guard, local=local, api_key=api_key)
+    return app
+
+
+async def unless_gone(request: Request, events: AsyncGenerator[Event, None], reply: Reply) -> dict[str, Any] | None:
+    """The whole answer, or None as soon as the caller hung up: then the engine is free for others."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, hung_up = asyncio.ensure_future(reply.whole(events)), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({answer, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else None
+    finally:
+        for task in (answer, hung_up):
+            task.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(answer, hung_up, return_exceptions=True)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every failure in OpenAI's form: {"error": {"message": one sentence, ...}}."""
+
+    def reply(status: int, message: str, kind: str, code: str | None = None, headers: Any = None) -> JSONResponse:
+        return JSONResponse(error_body(message, kind, code), status, headers)
+
+    @app.exception_handler(InputError)
+    async def input_error(_: Request, error: InputError) -> Response:
+        code = "context_length_exceeded" if "reads at most" in str(error) else None
+        return reply(400, str(error), "invalid_request_error", code)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return reply(400, ascii_only(describe_validation(error.errors()[0])), "invalid_request_error")
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        message = error.detail
+        if message == "Not Found":
+            message = f"there is nothing at {ascii_only(request.url.path)}"
+            if request.url.path == "/" and not (PAGES / "index.html").is_file():
+                message = "the page was not built; install motley with its page, or use the API under /v1"
+        if message == "Method Not Allowed":
+            message = f"{request.url.path} does not take {request.method}"
+        return reply(error.status_code, message, "invalid_request_error", headers=error.headers)
+
+    @app.exception_handler(Busy)
+    async def busy(_: Request, error: Busy) -> Response:
+        headers = {"Retry-After": str(RETRY_SECONDS)}
+        return reply(429, "too many requests are waiting; try again in a moment", "rate_limit_error", "busy", headers)
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return reply(500, in_a_sentence(error), "server_error")
+
+
+def describe_validation(error: Any) -> str:
+    """pydantic's first complaint as a sentence: where, then what."""
+    if error["type"] == "json_invalid":
+        return f"the body is not valid JSON: {error.get('ctx', {}).get('error', '')}"
+    steps = [step for step in error["loc"] if step != "body"]
+    where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
+    if error["type"] == "extra_forbidden":
+        return f"{where} is not a parameter this server knows; leave it out"
+    return f"{where or 'the body'}: {error['msg']}"
+
+
+def ascii_only(text: str) -> str:
+    """Half surrogate pairs and control characters from a caller must not break the reply."""
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def read_about(folder: Path, engine: Engine) -> dict[str, Any]:
+    """`about.json` beside the model if there is one, and what the server itself knows."""
+    told = read_json(folder / "about.json") if (folder / "about.json").is_file() else {}
+    if not isinstance(told, dict):
+        raise InputError(f"{folder / 'about.json'} is not a JSON object")
+    config = engine.model.config
+    name = folder.parent.name if folder.name in ("model", "export") or folder.name.startswith("step-") else folder.name
+    fallback = {"model": name or "model", "about": [], "prompts": [], "accuracy": None}
+    return {**fallback, **told, "parameters": parameters(config), "active_parameters": active_parameters(config),
+            "context_length": engine.context_length}  # fmt: skip
+
+
+def listen(host: str, port: int, other_ports: int = 0) -> socket.socket:
+    """A bound socket, on one of the next `other_ports` if `port` is taken. Raises InputError where none is free."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise InputError(f"--host {host} is no address of this machine: {error.strerror}") from None
+    problem: OSError | None = None
+    for candidate in range(port, min(port + other_ports, 65535) + 1):
+        bound = socket.socket(family, kind, protocol)
+        if os.name == "posix":
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((address[0], candidate))
+            bound.listen(128)
+            return bound
+        except OSError as error:
+            bound.close()
+            problem = error
+    assert problem is not None
+    raise InputError(f"cannot listen on {host} port {port}: {problem.strerror}; choose another with --port")
+
+
+class Server(uvicorn.Server):
+    """Says where it is once it really listens."""
+
+    def __init__(self, config: uvicorn.Config, address: str) -> None:
+        super().__init__(config)
+        self._address = address
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            sys.stdout.write(f"talk to it at {self._address}   (Ctrl-C stops)\n")
+            sys.stdout.flush()
+
+
+def serve(config: ServeConfig, other_ports: int = 0) -> None:
+    """Serve until stopped. Raises InputError for a model, address or port that cannot be used."""
+    api_key = config.api_key or os.environ.get(KEY_VARIABLE) or None
+    local = is_loopback(config.host)
+    if not local and api_key is None:
+        raise InputError(
+            f"--host {config.host} lets other machines in, so an API key is needed: give --api-key or set {KEY_VARIABLE}"
+        )
+    listening = listen(config.host, config.port, other_ports)
+    with listening:
+        engine = open_engine(config.model, config.device)
+        app = create_app(engine, read_about(find_model(config.model), engine), local, api_key, config.max_waiting)
+        if not (PAGES / "index.html").is_file():
+            sys.stderr.write(
+                "motley serve: the page was not built, only the API is served; `python hatch_build.py` builds it\n"
+            )
+        name, port = listening.getsockname()[:2]
+        shown = f"[{name}]" if ":" in name else name
+        address = f"http://{shown}:{port}/" + (f"?key={api_key}" if api_key else "")
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            server_header=False,
+        )
+        try:
+            Server(settings, address).run(sockets=[listening])
+        except KeyboardInterrupt:  # the way to stop it
+            sys.stdout.write("\n")

@@ -1,0 +1,133 @@
+"""`motley chat`: talk to a model in the terminal."""
+
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import tyro
+
+from motley.data.conversation import ConversationEncoder, Message
+from motley.errors import InputError
+from motley.infer.engine import Engine
+from motley.infer.opening import open_engine
+from motley.infer.sampler import SamplingParams
+from motley.serve.answer import AnswerRequest, AnswerWriter, Piece
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+HELP = "Type a message. /new forgets the conversation, /think turns thinking on or off, /quit (or Ctrl-D) ends."
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model in the terminal."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run or a checkpoint folder."""
+    thinking: bool = True
+    """Let the model think before it answers."""
+    remember: bool = True
+    """Send earlier messages along; a model that was trained on single questions does better without."""
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 1024
+    """Longest answer, thinking included."""
+    seed: int | None = None
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+class Chat:
+    """One conversation with one engine.
+
+    Args:
+        out: where answers are written as they arrive; thinking is dim if that is a terminal.
+    """
+
+    def __init__(self, engine: Engine, config: ChatConfig, out: TextIO) -> None:
+        self.engine, self.config, self.out = engine, config, out
+        self.encoder = ConversationEncoder(engine.tokenizer)
+        self.params = SamplingParams(config.temperature, config.top_p, config.max_tokens, config.seed)
+        self.thinking = config.thinking
+        self.messages: list[Message] = []
+
+    def command(self, line: str) -> str:
+        """What to tell the user after a line that begins with a slash. Raises EOFError for /quit."""
+        if line == "/quit":
+            raise EOFError
+        if line == "/new":
+            self.messages.clear()
+            return "The conversation is forgotten."
+        if line == "/think":
+            self.thinking = not self.thinking
+            return f"Thinking is {'on' if self.thinking else 'off'}."
+        return HELP
+
+    def ask(self, question: str, cancelled: threading.Event | None = None) -> None:
+        """Stream the answer to `out`; a cancelled or refused question is not remembered. Raises InputError."""
+        asked = [*(self.messages if self.config.remember else []), Message("user", question)]
+        request = AnswerRequest(asked, self.params, self.thinking)
+        prompt = self.encoder.prompt(request.messages, request.thinking)
+        writer = AnswerWriter(self.engine.tokenizer, len(prompt), request)
+        said: list[Piece] = []
+        try:
+            for token in self.engine.stream(prompt, request.params, cancelled):
+                said.append(writer.push(token))
+                self._show(said[-1], first=not any(piece.content for piece in said[:-1]))
+                if writer.stopped:
+                    break
+            said.append(writer.finish())
+            self._show(said[-1], first=not any(piece.content for piece in said[:-1]))
+        finally:
+            self._write(PLAIN if self._dims else "", "\n")
+        if cancelled is not None and cancelled.is_set():
+            self._write("(stopped; not remembered)\n")
+            return
+        if not writer.stopped:
+            self._write(f"(cut at {writer.usage.completion_tokens} tokens)\n")
+        self.messages = [*asked, Message("assistant", "".join(piece.content for piece in said))]
+
+    @property
+    def _dims(self) -> bool:
+        return self.out.isatty()
+
+    def _show(self, piece: Piece, first: bool) -> None:
+        if piece.reasoning:
+            self._write(DIM if self._dims else "", piece.reasoning)
+        if piece.content:
+            gap = "\n" if first and self.thinking else ""
+            self._write(PLAIN if self._dims else "", gap, piece.content)
+
+    def _write(self, *texts: str) -> None:
+        self.out.write("".join(texts))
+        self.out.flush()
+
+
+def chat(config: ChatConfig) -> None:
+    """Read questions from standard input, one a line, until it ends."""
+    conversation = Chat(open_engine(config.model, config.device), config, sys.stdout)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        sys.stdout.write(HELP + "\n")
+    while True:
+        try:
+            line = input("\n› " if terminal else "").strip()
+            if line.startswith("/"):
+                sys.stdout.write(conversation.command(line) + "\n")
+                continue
+        except EOFError:
+            return
+        if not line:
+            continue
+        cancelled = threading.Event()
+        before = signal.signal(signal.SIGINT, lambda *_: cancelled.set())  # Ctrl-C ends the answer, not the chat
+        try:
+            conversation.ask(line, cancelled)
+        except InputError as error:
+            if not terminal:
+                raise
+            sys.stdout.write(f"{error}\n")
+        finally:
+            signal.signal(signal.SIGINT, before)
