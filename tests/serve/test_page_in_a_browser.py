@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Dialog, Locator, Page, expect, sync_playwright
 from scripted_server import PAGES, Script, ScriptedServer
-from thinking_model import ANSWER, ENDLESS, QUESTION, THINKING, write_thinking_model
+from thinking_model import ANSWER, ENDLESS, QUESTION, THINKING
 
 pytestmark = pytest.mark.browser
 
@@ -54,9 +54,7 @@ ABOUT = {
     "defaults": {"temperature": 0.0, "max_tokens": 200},
 }
 SCRIPTS = {
-    "What is 2 + 3?": Script(
-        ["Two and ", "three: ", "2 + 3 = 5."], ["The answer is ", "**5**.\n\n", "- sure\n"], 0.05
-    ),
+    "What is 2 + 3?": Script(["Two and ", "three: ", "2 + 3 = 5."], ["The answer is ", "**5**.\n\n", "- sure\n"], 0.05),
     "Talk for ever": Script(["Hm. "], [f"word{n} " for n in range(2000)], 0.02),
     "Think for ever": Script([f"thought{n} " for n in range(2000)], ["never"], 0.02),
     "Stop in the middle": Script([], ["This is only half of"], breaks=True),
@@ -82,14 +80,13 @@ def scripted(chromium: str) -> Iterator[ScriptedServer]:
 
 
 @pytest.fixture(scope="module")
-def real(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def real(chromium: str, thinking_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of `motley serve` with a model that was trained a moment ago."""
-    folder = tmp_path_factory.mktemp("thinking-model") / "model"
-    write_thinking_model(folder)
+    folder = thinking_model
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = folder.parent / "server.log"
+    log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("w") as output:
         command = [sys.executable, "-m", "motley", "serve", str(folder), "--port", str(port)]
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -148,9 +145,7 @@ def answers(page: Page) -> Locator:
     return page.locator("article.answer")
 
 
-def test_a_question_typed_into_motley_serve_is_answered_with_visible_thinking(
-    browser: Browser, real: str
-) -> None:
+def test_a_question_typed_into_motley_serve_is_answered_with_visible_thinking(browser: Browser, real: str) -> None:
     with opened(browser, real) as page:
         expect(page.get_by_text("It learned two questions by heart")).to_be_visible()
         ask(page, QUESTION)
@@ -183,9 +178,7 @@ def test_motley_serve_sends_the_page_with_a_strict_policy(real: str) -> None:
     assert "unsafe" not in policy
 
 
-def test_thinking_is_open_while_it_streams_and_folds_away_when_done(
-    browser: Browser, scripted: ScriptedServer
-) -> None:
+def test_thinking_is_open_while_it_streams_and_folds_away_when_done(browser: Browser, scripted: ScriptedServer) -> None:
     with opened(browser, scripted.address) as page:
         ask(page, "What is 2 + 3?")
         thinking = page.get_by_role("button", name="Thinking…")
@@ -195,9 +188,7 @@ def test_thinking_is_open_while_it_streams_and_folds_away_when_done(
         thought = page.get_by_role("button", name=re.compile(r"Thought for \d+\.\d+\ss"))
         expect(thought).to_have_attribute("aria-expanded", "false")
         expect(answers(page).locator("strong")).to_have_text("5")
-        expect(answers(page).locator("footer")).to_contain_text(
-            re.compile(r"6\stokens · \d+(\.\d)?\stokens/s")
-        )
+        expect(answers(page).locator("footer")).to_contain_text(re.compile(r"6\stokens · \d+(\.\d)?\stokens/s"))
         thought.click()
         expect(page.get_by_text("Two and three: 2 + 3 = 5.")).to_be_visible()
         sent = scripted.requests[-1]
@@ -232,9 +223,7 @@ def test_stopping_frees_the_server_and_keeps_what_was_said(
         expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
-def test_stopped_thinking_stays_in_sight_and_one_can_ask_again(
-    browser: Browser, scripted: ScriptedServer
-) -> None:
+def test_stopped_thinking_stays_in_sight_and_one_can_ask_again(browser: Browser, scripted: ScriptedServer) -> None:
     with opened(browser, scripted.address) as page:
         ask(page, "Think for ever")
         expect(page.get_by_text("thought5")).to_be_visible()
@@ -250,9 +239,7 @@ def test_stopped_thinking_stays_in_sight_and_one_can_ask_again(
         assert scripted.requests[-1]["messages"] == [{"role": "user", "content": "Think for ever"}]
 
 
-def test_earlier_answers_are_sent_along_without_their_thinking(
-    browser: Browser, scripted: ScriptedServer
-) -> None:
+def test_earlier_answers_are_sent_along_without_their_thinking(browser: Browser, scripted: ScriptedServer) -> None:
     with opened(browser, scripted.address) as page:
         ask(page, "What is 2 + 3?")
         expect(answers(page).locator("footer")).to_be_visible()
@@ -285,9 +272,7 @@ def test_failures_are_said_in_one_sentence(browser: Browser, scripted: ScriptedS
         expect(answers(page).get_by_text("longer than the model can read; start a new chat.")).to_be_visible()
         ask(page, "Stop in the middle")
         expect(answers(page).get_by_text("This is only half of")).to_be_visible()
-        expect(
-            answers(page).get_by_text("The connection broke before the answer was complete")
-        ).to_be_visible()
+        expect(answers(page).get_by_text("The connection broke before the answer was complete")).to_be_visible()
 
 
 def test_a_server_that_is_gone_is_named(browser: Browser) -> None:
@@ -365,9 +350,7 @@ def test_everything_one_can_operate_has_a_name_and_works_by_keyboard(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_a_phone_in_both_colour_schemes(
-    browser: Browser, scripted: ScriptedServer, scheme: str
-) -> None:
+def test_the_page_fits_a_phone_in_both_colour_schemes(browser: Browser, scripted: ScriptedServer, scheme: str) -> None:
     options = {
         "viewport": {"width": 360, "height": 640},
         "color_scheme": scheme,

@@ -29,9 +29,8 @@ from motley.files import read_json, write_json
 from motley.fleet.probe import Machine, describe, probe
 from motley.journey.about import about
 from motley.journey.plan import DemoPlan, make_plan
-from motley.journey.show import stage_line, times_table, welcome
+from motley.journey.show import outcome, stage_line, times_table, welcome
 from motley.plan.cost import active_parameters, kv_cache_bytes_per_token, parameters
-from motley.progress import in_words
 from motley.train.finetune import finetune
 from motley.train.pretrain import pretrain
 
@@ -119,6 +118,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     machine, plan = _planned(journey, config, console)
     facts = _stages(journey, config, machine, plan, console)
     console.print(times_table(journey.facts["stages"]))
+    console.print(outcome(facts))
     if config.serve:
         _serve(config, console)
     return facts
@@ -128,7 +128,8 @@ def _planned(journey: Journey, config: DemoConfig, console: Console) -> tuple[Ma
     """Measure and plan once; a resumed demo keeps its plan, or training would not be the same."""
     if "plan" in journey.facts:
         machine, plan = Machine.from_dict(journey.facts["machine"]), DemoPlan.from_json(journey.facts["plan"])
-        console.print(welcome(describe(machine), plan, resumed=True))
+        seconds = _times(journey.facts["stages"])["predicted_seconds"]
+        console.print(welcome(describe(machine), plan, seconds, resumed=True))
         return machine, plan
     started = time.monotonic()
     with console.status("measuring this machine"):
@@ -140,7 +141,7 @@ def _planned(journey: Journey, config: DemoConfig, console: Console) -> tuple[Ma
     stages += [{"name": name, "title": title, "predicted_seconds": plan.seconds[name], "seconds": None, "spent": 0.0,
                 "folder": folder, "result": None} for name, title, folder in STAGES]  # fmt: skip
     journey.save(machine=asdict(machine), plan=plan.to_json(), stages=stages)
-    console.print(welcome(describe(machine), plan, resumed=False))
+    console.print(welcome(describe(machine), plan, seconds + sum(plan.seconds.values()), resumed=False))
     return machine, plan
 
 
@@ -207,7 +208,7 @@ def _stages(journey: Journey, config: DemoConfig, machine: Machine, plan: DemoPl
 def _times(stages: list[dict[str, Any]]) -> dict[str, float]:
     return {
         "predicted_seconds": sum(stage["predicted_seconds"] for stage in stages),
-        "seconds": sum(stage["seconds"] for stage in stages),
+        "seconds": sum(stage["seconds"] or 0.0 for stage in stages),
     }
 
 
@@ -219,12 +220,5 @@ def _serve(config: DemoConfig, console: Console) -> None:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The last lines a user sees."""
-    problems = result["problems"]
-    error = (result["seconds"] / result["predicted_seconds"] - 1) * 100
-    return (
-        f"answered {problems['accuracy']:.1%} of {problems['count']} fresh problems right "
-        f"(standard error {problems['standard_error']:.1%})\n"
-        f"predicted {in_words(result['predicted_seconds'])}, took {in_words(result['seconds'])} ({error:+.0f} %)\n"
-        f"report {result['report']}   model {result['model']}"
-    )
+    """What standard output keeps; the rest was shown on the way."""
+    return f"report {result['report']}   model {result['model']}"

@@ -11,7 +11,7 @@ from motley.plan.cost import active_parameters, parameters
 from motley.progress import in_words
 
 
-def welcome(machine: str, plan: DemoPlan, resumed: bool) -> RenderableType:
+def welcome(machine: str, plan: DemoPlan, seconds: float, resumed: bool) -> RenderableType:
     """The machine, what will be trained on it, and how long each part should take."""
     shape = plan.shape(plan.vocab_size)
     lines = [
@@ -20,7 +20,7 @@ def welcome(machine: str, plan: DemoPlan, resumed: bool) -> RenderableType:
         f"{active_parameters(shape) / 1e6:.1f} M active for each token.",
         f"Pretraining on {plan.pretrain_tokens / 1e6:.1f} M tokens of text, fine-tuning on "
         f"{plan.finetune_tokens / 1e6:.1f} M tokens of {plan.problems:,} problems with thinking.",
-        f"It should take {in_words(sum(plan.seconds.values()))}.",
+        f"It should take {in_words(seconds)}.",
     ]
     title = "motley demo (going on where it stopped)" if resumed else "motley demo"
     return Panel(Group(*lines), title=title, title_align="left")
@@ -45,3 +45,17 @@ def times_table(stages: list[dict[str, Any]]) -> Table:
     predicted, actual = (sum(stage[key] for stage in stages) for key in ("predicted_seconds", "seconds"))
     table.add_row("[bold]all", f"[bold]{in_words(predicted)}", f"[bold]{in_words(actual)}")
     return table
+
+
+def outcome(facts: dict[str, Any]) -> RenderableType:
+    """What came of it: measured answers, the promise about time held against the clock, where everything lies."""
+    problems = facts["problems"]
+    off = facts["seconds"] / facts["predicted_seconds"] - 1
+    lines = [
+        f"[bold]{problems['accuracy']:.1%}[/] of {problems['count']} fresh problems answered right "
+        f"(standard error {problems['standard_error']:.1%}); {facts['text']['bits_per_byte']:.2f} bits per byte of text.",
+        f"Predicted {in_words(facts['predicted_seconds'])}, took [bold]{in_words(facts['seconds'])}[/] ({off:+.0%}).",
+        f"Report: {facts['report']}",
+        f"Model for other tools: {facts['model']}",
+    ]
+    return Panel(Group(*lines), title="done", title_align="left")

@@ -40,7 +40,7 @@ class Usage:
 
 
 class StopAtText:
-    """Passes text on up to the first of some stop texts, wherever the pieces are cut.
+    """Passes text on up to the first of some stop texts (the one that is complete first), wherever the pieces are cut.
 
     What may be the beginning of a stop text is held back until the next piece decides.
     """
@@ -55,10 +55,10 @@ class StopAtText:
         if self.stopped:
             return ""
         self._held += text
-        found = [index for stop in self._stops if (index := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._take(min(found))
+            return self._take(min(found)[1])
         return self._take(len(self._held) - self._begun())
 
     def finish(self) -> str:

@@ -1,0 +1,121 @@
+"""`motley serve` and `motley chat` as a user runs them."""
+
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from thinking_model import ANSWER, ENDLESS, QUESTION, THINKING
+
+from motley.errors import InputError
+from motley.infer.opening import open_engine
+from motley.serve.app import ServeConfig, listen, serve
+from motley.serve.chat import Chat, ChatConfig
+
+MOTLEY = [sys.executable, "-m", "motley"]
+
+
+def test_serve_says_its_address_once_it_listens_and_ends_quietly_on_ctrl_c(thinking_model: Path) -> None:
+    server = subprocess.Popen(
+        [*MOTLEY, "serve", str(thinking_model), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    assert server.stderr is not None
+    line = server.stdout.readline()
+    found = re.search(r"http://127\.0\.0\.1:\d+/", line)
+    assert found, line + server.stderr.read()
+    about = httpx.get(found[0] + "api/about").json()
+    assert (about["model"], about["context_length"]) == ("little", 4096)
+    assert about["prompts"][0]["text"] == QUESTION
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=30) == 0
+    assert server.stderr.read() == ""
+
+
+def test_a_port_that_is_taken_is_named_or_passed_over() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=rf"cannot listen on 127\.0\.0\.1 port {port}: .* --port"):
+            listen("127.0.0.1", port)
+        with listen("127.0.0.1", port, other_ports=20) as other:
+            assert port < other.getsockname()[1] <= port + 20
+
+
+def test_other_machines_are_let_in_only_with_a_key(thinking_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOTLEY_API_KEY", raising=False)
+    with pytest.raises(InputError, match="API key"):
+        serve(ServeConfig(thinking_model, host="0.0.0.0", port=0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serve", "nowhere"], "nowhere is not a folder"),
+        (["serve", ".", "--port", "99999"], "--port is 99999"),
+        (["chat", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = subprocess.run([*MOTLEY, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_host_that_is_not_of_this_machine_is_named() -> None:
+    with pytest.raises(InputError, match="host"), listen("no.such.host.invalid", 0) as bound:
+        assert isinstance(bound, socket.socket)
+
+
+def test_chat_reads_questions_from_standard_input(thinking_model: Path) -> None:
+    asked = f"{QUESTION}\n/think\n{QUESTION}\n"
+    done = subprocess.run(
+        [*MOTLEY, "chat", str(thinking_model), "--temperature", "0", "--no-remember"],
+        input=asked, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{THINKING}\n{ANSWER}\nThinking is off.\n{ANSWER}\n"
+
+
+@pytest.fixture
+def chat(thinking_model: Path) -> Chat:
+    config = ChatConfig(thinking_model, temperature=0, max_tokens=60)
+    return Chat(open_engine(thinking_model, "cpu"), config, io.StringIO())
+
+
+def said(chat: Chat) -> str:
+    assert isinstance(chat.out, io.StringIO)
+    return chat.out.getvalue()
+
+
+def test_chat_remembers_until_told_to_forget(chat: Chat) -> None:
+    chat.ask(QUESTION)
+    assert [message.role for message in chat.messages] == ["user", "assistant"]
+    assert chat.messages[1].content == ANSWER
+    chat.command("/new")
+    assert chat.messages == []
+    with pytest.raises(EOFError):
+        chat.command("/quit")
+
+
+def test_a_stopped_answer_is_not_remembered(chat: Chat) -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    chat.ask(ENDLESS, cancelled)
+    assert "stopped" in said(chat)
+    assert chat.messages == []
+
+
+def test_a_cut_answer_says_so(chat: Chat) -> None:
+    chat.ask(ENDLESS)
+    assert said(chat).endswith("(cut at 60 tokens)\n")
