@@ -23,10 +23,10 @@ import torch
 
 from motley.data.pack import DataConfig, prepare
 from motley.data.stream import Batch, TokenStream
+from motley.fleet.device import choose_device, compute_dtype
 from motley.fleet.probe import describe, probe
 from motley.model import SIZES, ModelConfig, Transformer
 from motley.plan.cost import training_flops_per_token
-from motley.fleet.device import choose_device, compute_dtype
 from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
 
@@ -63,7 +63,8 @@ def transformers_step(config: ModelConfig, device: torch.device, experts: str) -
 
     values = {name: value for name, value in config.to_hf().items() if name not in ("architectures", "model_type")}
     torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**values)).to(device).float()
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**values))
+    model.to(device=device, dtype=torch.float32)
     model.set_experts_implementation(experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
@@ -104,7 +105,12 @@ class Side:
         return rate
 
     def result(self) -> dict[str, float]:
-        return {"median": statistics.median(self.rates), "least": min(self.rates), "most": max(self.rates), "loss": self.loss}
+        return {
+            "median": statistics.median(self.rates),
+            "least": min(self.rates),
+            "most": max(self.rates),
+            "loss": self.loss,
+        }
 
 
 def race(warm_up: int, turns: int, steps: int) -> dict[str, Any]:
@@ -142,11 +148,11 @@ def race(warm_up: int, turns: int, steps: int) -> dict[str, Any]:
         "ratio_with_the_same_optimizer": ours_adamw["median"] / theirs["median"],
         "share_of_peak": ours["median"] * flops / peak,
         "share_of_peak_transformers": theirs["median"] * flops / peak,
-        "tokens_per_second": {side.name: result for side, result in zip(sides, (ours, ours_adamw, theirs), strict=True)},
+        "tokens_per_second": dict(zip((side.name for side in sides), (ours, ours_adamw, theirs), strict=True)),
         "settings": {
             "machine": describe(machine), "dtype": machine.compute_dtype, "peak_gflops": peak / 1e9,
-            "training_flops_per_token": flops, "rows": ROWS, "seq_len": SEQ_LEN, "warm_up_steps": warm_up, "turns": turns,
-            "steps_a_turn": steps, "expert_implementations_tried": trial_rates, "torch": torch.__version__,
+            "training_flops_per_token": flops, "rows": ROWS, "seq_len": SEQ_LEN, "warm_up_steps": warm_up,
+            "turns": turns, "steps_a_turn": steps, "expert_implementations_tried": trial_rates, "torch": torch.__version__,
             "config": config.to_hf(),
         },
     }  # fmt: skip
@@ -155,12 +161,14 @@ def race(warm_up: int, turns: int, steps: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     lines = [result["settings"]["machine"], "", f"{'training step':<42} {'tokens/s':>9}   range over turns   last loss"]
     for name, side in result["tokens_per_second"].items():
-        lines.append(f"{name:<42} {side['median']:9,.0f}   {side['least']:,.0f} … {side['most']:,.0f}   {side['loss']:.3f}")
+        lines.append(
+            f"{name:<42} {side['median']:9,.0f}   {side['least']:,.0f} … {side['most']:,.0f}   {side['loss']:.3f}"
+        )
     lines += [
         "",
         f"ratio to transformers {result['ratio_to_transformers']:.2f} "
         f"(with the same optimizer {result['ratio_with_the_same_optimizer']:.2f})",
-        f"share of the measured {result['settings']['dtype']} peak of {result['settings']['peak_gflops']:,.0f} GFLOP/s: "
+        f"share of the {result['settings']['dtype']} peak measured, {result['settings']['peak_gflops']:,.0f} GFLOP/s: "
         f"{result['share_of_peak']:.1%}, transformers {result['share_of_peak_transformers']:.1%}",
     ]
     return "\n".join(lines)

@@ -33,7 +33,8 @@ COMMANDS: dict[str, Command] = {
         "motley.journey.demo:demo", "motley.journey.demo:DemoConfig", "motley.journey.demo:summary",
     ),
     "fleet": Command(
-        "measure this machine", "motley.fleet.command:fleet", "motley.fleet.command:FleetConfig", "motley.fleet.command:summary",
+        "measure this machine",
+        "motley.fleet.command:fleet", "motley.fleet.command:FleetConfig", "motley.fleet.command:summary",
     ),
     "data": Command(
         "prepare text: read, clean, deduplicate, tokenize, pack",
@@ -61,7 +62,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command(
         "draw a run as one page",
-        "motley.evaluate.command:report", "motley.evaluate.command:ReportConfig", "motley.evaluate.command:report_summary",
+        "motley.evaluate.command:report", "motley.evaluate.command:ReportConfig",
+        "motley.evaluate.command:report_summary",
     ),
     "chat": Command("talk to a model in the terminal", "motley.serve.chat:chat", "motley.serve.chat:ChatConfig"),
     "serve": Command("serve a model and its page", "motley.serve.app:serve", "motley.serve.app:ServeConfig"),

@@ -50,7 +50,7 @@ class Progress:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._rich.add_task(title, total=total, completed=done, rate="", values="")
+            self._task = self._rich.add_task(title, total=total, completed=int(done), rate="", values="")
 
     def __enter__(self) -> Self:
         if self._rich:

@@ -146,7 +146,7 @@ def _countdown_entries(seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _countdown(entry: dict[str, Any]) -> Worked:
-    """Try the signs one after another, in two steps each, until the target is met: `7+16=23 23+17=40 no 23-17=6 yes`."""
+    """Try the signs one after another, in two steps each, until one fits: `7+16=23 23+17=40 no 23-17=6 yes`."""
     (a, b, c), target = entry["metadata"]["numbers"], entry["metadata"]["target"]
     wordings = (
         f"Make {target} from {a}, {b} and {c} with + and -.",
@@ -169,7 +169,7 @@ def _countdown(entry: dict[str, Any]) -> Worked:
 
 
 def _number_sorting(entry: dict[str, Any]) -> Worked:
-    """Take the smallest (largest) of what is left, again and again: `14 | 81 55` says 14 is taken, 81 and 55 are left."""
+    """Take the smallest (largest) of what is left, again and again: `14 | 81 55` is 14 taken, 81 and 55 left."""
     direction = entry["metadata"]["direction"]
     left = [int(float(number)) for number in entry["metadata"]["original_numbers"]]
     numbers = ", ".join(map(str, left))
@@ -340,7 +340,7 @@ def score(problem: Problem, answer: str) -> float:
 
 @cache
 def _scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
-    return reasoning_gym.get_score_answer_fn(name)
+    return reasoning_gym.get_score_answer_fn(name)  # pyright: ignore[reportReturnType] (annotated without arguments)
 
 
 def conversation(problem: Problem) -> tuple[Message, Message]:

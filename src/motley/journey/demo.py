@@ -71,9 +71,10 @@ class Journey:
         if self.file.is_file():
             self.facts = read_json(self.file)
             for name, value in asked.items():
-                if self.facts["asked"].get(name) != value:
+                before = self.facts["asked"].get(name)
+                if before != value:
                     raise InputError(
-                        f"{folder} holds a demo with {name}={self.facts['asked'].get(name)!r}, now asked for {value!r}; "
+                        f"{folder} holds a demo with {name}={before!r}, now asked for {value!r}; "
                         "choose another --out, or remove the folder to begin again"
                     )
 
@@ -192,7 +193,8 @@ def _stages(journey: Journey, config: DemoConfig, machine: Machine, plan: DemoPl
         shape = plan.shape(read_json(exported / "config.json")["vocab_size"])
         journey.save(
             model={"name": plan.size, "config": shape.to_hf(), "parameters": parameters(shape),
-                   "active_parameters": active_parameters(shape), "kv_bytes_per_token": kv_cache_bytes_per_token(shape)},
+                   "active_parameters": active_parameters(shape),
+                   "kv_bytes_per_token": kv_cache_bytes_per_token(shape)},
             data=journey.stage("data")["result"], results=journey.stage("eval")["result"],
         )  # fmt: skip
         return {"report": str(write_report(out, out / "report.html"))}

@@ -53,7 +53,8 @@ def outcome(facts: dict[str, Any]) -> RenderableType:
     off = facts["seconds"] / facts["predicted_seconds"] - 1
     lines = [
         f"[bold]{problems['accuracy']:.1%}[/] of {problems['count']} fresh problems answered right "
-        f"(standard error {problems['standard_error']:.1%}); {facts['text']['bits_per_byte']:.2f} bits per byte of text.",
+        f"(standard error {problems['standard_error']:.1%}); "
+        f"text takes {facts['text']['bits_per_byte']:.2f} bits per byte.",
         f"Predicted {in_words(facts['predicted_seconds'])}, took [bold]{in_words(facts['seconds'])}[/] ({off:+.0%}).",
         f"Report: {facts['report']}",
         f"Model for other tools: {facts['model']}",

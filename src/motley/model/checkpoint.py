@@ -170,7 +170,8 @@ def _fp8_block(folder: Path, values: dict[str, Any]) -> tuple[int, int]:
     method = quantization.get("quant_method")
     if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3":
         raise InputError(
-            f"{folder / CONFIG}: quantization {method!r} is not supported; DeepSeek's block-scaled fp8 (e4m3), bf16, fp16 and fp32 are"
+            f"{folder / CONFIG}: quantization {method!r} is not supported; "
+            "DeepSeek's block-scaled fp8 (e4m3), bf16, fp16 and fp32 are"
         )
     rows, columns = quantization.get("weight_block_size", (128, 128))
     return int(rows), int(columns)

@@ -112,7 +112,7 @@ class ModelConfig:
 
         Raises InputError for another architecture or a setting this code does not compute.
         """
-        kind = values.get("model_type")
+        kind = str(values.get("model_type"))
         kind = {"kimi_k2": "deepseek_v3"}.get(kind, kind)  # Kimi-K2 publishes the V3 architecture under its own name
         if kind not in ARCHITECTURES:
             raise InputError(

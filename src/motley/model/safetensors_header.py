@@ -83,7 +83,8 @@ def _checked(file: Path, header: dict, data_bytes: int) -> dict[str, Entry]:
         at = end
     if at > data_bytes:
         raise InputError(
-            f"{file} is truncated: tensor {max(spans)[2]} needs {at:,} bytes of data, the file holds {data_bytes:,}; fetch it again"
+            f"{file} is truncated: tensor {max(spans)[2]} needs {at:,} bytes of data, "
+            f"the file holds {data_bytes:,}; fetch it again"
         )
     if at < data_bytes:
         raise InputError(f"{file} has {data_bytes - at:,} trailing bytes after its last tensor; fetch it again")

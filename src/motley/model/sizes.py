@@ -1,8 +1,15 @@
 """Named sizes: three of our own that fit small machines, and published shapes under their published values."""
 
+from typing import Any
+
 from motley.model.config import ModelConfig, Yarn
 
-_SMALL_CONTEXT = {"max_position_embeddings": 4096, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_SMALL_CONTEXT: dict[str, Any] = {
+    "max_position_embeddings": 4096,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 
 SIZES: dict[str, ModelConfig] = {
     # minutes on two CPU cores

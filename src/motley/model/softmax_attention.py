@@ -29,7 +29,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | No
     """softmax(q k^T * scale) v, each query seeing only what it may.
 
     Args:
-        q, k: [batch, heads, seq, qk_head_dim] and [batch, heads, held, qk_head_dim].
+        q: [batch, heads, seq, qk_head_dim].
+        k: [batch, heads, held, qk_head_dim].
         v: [batch, heads, held, v_head_dim].
         scale: factor of the scores.
         documents: [batch, seq] or None; attention stays within equal numbers.
@@ -92,7 +93,7 @@ class _BlockedAttention(torch.autograd.Function):
             here = grad[:, start:end]
             grad_v[:, :end] += torch.bmm(probabilities.transpose(1, 2), here)
             upstream = torch.bmm(here, v[:, :end].transpose(1, 2))
-            scores = torch._softmax_backward_data(upstream, probabilities, -1, probabilities.dtype)
+            scores = torch._softmax_backward_data(upstream, probabilities, -1, probabilities.dtype)  # pyright: ignore[reportPrivateImportUsage]
             grad_q[:, start:end] = torch.bmm(scores, k[:, :end])
             grad_k[:, :end] += torch.bmm(scores.transpose(1, 2), q[:, start:end])
             start = end

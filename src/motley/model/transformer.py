@@ -1,6 +1,7 @@
 """The whole network: embedding, blocks, final norm, head, MTP modules."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -141,9 +142,10 @@ class Transformer(nn.Module):
     def _where(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None) -> Where:
         seq = input_ids.shape[1]
         positions = torch.arange(seq, device=input_ids.device)[None] if cache is None else cache.positions(seq)
-        return Where(positions, *self.rotary(positions, self.dtype), documents)
+        cos, sin = self.rotary(positions, self.dtype)
+        return Where(positions, cos, sin, documents)
 
-    def _run(self, module: nn.Module, *inputs) -> tuple[Tensor, Routing | None]:
+    def _run(self, module: nn.Module, *inputs: Any) -> tuple[Tensor, Routing | None]:
         if self.recompute and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(module, *inputs, use_reentrant=False)  # pyright: ignore
         return module(*inputs)

@@ -262,7 +262,8 @@ def serve(config: ServeConfig, other_ports: int = 0) -> None:
     local = is_loopback(config.host)
     if not local and api_key is None:
         raise InputError(
-            f"--host {config.host} lets other machines in, so an API key is needed: give --api-key or set {KEY_VARIABLE}"
+            f"--host {config.host} lets other machines in, so an API key is needed: "
+            f"give --api-key or set {KEY_VARIABLE}"
         )
     listening = listen(config.host, config.port, other_ports)
     with listening:

@@ -3,6 +3,8 @@
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -121,13 +123,21 @@ def chat(config: ChatConfig) -> None:
             return
         if not line:
             continue
-        cancelled = threading.Event()
-        before = signal.signal(signal.SIGINT, lambda *_: cancelled.set())  # Ctrl-C ends the answer, not the chat
         try:
-            conversation.ask(line, cancelled)
+            with ctrl_c_ends_the_answer() as cancelled:
+                conversation.ask(line, cancelled)
         except InputError as error:
             if not terminal:
                 raise
             sys.stdout.write(f"{error}\n")
-        finally:
-            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def ctrl_c_ends_the_answer() -> Iterator[threading.Event]:
+    """Within the block, Ctrl-C sets the event instead of ending the chat."""
+    cancelled = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: cancelled.set())
+    try:
+        yield cancelled
+    finally:
+        signal.signal(signal.SIGINT, before)

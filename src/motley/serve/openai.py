@@ -100,11 +100,12 @@ class ChatRequest(BaseModel):
 
     def refuse_what_is_missing(self) -> None:
         """Raises InputError naming the first thing asked for that this server cannot do."""
+        form = (self.response_format or {}).get("type")
         wants = {
             f"n = {self.n}": self.n not in (None, 1),
             "logprobs": bool(self.logprobs) or bool(self.top_logprobs),
             "tools": bool(self.tools) or bool(self.functions),
-            f"response_format {(self.response_format or {}).get('type')!r}": self.response_format not in (None, {"type": "text"}),
+            f"response_format {form!r}": form not in (None, "text"),
             "frequency_penalty": bool(self.frequency_penalty),
             "presence_penalty": bool(self.presence_penalty),
             "logit_bias": bool(self.logit_bias),

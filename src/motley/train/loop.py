@@ -124,12 +124,13 @@ def _step(
     return losses, norm, reason
 
 
-def _numbers(losses: StepLosses, norm: float, config: TrainingConfig, step: int, rate: float) -> dict[str, float]:
+def _numbers(losses: StepLosses, norm: float, config: TrainingConfig, step: int, rate: float) -> dict[str, Any]:
     scale = factor(step - 1, config.steps, config.schedule, config.warmup_steps, config.decay_share, config.final_share)
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
     return {
         "loss": losses.main, "mtp_loss": losses.mtp, "balance_loss": losses.balance,
         "learning_rate": config.learning_rate * scale, "grad_norm": norm, "tokens_per_second": rate,
-        "memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss,
+        "memory_bytes": memory,
     }  # fmt: skip
 
 

@@ -72,6 +72,6 @@ def summary(result: dict[str, Any]) -> str:
     """A finished training stage in one line."""
     return (
         f"{result['out']}: {result['step']:,} steps, {result['tokens']:,} tokens in {in_words(result['seconds'])}; "
-        f"best held-out loss {result['best_loss']:.3f} nats per token ({result['best_bits_per_byte']:.3f} bits per byte) "
-        f"at step {result['best_step']:,}"
+        f"best held-out loss {result['best_loss']:.3f} nats per token "
+        f"({result['best_bits_per_byte']:.3f} bits per byte) at step {result['best_step']:,}"
     )

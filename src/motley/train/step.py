@@ -55,7 +55,9 @@ def accumulate(model: Transformer, batch: Batch, micro_batch: int, weights: Loss
     """Add the gradient of the whole step's loss to the parameters' .grad.
 
     Args:
+        model: what is trained.
         batch: all rows of the step.
+        weights: of the parts of the loss.
         micro_batch: rows computed at a time (memory); does not change the result.
         confined: attention stays within documents.
     """
