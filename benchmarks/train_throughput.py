@@ -63,8 +63,8 @@ def transformers_step(config: ModelConfig, device: torch.device, experts: str) -
 
     values = {name: value for name, value in config.to_hf().items() if name not in ("architectures", "model_type")}
     torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**values))
-    model.to(device=device, dtype=torch.float32)
+    with device:
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**values))
     model.set_experts_implementation(experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
@@ -152,7 +152,8 @@ def race(warm_up: int, turns: int, steps: int) -> dict[str, Any]:
         "settings": {
             "machine": describe(machine), "dtype": machine.compute_dtype, "peak_gflops": peak / 1e9,
             "training_flops_per_token": flops, "rows": ROWS, "seq_len": SEQ_LEN, "warm_up_steps": warm_up,
-            "turns": turns, "steps_a_turn": steps, "expert_implementations_tried": trial_rates, "torch": torch.__version__,
+            "turns": turns, "steps_a_turn": steps, "expert_implementations_tried": trial_rates,
+            "torch": torch.__version__,
             "config": config.to_hf(),
         },
     }  # fmt: skip
