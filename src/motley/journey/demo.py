@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 
 from motley.data.pack import DataConfig, prepare
+from motley.data.sources import list_files
 from motley.data.tasks import FAMILIES, make_problems, write_jsonl
 from motley.errors import InputError
 from motley.evaluate.command import EvalConfig, evaluate
@@ -114,6 +115,7 @@ class Journey:
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Run, or go on with, the whole journey; returns what it amounts to."""
     console = Console(stderr=True)
+    list_files(config.data)  # a path that cannot be read is said before anything is measured
     asked = {"data": list(config.data), "minutes": config.minutes, "seed": config.seed}
     journey = Journey(config.out, asked)
     machine, plan = _planned(journey, config, console)
