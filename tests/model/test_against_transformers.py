@@ -25,6 +25,9 @@ def random_config(kind: str, seed: int) -> dict[str, Any]:
     experts = groups * chance.choice([2, 3, 4])
     topk_group = chance.randint(1, groups)
     layers = chance.choice([2, 3, 4])
+    normalised = kind == "v3" and chance.choice([True, False])  # transformers does not read norm_topk_prob for V2
+    # one expert whose weight is normalised to 1 leaves the router without a gradient: nothing to compare
+    fewest = 2 if normalised else 1
     values: dict[str, Any] = {
         "vocab_size": chance.choice([61, 128]),
         "hidden_size": chance.choice([32, 48, 64]),
@@ -40,11 +43,11 @@ def random_config(kind: str, seed: int) -> dict[str, Any]:
         "v_head_dim": chance.choice([8, 16, 24]),
         "n_routed_experts": experts,
         "n_shared_experts": chance.choice([1, 2]),
-        "num_experts_per_tok": chance.randint(1, experts // groups * topk_group),
+        "num_experts_per_tok": chance.randint(fewest, experts // groups * topk_group),
         "n_group": groups,
         "topk_group": topk_group,
         "first_k_dense_replace": chance.randint(0, layers - 1),
-        "norm_topk_prob": chance.choice([True, False]),
+        "norm_topk_prob": normalised,
         "routed_scaling_factor": chance.choice([1.0, 2.5, 16.0]),
         "rms_norm_eps": chance.choice([1e-5, 1e-6]),
         "max_position_embeddings": 256,
@@ -63,9 +66,10 @@ def random_config(kind: str, seed: int) -> dict[str, Any]:
             "mscale": mscale,
             "mscale_all_dim": chance.choice([mscale, 1.0]),
         }
-    if kind == "v2":
+    if kind == "v3":
+        values["num_nextn_predict_layers"] = 0
+    else:
         values["topk_method"] = chance.choice(["greedy", "group_limited_greedy"])
-        values["norm_topk_prob"] = False  # transformers does not read it for V2
     return values
 
 
@@ -79,7 +83,7 @@ def reference(kind: str, values: dict[str, Any], seed: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.15, generator=generator)
+            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.1, generator=generator)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.2, generator=generator)
@@ -87,6 +91,7 @@ def reference(kind: str, values: dict[str, Any], seed: int) -> torch.nn.Module:
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.detach(), expected.detach()
     scale = expected.abs().max()
     return float((found - expected).abs().max() / scale) if scale > 0 else float(found.abs().max())
 
@@ -139,10 +144,8 @@ def test_the_sweep_reaches_everything_it_is_for() -> None:
         ),
         "groups in V3": any(kind == "v3" and values["topk_group"] < values["n_group"] for kind, values in configs),
         "groups in V2": any(
-            kind == "v2"
-            and values["topk_method"] == "group_limited_greedy"
-            and values["topk_group"] < values["n_group"]
-            for kind, values in configs
+            values.get("topk_method") == "group_limited_greedy" and values["topk_group"] < values["n_group"]
+            for _, values in configs
         ),
         "greedy V2": any(values.get("topk_method") == "greedy" for _, values in configs),
         "dense layers": any(values["first_k_dense_replace"] > 1 for _, values in configs),

@@ -165,7 +165,7 @@ def test_counts_and_balance_loss_are_the_reports_and_padding_is_in_neither(seed:
     _, routing = moe(x, real)
     counts, balance = balance_by_the_report(moe, x, real)
     assert routing.counts.tolist() == counts
-    assert float(routing.balance) == pytest.approx(balance, rel=1e-5)
+    assert routing.balance.item() == pytest.approx(balance, rel=1e-5)
     assert int(routing.tokens) == int(real.sum())
 
 
