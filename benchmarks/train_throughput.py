@@ -117,7 +117,7 @@ def race(warm_up: int, turns: int, steps: int) -> dict[str, Any]:
     """Run the comparison; `turns` turns of `steps` steps each after `warm_up` steps."""
     machine = probe(2.0)
     device = choose_device("auto")
-    dtype = compute_dtype("auto", machine)
+    dtype = compute_dtype("auto", lambda: machine)
     config = dataclasses.replace(SIZES["micro"], vocab_size=VOCAB_SIZE, num_nextn_predict_layers=0)
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(DataConfig(vocab_size=VOCAB_SIZE, max_bytes=TEXT_BYTES), Path(folder, "data")).folder

@@ -15,9 +15,7 @@ def write_steps(folder: Path, first: int, last: int, resume_step: int = 0) -> No
         for step in range(first, last + 1):
             writer.write("train", step=step, tokens=4096 * step, seconds=1.5 * step, loss=9.0 / step)
             if step % 5 == 0:
-                writer.write(
-                    "valid", step=step, tokens=4096 * step, seconds=1.5 * step, loss=8.0, bits_per_byte=2.0
-                )
+                writer.write("valid", step=step, tokens=4096 * step, seconds=1.5 * step, loss=8.0, bits_per_byte=2.0)
 
 
 def test_an_interrupted_run_leaves_the_same_file_as_an_uninterrupted_one(tmp_path: Path):
@@ -32,9 +30,7 @@ def test_a_half_written_last_line_is_passed_over_and_dropped_on_resume(tmp_path:
     write_steps(tmp_path, 1, 12)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
-    assert [record["step"] for record in read_metrics(path) if record["kind"] == "train"] == list(
-        range(1, 12)
-    )
+    assert [record["step"] for record in read_metrics(path) if record["kind"] == "train"] == list(range(1, 12))
     write_steps(tmp_path, 13, 15, resume_step=12)
     assert [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "train"] == [
         *range(1, 12),

@@ -1,5 +1,6 @@
 """Where to compute and in which dtype: decided by rule, and said."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def compute_dtype(precision: Literal["auto", "bf16", "fp32"], machine: Machine) -> torch.dtype:
-    """The dtype of activations and matrix products; `auto` is what the probe measured to be faster."""
-    name = machine.compute_dtype if precision == "auto" else precision
+def compute_dtype(precision: Literal["auto", "bf16", "fp32"], machine: Callable[[], Machine]) -> torch.dtype:
+    """The dtype of activations and matrix products; `auto` asks `machine` what it measured to be faster."""
+    name = machine().compute_dtype if precision == "auto" else precision
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]

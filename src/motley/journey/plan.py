@@ -73,7 +73,7 @@ def make_plan(machine: Machine, minutes: float, seed: int) -> DemoPlan:
     first = PretrainConfig(model=size, batch_rows=16, seq_len=256, micro_batch=16, learning_rate=4e-3, seed=seed)
     second = FinetuneConfig(batch_rows=8, seq_len=256, micro_batch=8, learning_rate=3e-3, seed=seed)
     device = choose_device("auto")
-    dtype = compute_dtype("auto", machine)
+    dtype = compute_dtype("auto", lambda: machine)
     shape = dataclasses.replace(SIZES[size], vocab_size=VOCAB_SIZE)
     first_step = step_seconds(shape, first, device, dtype)
     second_step = step_seconds(shape, second, device, dtype)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -303,22 +303,21 @@ def write_weights(model: Transformer, folder: Path, shard_bytes: int = SHARD_BYT
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        try:
-            save_file(
-                {name: tensor.detach().contiguous().cpu() for name, tensor in names.items()},
-                folder / file,
-                {"format": "pt"},
-            )
-        except Exception as error:  # safetensors raises its own type for a full disk, which is no OSError
-            if "SafetensorError" not in type(error).__name__:
-                raise
-            raise InputError(
-                f"could not write {folder / file}: {error}; free some space or choose another place"
-            ) from error
+        write_tensors(names, folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for names in shards for tensor in names.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """One safetensors file. Raises InputError when it cannot be written, a full disk say."""
+    try:
+        save_file(
+            {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file, {"format": "pt"}
+        )
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"could not write {file}: {error}; free some space or choose another place") from error
 
 
 def _shards(model: Transformer, shard_bytes: int) -> Iterator[dict[str, Tensor]]:

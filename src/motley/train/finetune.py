@@ -11,7 +11,7 @@ from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.device import choose_device, compute_dtype
-from motley.fleet.probe import Machine, probe
+from motley.fleet.probe import Machine
 from motley.model import load
 from motley.model.find import find_model
 from motley.train.config import FinetuneConfig
@@ -40,7 +40,7 @@ def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str
         return run.finished
     device = choose_device(config.device)
     model = load(source, device=device).float()
-    model.compute_dtype = compute_dtype(config.precision, machine or probe())
+    model.compute_dtype = compute_dtype(config.precision, lambda: run.machine(device, machine))
     model.recompute = config.recompute
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)

@@ -63,8 +63,9 @@ def train(
         at, guard = Position(**facts["position"]), Guard(**facts["guard"])
     token_bytes = tokenizer.token_bytes()
 
-    def checkpoint() -> None:
+    def checkpoint(metrics: MetricsWriter) -> None:
         facts = {"step": at.step, "position": asdict(at), "guard": asdict(guard)}
+        metrics.flush()  # what stands in a checkpoint's past must never be missing from the metrics
         save_checkpoint(run, model, optimizer, facts, tokenizer)
         prune(run, config.keep_last, at.best_step)
 
@@ -95,7 +96,7 @@ def train(
             if last or at.step % config.valid_every == 0:
                 _validate(model, valid_rows, config, at, token_bytes, metrics, losses)
             if last or stop.is_set() or at.step % config.checkpoint_every == 0:
-                checkpoint()
+                checkpoint(metrics)
             bar.advance(step_tokens, loss=losses.main)
             if stop.is_set() and not last:
                 raise KeyboardInterrupt(f"stopped after step {at.step}; the same command goes on from there")

@@ -7,13 +7,14 @@
     experts   with it                 load: share of the routed tokens per expert, one list per MoE layer
     event     when something happens  message
 
-metrics.jsonl is the truth (one JSON object a line, flushed at once); the events are a copy for TensorBoard.
+metrics.jsonl is the truth (one JSON object a line, written at once); the events are a copy for TensorBoard.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -49,7 +50,7 @@ class MetricsWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.path = self._folder / METRICS_FILE
         _keep_until(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)  # a record is on its way to the disk when `write` returns
         self._events: SummaryWriter | None = None  # opened with the first record: its import takes seconds
 
     def write(self, kind: str, *, step: int, **values: Any) -> None:
@@ -60,22 +61,34 @@ class MetricsWriter:
         if kind not in KINDS:
             raise ValueError(f"unknown kind of record {kind!r}; known are {', '.join(KINDS)}")
         record = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        self._write_events(record)
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        with self._full_disk_in_a_sentence():
+            if self._file.write(line) != len(line):
+                raise OSError("no space left for a whole line")
+            self._write_events(record)
 
     def flush(self) -> None:
         """Put everything written so far on disk; call it before a checkpoint is declared complete."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if self._events is not None:
-            self._events.flush()
+        with self._full_disk_in_a_sentence():
+            os.fsync(self._file.fileno())
+            if self._events is not None:
+                self._events.flush()
 
     def close(self) -> None:
-        self.flush()
         self._file.close()
         if self._events is not None:
-            self._events.close()
+            with self._full_disk_in_a_sentence():
+                self._events.close()
+
+    @contextmanager
+    def _full_disk_in_a_sentence(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(
+                f"could not write {self.path}: {reason}; free some space or choose another place"
+            ) from error
 
     def __enter__(self) -> Self:
         return self

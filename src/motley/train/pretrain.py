@@ -11,7 +11,7 @@ from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.device import choose_device, compute_dtype
-from motley.fleet.probe import Machine, probe
+from motley.fleet.probe import Machine
 from motley.model import SIZES, ModelConfig, Transformer
 from motley.train.config import PretrainConfig
 from motley.train.loop import train
@@ -53,7 +53,7 @@ def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str
     model = Transformer(shape)
     model.initialize(config.seed)
     model.to(device)
-    model.compute_dtype = compute_dtype(config.precision, machine or probe())
+    model.compute_dtype = compute_dtype(config.precision, lambda: run.machine(device, machine))
     model.recompute = config.recompute
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)

@@ -1,6 +1,7 @@
 """A run is a folder: what it was asked to do, and whether it is done.
 
 runs/NAME/config.json    the settings; the same command goes on, another one is refused
+runs/NAME/machine.json   what it began on, measured
 runs/NAME/result.json    written last: the stage is complete and is not repeated
 """
 
@@ -9,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from motley.errors import InputError
 from motley.files import read_json, remove_unfinished, write_json
+from motley.fleet.probe import Machine, probe
 from motley.progress import in_words
 from motley.train.config import TrainingConfig
 
-CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
+CONFIG_FILE, MACHINE_FILE, RESULT_FILE = "config.json", "machine.json", "result.json"
 FREE_TO_CHANGE = {  # these do not change what is learned
     "out", "micro_batch", "recompute", "device", "valid_every", "valid_rows", "checkpoint_every", "keep_last",
 }  # fmt: skip
@@ -31,6 +35,18 @@ class Run:
         result = {"out": str(self.folder), **result}
         write_json(self.folder / RESULT_FILE, result)
         return result
+
+    def machine(self, device: torch.device, measured: Machine | None) -> Machine:
+        """The machine as it was first measured: going on exactly must not hang on the noise of another measurement.
+
+        A run that goes on with another kind of device measures again.
+        """
+        file = self.folder / MACHINE_FILE
+        if file.is_file() and (kept := Machine.from_dict(read_json(file))).device == device.type:
+            return kept
+        machine = measured if measured is not None and measured.device == device.type else probe(device=device)
+        write_json(file, dataclasses.asdict(machine))
+        return machine
 
 
 def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str, Any]) -> Run:

@@ -10,14 +10,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from motley.data.conversation import ConversationEncoder
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json, remove_unfinished, whole_folder, write_json
 from motley.model import Transformer
-from motley.model.checkpoint import load, write_weights
+from motley.model.checkpoint import load, write_tensors, write_weights
 from motley.train.optimizer import Optimizer
 
 TRAINING_TENSORS, TRAINING_FACTS = "training.safetensors", "training.json"
@@ -40,10 +41,7 @@ def save_checkpoint(
     with whole_folder(folder) as temporary:
         write_weights(model, temporary)
         save_tokenizer(tokenizer, temporary, model.config.max_position_embeddings)
-        save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in optimizer.state_tensors().items()},
-            temporary / TRAINING_TENSORS,
-        )
+        write_tensors(optimizer.state_tensors(), temporary / TRAINING_TENSORS)
         write_json(temporary / TRAINING_FACTS, facts)
     return folder
 
@@ -71,6 +69,10 @@ def restore(folder: Path, model: Transformer, optimizer: Optimizer) -> dict[str,
     except KeyError as error:
         raise InputError(
             f"{folder} was written by another optimizer (no state for {error}); choose another --out"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{folder / TRAINING_TENSORS} cannot be read ({error}); remove {folder} to go on before it"
         ) from None
     return facts
 

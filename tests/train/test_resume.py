@@ -1,0 +1,235 @@
+"""Kill a run whenever you like: it goes on bit for bit. Each run here is the real command in a process of its own."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from motley.data.pack import DataConfig, prepare
+from motley.train.state import checkpoints
+
+STEPS = 30
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+TINY = {
+    "model_type": "deepseek_v3", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48,
+    "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    words = random.Random(0).choices(
+        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], k=8000
+    )
+    lines = [" ".join(words[start : start + 40]) for start in range(0, len(words), 40)]
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return prepare(DataConfig(data=(str(text),), vocab_size=300), folder / "prepared").folder
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("shape") / "config.json"
+    file.write_text(json.dumps(TINY))
+    return file
+
+
+def command(out: Path, data: Path, shape: Path, **settings: Any) -> list[str]:
+    chosen: dict[str, Any] = {
+        "out": out, "data": data, "model": shape, "steps": STEPS, "batch_rows": 4, "micro_batch": 3, "seq_len": 64,
+        "valid_every": 10, "checkpoint_every": 7, "keep_last": 2, "precision": "bf16", "warmup_steps": 5,
+        "device": "cpu",
+    }  # fmt: skip
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in (chosen | settings).items()]
+    return [sys.executable, "-m", "motley", "pretrain", *options]
+
+
+def run(arguments: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, **settings)
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    """The metrics without what a clock or the machine's memory decides."""
+    clock = {"seconds", "tokens_per_second", "memory_bytes"}
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    assert records(out) == records(whole)
+    for file in ("model/model.safetensors", f"checkpoints/step-{STEPS:08d}/training.safetensors"):
+        found, expected = load_file(out / file), load_file(whole / file)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].equal(tensor), f"{file}: {name} differs"
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = run(command(out, data, shape))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def stopped_at(arguments: list[str], out: Path, lines: int, how: signal.Signals) -> subprocess.Popen[str]:
+    """Start a run and send the signal once its metrics have that many lines (or the run has ended)."""
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.001)
+    process.send_signal(how)
+    process.wait(timeout=60)
+    return process
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_random_points_ends_with_the_same_bits(
+    seed: int, whole: Path, data: Path, shape: Path, tmp_path: Path
+) -> None:
+    out, chance = tmp_path / "run", random.Random(seed)
+    for lines in sorted(chance.sample(range(1, 36), 2)):
+        process = stopped_at(command(out, data, shape), out, lines + chance.randint(0, 2), signal.SIGKILL)
+        assert process.returncode in (-signal.SIGKILL, 0)
+    done = run(command(out, data, shape))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(out, whole)
+    assert list(out.rglob("*.writing-*")) == []
+
+
+def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(
+    whole: Path, data: Path, shape: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = stopped_at(command(out, data, shape), out, 4, signal.SIGINT)
+    assert process.returncode == 130
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert re.search(r"stopped after step \d+; the same command goes on from there", said)
+    assert "Traceback" not in said
+    assert checkpoints(out), "a checkpoint was written before it ended"
+    assert run(command(out, data, shape)).returncode == 0
+    assert_same_run(out, whole)
+
+
+def test_a_run_that_lost_its_last_breath_is_finished(whole: Path, data: Path, shape: Path, tmp_path: Path) -> None:
+    for missing in (["result.json"], ["result.json", "model"]):
+        out = tmp_path / f"without-{len(missing)}"
+        shutil.copytree(whole, out)
+        for name in missing:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+        done = run(command(out, data, shape))
+        assert done.returncode == 0, done.stderr
+        assert_same_run(out, whole)
+        found, expected = (json.loads((folder / "result.json").read_text()) for folder in (out, whole))
+        assert found | {"out": "", "seconds": 0} == expected | {"out": "", "seconds": 0}
+
+
+def test_a_finished_run_is_not_repeated(whole: Path, data: Path, shape: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in whole.rglob("*.safetensors")}
+    assert run(command(whole, data, shape)).returncode == 0
+    assert {file: file.stat().st_mtime_ns for file in whole.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"learning_rate": 0.01}, "learning_rate=0.004, now asked for 0.01"), ({"steps": 40}, "steps=30"),
+     ({"seed": 1}, "seed=0"), ({"optimizer": "adamw"}, "optimizer='muon'")],
+)  # fmt: skip
+def test_other_settings_in_the_same_folder_are_refused_by_name(
+    settings: dict[str, Any], named: str, whole: Path, data: Path, shape: Path
+) -> None:
+    done = run(command(whole, data, shape, **settings))
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_other_data_in_the_same_folder_is_refused(whole: Path, shape: Path, tmp_path: Path) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("quite another text " * 3000)
+    other = prepare(DataConfig(data=(str(text),), vocab_size=300), tmp_path / "prepared").folder
+    done = run(command(whole, other, shape))
+    assert done.returncode == 2
+    assert "data=" in done.stderr
+
+
+def test_what_changes_no_result_may_change(whole: Path, data: Path, shape: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    arguments = [*command(out, data, shape, micro_batch=2, keep_last=5), "--recompute"]
+    assert run(arguments).returncode == 0
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept_and_nothing_else(whole: Path) -> None:
+    result = json.loads((whole / "result.json").read_text())
+    kept = {int(folder.name.removeprefix("step-")) for folder in (whole / "checkpoints").iterdir()}
+    assert kept == {28, 30} | ({result["best_step"]} & {7, 14, 21, 28, 30})
+    readings = [one for one in records(whole) if one["kind"] == "valid"]
+    assert result["best_loss"] == min(one["loss"] for one in readings)
+    assert [one["step"] for one in readings] == [10, 20, 30]
+
+
+def test_a_half_written_checkpoint_is_not_gone_on_with(whole: Path, data: Path, shape: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stopped_at(command(out, data, shape), out, 12, signal.SIGKILL)
+    newest = checkpoints(out)[-1]
+    half = newest.with_name("step-00000029.writing-12345678")
+    shutil.copytree(newest, half)
+    (half / "model.safetensors").write_bytes(b"half")
+    assert run(command(out, data, shape)).returncode == 0
+    assert not half.exists()
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("megabytes", [0.004, 0.02, 0.1])
+def test_a_full_disk_is_one_sentence_and_leaves_whole_checkpoints(
+    megabytes: float, whole: Path, data: Path, shape: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    stopped_at(command(out, data, shape), out, 12, signal.SIGKILL)
+    before = {folder.name for folder in checkpoints(out)}
+    limit = int(megabytes * 1e6)  # no file may grow larger
+    done = run(command(out, data, shape), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode == 2, done.stderr
+    assert "could not write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {folder.name for folder in checkpoints(out)} == before
+    assert run(command(out, data, shape)).returncode == 0
+    assert_same_run(out, whole)
+
+
+def test_a_broken_training_state_names_the_file(data: Path, shape: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stopped_at(command(out, data, shape), out, 12, signal.SIGKILL)
+    state = checkpoints(out)[-1] / "training.safetensors"
+    os.truncate(state, state.stat().st_size // 2)
+    done = run(command(out, data, shape))
+    assert done.returncode == 2
+    assert str(state) in done.stderr
+
+
+def test_settings_that_cannot_be_are_named(data: Path, shape: Path, tmp_path: Path) -> None:
+    for settings, named in (({"steps": 0}, "--steps"), ({"learning_rate": -1}, "--learning-rate"),
+                            ({"seq_len": 4096}, "--seq-len"), ({"device": "cuda:99"}, "--device"),
+                            ({"model": "huge"}, "--model")):  # fmt: skip
+        done = run(command(tmp_path / "run", data, shape, **settings))
+        assert done.returncode == 2
+        assert named in done.stderr
+        assert "Traceback" not in done.stderr
