@@ -21,6 +21,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     count = sum(NO_BROWSER in str(report.longrepr) for report in skipped)
     if count:
         terminalreporter.section("browser", sep="!", red=True, bold=True)
-        terminalreporter.line(
-            f"{NO_BROWSER} ({count} skipped; on Debian: apt-get install chromium)", red=True
-        )
+        terminalreporter.line(f"{NO_BROWSER} ({count} skipped; on Debian: apt-get install chromium)", red=True)

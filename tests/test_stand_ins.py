@@ -26,10 +26,7 @@ def test_it_finds_exactly_the_solutions_that_trying_everything_finds(stand_in, s
     count = draw.randint(1, 7)
     variables = range(1, count + 1)
     clauses = [
-        [
-            draw.choice([-1, 1]) * variable
-            for variable in draw.sample(variables, draw.randint(1, min(3, count)))
-        ]
+        [draw.choice([-1, 1]) * variable for variable in draw.sample(variables, draw.randint(1, min(3, count)))]
         for _ in range(draw.randint(0, 12))
     ]
     expected = {

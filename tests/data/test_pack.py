@@ -234,9 +234,7 @@ def test_the_tokenizer_sample_is_bounded_and_drawn_from_everywhere(config: DataC
     monkeypatch.setattr(pack, "SAMPLE_CHARACTERS", 3000)
     monkeypatch.setattr(pack, "SAMPLE_SLICE_CHARACTERS", 200)
     sample, total = pack._sample(config)
-    texts = [
-        json.loads(line)["text"] for line in Path(config.data[0], "corpus.jsonl").read_text().splitlines()
-    ]
+    texts = [json.loads(line)["text"] for line in Path(config.data[0], "corpus.jsonl").read_text().splitlines()]
     assert total == sum(len(text.encode()) for text in set(texts))
     assert 3000 <= sum(map(len, sample)) < 3200
     origins = [n for n, text in enumerate(texts) for piece in sample if piece in text]
@@ -333,9 +331,7 @@ def test_conversations_are_packed_whole_and_once(tokenizer: Tokenizer, tmp_path:
         assert statistics.rows == sum(entry["rows"] for entry in prepared.shards[split]) > 0
         assert statistics.documents == sum(entry["documents"] for entry in prepared.shards[split])
     assert sorted(found) == sorted((one.ids, one.loss_mask) for one in fitting)
-    assert prepared.train.loss_tokens + prepared.valid.loss_tokens == sum(
-        sum(one.loss_mask) for one in fitting
-    )
+    assert prepared.train.loss_tokens + prepared.valid.loss_tokens == sum(sum(one.loss_mask) for one in fitting)
     assert len(prepared.shards["train"]) > 1
 
 

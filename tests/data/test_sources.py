@@ -51,9 +51,7 @@ def texts(*paths: Path | str, **options: int) -> list[str]:
         (".parquet", table(text=[TEXT], other=[1])),
     ],
 )
-def test_every_kind_is_read_plain_and_compressed(
-    tmp_path, suffix: str, content: bytes, compression: str
-) -> None:
+def test_every_kind_is_read_plain_and_compressed(tmp_path, suffix: str, content: bytes, compression: str) -> None:
     file = tmp_path / f"corpus{suffix}{compression}"
     file.write_bytes(PACKED[compression](content))
     assert texts(file) == [TEXT]
@@ -301,9 +299,7 @@ except InputError as error:
 
 def test_hub_datasets_are_streamed(hub: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()  # without a card: files are found by their names
-    (tmp_path / "data" / "train.jsonl.gz").write_bytes(
-        gzip.compress(jsonl({"text": "four"}, {"text": "five"}))
-    )
+    (tmp_path / "data" / "train.jsonl.gz").write_bytes(gzip.compress(jsonl({"text": "four"}, {"text": "five"})))
     output = from_hub(READ, f"hf:{hub}", f"hf:{hub}:prose", f"hf:{hub}:talk", f"hf:{tmp_path}")
     rows = "[('one', 'row 1'), ('two', 'row 2'), ('three', 'row 3')]"
     assert output.splitlines() == [

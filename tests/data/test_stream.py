@@ -51,24 +51,15 @@ def talk(talks: list[list[Message]], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def equal(one: Batch, two: Batch) -> bool:
-    return all(
-        torch.equal(getattr(one, name), getattr(two, name)) for name in ("input_ids", "targets", "documents")
-    )
+    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("input_ids", "targets", "documents"))
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 1000])
-def test_all_documents_can_be_read_back_from_the_rows(
-    text: Prepared, split: shards.Split, seq_len: int
-) -> None:
+def test_all_documents_can_be_read_back_from_the_rows(text: Prepared, split: shards.Split, seq_len: int) -> None:
     stream = TokenStream(text.folder, split, seq_len=seq_len, shuffle=False)
     batch = stream.rows(0, stream.rows_per_epoch)
-    assert (
-        batch.input_ids.shape
-        == batch.targets.shape
-        == batch.documents.shape
-        == (stream.rows_per_epoch, seq_len)
-    )
+    assert batch.input_ids.shape == batch.targets.shape == batch.documents.shape == (stream.rows_per_epoch, seq_len)
     assert {tensor.dtype for tensor in (batch.input_ids, batch.targets, batch.documents)} == {torch.int64}
     real = batch.documents != PADDING
     assert (batch.input_ids[~real] == stream.pad_id).all()
@@ -107,10 +98,7 @@ def test_every_row_comes_once_in_every_epoch_and_each_time_in_another_order(kind
     assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert epochs[0] != sorted(epochs[0])
-    assert (
-        TokenStream(prepared.folder, seq_len=stream.seq_len, seed=6).row_numbers(0, rows).tolist()
-        != epochs[0]
-    )
+    assert TokenStream(prepared.folder, seq_len=stream.seq_len, seed=6).row_numbers(0, rows).tolist() != epochs[0]
 
 
 @pytest.mark.parametrize("kind", ["text", "talk"])
@@ -125,9 +113,7 @@ def test_the_stream_is_a_function_of_the_position_for_any_number_of_readers(kind
         position, parts = 3, []
         while position < 3 + count:
             some = min(rng.randrange(1, 40), 3 + count - position)
-            reader = TokenStream(
-                prepared.folder, seq_len=seq_len, seed=1
-            )  # as after a restart, or another machine
+            reader = TokenStream(prepared.folder, seq_len=seq_len, seed=1)  # as after a restart, or another machine
             parts.append(reader.rows(position, some))
             position += some
         names = ("input_ids", "targets", "documents")

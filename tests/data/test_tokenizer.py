@@ -65,9 +65,7 @@ def deepseek_like(names: list[str]) -> str:
             pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
             pre_tokenizers.Split(Regex("[一-龥\u3040-ゟ゠-ヿ]+"), "isolated"),
             pre_tokenizers.Split(
-                Regex(
-                    r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-                ),
+                Regex(r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
                 "isolated",
             ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False),
@@ -76,14 +74,10 @@ def deepseek_like(names: list[str]) -> str:
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     backend.train_from_iterator(
         TEXTS,
-        trainers.BpeTrainer(
-            vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
     )
     # As published, the tokens of conversations are added but not marked special.
-    backend.add_tokens(
-        [AddedToken(name, special=name in (BOS, EOS, PAD), normalized=False) for name in names]
-    )
+    backend.add_tokens([AddedToken(name, special=name in (BOS, EOS, PAD), normalized=False) for name in names])
     return backend.to_str()
 
 

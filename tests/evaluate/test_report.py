@@ -312,7 +312,5 @@ def test_elements_escape_everything_that_is_not_html():
 
 
 def test_counts_are_short():
-    counts = [
-        in_count(number).replace("\N{NO-BREAK SPACE}", " ") for number in (950, 4_237_760, 6.71e11, 1.48e13)
-    ]
+    counts = [in_count(number).replace("\N{NO-BREAK SPACE}", " ") for number in (950, 4_237_760, 6.71e11, 1.48e13)]
     assert counts == ["950", "4.24 M", "671 B", "14.8 T"]

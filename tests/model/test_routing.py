@@ -178,7 +178,7 @@ def test_counts_and_balance_add_up_under_any_split_of_the_batch(seed: int) -> No
     cuts = sorted(chance.sample(range(1, 6), 2))
     parts = [moe(part)[1] for part in x.tensor_split(cuts)]
     assert torch.equal(sum(part.counts for part in parts), whole.counts)  # type: ignore[arg-type]
-    assert sum(float(part.balance) for part in parts) == pytest.approx(float(whole.balance), rel=1e-6)
+    assert sum(part.balance.item() for part in parts) == pytest.approx(whole.balance.item(), rel=1e-6)
 
 
 def tiny_model(seed: int = 0, **values) -> Transformer:  # type: ignore[no-untyped-def]

@@ -32,7 +32,7 @@ EVALUATION = 1 << 40  # seeds from here on are never trained on
 SEED_DISTANCE = 1 << 28  # items of one seed; the next seed begins behind them
 SEEDS = EVALUATION // SEED_DISTANCE
 HELD_OUT = 8  # one problem in so many is kept for evaluation
-SUBSTANCE = re.compile(r"\d+|\b[a-z]\b|(?<= )[+-](?= )|\b(?:ascending|descending)\b")
+SUBSTANCE = re.compile(r"\d+|\b[a-z]\b|(?<= )[+-](?=[ .])|\b(?:ascending|descending)\b")
 PLAIN_EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,80}")  # all that the library may evaluate
 
 
