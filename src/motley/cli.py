@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -111,9 +111,6 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as stopped:
         print(f"\nmotley {arguments[0]}: {stopped or 'stopped'}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return 0
 
 
@@ -133,6 +130,12 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[Any, b
     return chosen.config, getattr(chosen, "json", False)
 
 
-def main(entry: Callable[[Sequence[str]], int] = run) -> None:
+def main() -> None:
     """Entry point of `motley` and `python -m motley`."""
-    sys.exit(entry(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -22,6 +22,11 @@ def in_words(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def note(text: str) -> None:
+    """A line for people, between two progress bars."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Shows how far a piece of work is: `with Progress("packing", total=n, unit="documents") as bar: bar.advance(1)`.
 

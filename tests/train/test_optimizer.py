@@ -188,8 +188,17 @@ def test_a_leap_of_loss_and_gradient_is_skipped_and_a_good_step_forgives() -> No
     for _ in range(WINDOW):
         assert guard.verdict(2.0, 1.0, finite=True) is None
     assert "jumped" in (guard.verdict(3.5, 20.0, finite=True) or "")
+    assert guard.verdict(2.9, 20.0, finite=True) is None, "less than half as much again"
     assert guard.verdict(3.5, 1.0, finite=True) is None, "a high loss alone is a hard batch"
     assert guard.skipped_in_a_row == 0
+
+
+def test_a_loss_near_zero_may_double() -> None:
+    guard = Guard()
+    for _ in range(WINDOW):
+        guard.verdict(0.03, 0.5, finite=True)
+    assert guard.verdict(0.09, 13.0, finite=True) is None
+    assert guard.verdict(1.1, 13.0, finite=True) is not None
 
 
 def test_early_leaps_are_not_judged_before_anything_is_usual() -> None:

@@ -213,6 +213,8 @@ def _jsonl_rows(file: Path, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{origin} is not valid JSON: {error.msg} (character {error.pos + 1})") from None
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{origin} is not valid JSON: {error}") from None
             if not isinstance(row, dict):

@@ -14,6 +14,7 @@ from motley.fleet.device import choose_device, compute_dtype
 from motley.fleet.probe import Machine
 from motley.model import load
 from motley.model.find import find_model
+from motley.progress import note
 from motley.train.config import FinetuneConfig
 from motley.train.loop import train
 from motley.train.run import open_run
@@ -27,7 +28,9 @@ def packed_conversations(config: FinetuneConfig, tokenizer: Tokenizer) -> Path:
         raise InputError("--data is missing: name jsonl or parquet files with conversations (`messages`)")
     inputs = {"files": fingerprint_files(config.data)}
     conversations = read_conversations(config.data)
-    return pack_conversations(conversations, tokenizer, config.out / "data", config.seq_len, inputs=inputs).folder
+    packed = pack_conversations(conversations, tokenizer, config.out / "data", config.seq_len, inputs=inputs)
+    note(packed.summary())
+    return packed.folder
 
 
 def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 WINDOW = 50  # recent steps that say what is normal
 LOSS_SPIKE, GRADIENT_SPIKE = 1.5, 10.0  # times the recent median
+LEAST_SPIKE = 1.0  # nats above it: once a model knows its data, a loss near zero doubles without any harm
 PATIENCE = 10  # harmful steps in a row before the run stops
 
 
@@ -33,7 +34,7 @@ class Guard:
         if len(self.losses) < WINDOW:
             return None
         usual, usual_norm = statistics.median(self.losses), statistics.median(self.norms)
-        if loss > LOSS_SPIKE * usual and grad_norm > GRADIENT_SPIKE * usual_norm:
+        if loss > max(LOSS_SPIKE * usual, usual + LEAST_SPIKE) and grad_norm > GRADIENT_SPIKE * usual_norm:
             return f"loss {loss:.3g} and gradient norm {grad_norm:.3g} jumped (usual: {usual:.3g}, {usual_norm:.3g})"
         return None
 

@@ -13,6 +13,7 @@ from motley.files import read_json
 from motley.fleet.device import choose_device, compute_dtype
 from motley.fleet.probe import Machine
 from motley.model import SIZES, ModelConfig, Transformer
+from motley.progress import note
 from motley.train.config import PretrainConfig
 from motley.train.loop import train
 from motley.train.run import open_run
@@ -38,7 +39,9 @@ def prepared_data(config: PretrainConfig) -> Path:
     """The prepared folder that config.data names, or one made in the run folder from the text it names."""
     if len(config.data) == 1 and (Path(config.data[0]) / DATA_FILE).is_file():
         return Path(config.data[0])
-    return prepare(DataConfig(data=config.data, seed=config.seed), config.out / "data").folder
+    prepared = prepare(DataConfig(data=config.data, seed=config.seed), config.out / "data")
+    note(prepared.summary())
+    return prepared.folder
 
 
 def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""The command line: every command says what it does, refuses in one sentence, and reports as JSON where it reports."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from motley import __version__
+from motley.cli import COMMANDS, find
+
+SCRIPT = Path(sys.executable).with_name("motley")
+
+
+def motley(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "motley", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_python_m_motley_is_motley() -> None:
+    one = motley()
+    other = subprocess.run([str(SCRIPT)], capture_output=True, text=True)
+    assert (one.stdout, one.stderr, one.returncode) == (other.stdout, other.stderr, other.returncode)
+    assert all(name in one.stdout for name in COMMANDS)
+    assert one.returncode == 2
+    assert motley("--help").returncode == 0
+    assert motley("--version").stdout.strip() == __version__
+
+
+def test_an_unknown_command_is_named_with_those_there_are() -> None:
+    done = motley("fly")
+    assert done.returncode == 2
+    assert "no command 'fly'" in done.stderr
+    assert "pretrain" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_exists_and_explains_itself(name: str) -> None:
+    command = COMMANDS[name]
+    for path in (command.function, command.config, command.report):
+        assert path is None or callable(find(path))
+    done = motley(name, "--help")
+    assert done.returncode == 0
+    assert ("--json" in done.stdout) == (command.report is not None)
+
+
+def test_a_wrong_option_is_status_2() -> None:
+    done = motley("data", "--no-such-option", "3")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "nowhere"], "nowhere is not a folder"),
+        (["eval", ".", "--count", "0"], "--count is 0"),
+        (["export", "nowhere", "out"], "nowhere is not a folder"),
+        (["report", "nowhere"], "nowhere"),
+        (["data", "--data", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["tasks", "--families", "chess"], "no family of problems is called chess"),
+        (["pretrain", "--steps", "0"], "--steps is 0"),
+        (["sft", "--model", "nowhere"], "nowhere is not a folder"),
+        (["demo", "--minutes", "-1"], "--minutes is -1"),
+        (["demo", "--data", "nowhere.txt"], "nowhere.txt does not exist"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = motley(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr
+    assert done.stderr.startswith(f"motley {arguments[0]}: ")
+    assert done.stdout == ""
+
+
+def test_reports_are_one_json_object(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a few words again and again " * 200)
+    tasks = motley("tasks", "--count", 20, "--out", "tasks.jsonl", "--json", cwd=tmp_path)
+    assert json.loads(tasks.stdout)["written"] == len((tmp_path / "tasks.jsonl").read_text().splitlines())
+    data = motley("data", "--data", "text.txt", "--vocab-size", 300, "--out", "data", "--json", cwd=tmp_path)
+    assert json.loads(data.stdout)["folder"] == "data"
+    again = motley("data", "--data", "text.txt", "--vocab-size", 300, "--out", "data", cwd=tmp_path)
+    assert "tokens" in again.stdout
+    fleet = motley("fleet", "--json", cwd=tmp_path)
+    assert json.loads(fleet.stdout)["device"]
+
+
+def test_a_reader_that_goes_away_is_no_error_message() -> None:
+    command = f"{sys.executable} -m motley --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
