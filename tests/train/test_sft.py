@@ -138,7 +138,8 @@ def test_a_model_learns_its_conversations_and_says_them(base: Path, tmp_path: Pa
     prompts = [encoder.prompt([Message("user", f"Say {word}.")]) for word in WORDS]
     said = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=40))
     texts = [engine.tokenizer.decode(one.ids) for one in said]
-    assert texts == [f"the word is {word}</think>{word}!" for word in WORDS]
+    right = [text == f"the word is {word}</think>{word}!" for text, word in zip(texts, WORDS, strict=True)]
+    assert sum(right) >= len(WORDS) - 1, texts  # one conversation was kept for validation
     assert (out / "model" / "chat_template.jinja").is_file()
 
 
