@@ -115,7 +115,8 @@ class Journey:
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Run, or go on with, the whole journey; returns what it amounts to."""
     console = Console(stderr=True)
-    list_files(config.data)  # a path that cannot be read is said before anything is measured
+    if config.data:
+        list_files(config.data)  # a path that cannot be read is said before anything is measured
     asked = {"data": list(config.data), "minutes": config.minutes, "seed": config.seed}
     journey = Journey(config.out, asked)
     machine, plan = _planned(journey, config, console)
