@@ -3,7 +3,8 @@
 Same configuration (the size `micro`: hidden 256, 6 layers, 16 experts top-4, vocabulary 4096), same weights' shapes,
 same batches of 8 x 512 tokens of real text, fresh for every step, so that routing changes as it does in training.
 transformers runs in bf16 autocast with fused AdamW and the fastest of its expert implementations, chosen by a trial
-first; ours runs as `motley pretrain` does, once with fused AdamW like the peer and once with its own default, Muon.
+first; ours runs as `motley pretrain` does, once with fused AdamW like the peer (this is the ratio) and once with its
+own default, Muon, which does more work a step. Products of the optimizer do not count in the shares of the peak.
 MTP is off on both sides (transformers does not train it). The sides take turns; medians and ranges are over turns.
 
     python benchmarks/train_throughput.py [--quick] [--json]
@@ -144,9 +145,10 @@ def race(warm_up: int, turns: int, steps: int) -> dict[str, Any]:
     peak = machine.peak_gflops(machine.compute_dtype) * 1e9
     flops = training_flops_per_token(config, SEQ_LEN)
     return {
-        "ratio_to_transformers": ours["median"] / theirs["median"],
-        "ratio_with_the_same_optimizer": ours_adamw["median"] / theirs["median"],
-        "share_of_peak": ours["median"] * flops / peak,
+        "ratio_to_transformers": ours_adamw["median"] / theirs["median"],
+        "ratio_to_transformers_with_muon": ours["median"] / theirs["median"],
+        "share_of_peak": ours_adamw["median"] * flops / peak,
+        "share_of_peak_with_muon": ours["median"] * flops / peak,
         "share_of_peak_transformers": theirs["median"] * flops / peak,
         "tokens_per_second": dict(zip((side.name for side in sides), (ours, ours_adamw, theirs), strict=True)),
         "settings": {
@@ -168,9 +170,10 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"ratio to transformers {result['ratio_to_transformers']:.2f} "
-        f"(with the same optimizer {result['ratio_with_the_same_optimizer']:.2f})",
+        f"(with Muon, which costs more a step, {result['ratio_to_transformers_with_muon']:.2f})",
         f"share of the {result['settings']['dtype']} peak measured, {result['settings']['peak_gflops']:,.0f} GFLOP/s: "
-        f"{result['share_of_peak']:.1%}, transformers {result['share_of_peak_transformers']:.1%}",
+        f"{result['share_of_peak']:.1%}, with Muon {result['share_of_peak_with_muon']:.1%}, "
+        f"transformers {result['share_of_peak_transformers']:.1%}",
     ]
     return "\n".join(lines)
 

@@ -93,6 +93,11 @@ class Experts(nn.Module):
         return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
 
 
+def _gather_sum(rows: Tensor, row_of_slot: Tensor, k: int) -> Tensor:
+    """Sum of the k rows of each token, [tokens, hidden]; gathered and summed in one pass."""
+    return F.embedding_bag(row_of_slot.view(-1, k), rows, mode="sum")
+
+
 class _Dispatch(torch.autograd.Function):
     """Copies each token to its rows; the gradient gathers and sums, without a scatter."""
 
@@ -106,7 +111,7 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (row_of_slot,) = ctx.saved_tensors
-        return grad.index_select(0, row_of_slot).unflatten(0, (-1, ctx.k)).sum(dim=1), None, None, None
+        return _gather_sum(grad, row_of_slot, ctx.k), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -115,7 +120,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor, k: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(token_of_row)
-        return rows.index_select(0, row_of_slot).unflatten(0, (-1, k)).sum(dim=1)
+        return _gather_sum(rows, row_of_slot, k)
 
     @staticmethod
     @once_differentiable

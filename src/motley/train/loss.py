@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+KEPT_SLOPES = 16 << 20  # values
 CHUNK = 256  # positions; their logits stay in the cache of a core at the vocabularies of small models
 
 
@@ -29,22 +30,24 @@ class _SummedCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         weight = head.to(hidden.dtype)
         chunk = CHUNK if hidden.device.type == "cpu" else 4096
+        # The slopes of some chunks are kept, so that their products with the gradient are few and large.
+        group = chunk * max(1, KEPT_SLOPES // (chunk * weight.shape[0]))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
-        for start in range(0, hidden.shape[0], chunk):
-            here, target = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = (here @ weight.t()).float()
-            logits -= logits.amax(dim=-1, keepdim=True)
-            loss -= logits.gather(1, target).sum()
-            total = logits.exp_().sum(dim=-1, keepdim=True)
-            loss += total.log().sum()
-            if grad_hidden is None or grad_head is None:
-                continue
-            slope = logits.div_(total).scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-            slope = slope.to(hidden.dtype)
-            grad_hidden[start : start + chunk] = slope @ weight
-            grad_head += slope.t() @ here
+        for first in range(0, hidden.shape[0], group):
+            members = hidden[first : first + group]
+            slopes = hidden.new_empty(len(members), weight.shape[0]) if wanted else None
+            for start in range(0, len(members), chunk):
+                target = targets[first + start : first + start + chunk, None][: len(members) - start]
+                log_p = torch.log_softmax(members[start : start + chunk] @ weight.t(), dim=-1, dtype=torch.float32)
+                loss -= log_p.gather(1, target).sum()
+                if slopes is not None:
+                    slope = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+                    slopes[start : start + chunk] = slope
+            if grad_hidden is not None and grad_head is not None and slopes is not None:
+                torch.mm(slopes, weight, out=grad_hidden[first : first + group])
+                grad_head += slopes.t() @ members
         if wanted:
             ctx.save_for_backward(grad_hidden, grad_head)
             ctx.head_dtype = head.dtype
