@@ -32,7 +32,7 @@ from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
 
 ROWS, SEQ_LEN, VOCAB_SIZE, LEARNING_RATE = 8, 512, 4096, 1e-3
-TEXT_BYTES = 6_000_000
+TEXT_BYTES = 3_000_000
 EXPERT_IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm copies weights per token: minutes a step on a CPU
 
 Step = Callable[[Batch], float]
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few turns: under 50 seconds on two cores")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    result = race(2, 3, 2) if arguments.quick else race(10, 7, 6)
+    result = race(1, 3, 2) if arguments.quick else race(10, 7, 6)
     print(json.dumps(result) if arguments.json else table(result))
 
 

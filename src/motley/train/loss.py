@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-KEPT_SLOPES = 16 << 20  # values
+GROUP_LOGITS = 16 << 20  # logits held at once
 CHUNK = 256  # positions; their logits stay in the cache of a core at the vocabularies of small models
 
 
@@ -24,30 +24,38 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tenso
     return _SummedCrossEntropy.apply(hidden, head, targets)  # pyright: ignore[reportReturnType]
 
 
+def _into_slopes(logits: Tensor, target: Tensor) -> Tensor:
+    """Summed loss of logits [positions, vocab] at target [positions, 1]; the logits become its derivative by them."""
+    wide = logits.float()
+    largest, at_target = wide.amax(dim=-1, keepdim=True), wide.gather(1, target)
+    total = wide.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+    loss = (total.log() + largest - at_target).sum()
+    logits.copy_(wide.div_(total).scatter_add_(1, target, wide.new_full(target.shape, -1)))
+    return loss
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         wanted = any(ctx.needs_input_grad)
         weight = head.to(hidden.dtype)
         chunk = CHUNK if hidden.device.type == "cpu" else 4096
-        # The slopes of some chunks are kept, so that their products with the gradient are few and large.
-        group = chunk * max(1, KEPT_SLOPES // (chunk * weight.shape[0]))
+        # Logits of a group are computed at once and turned into slopes in place, chunk by chunk: few large products,
+        # and what is done value by value stays in the cache.
+        group = chunk * max(1, GROUP_LOGITS // (chunk * weight.shape[0]))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         for first in range(0, hidden.shape[0], group):
             members = hidden[first : first + group]
-            slopes = hidden.new_empty(len(members), weight.shape[0]) if wanted else None
+            logits = members @ weight.t()
             for start in range(0, len(members), chunk):
-                target = targets[first + start : first + start + chunk, None][: len(members) - start]
-                log_p = torch.log_softmax(members[start : start + chunk] @ weight.t(), dim=-1, dtype=torch.float32)
-                loss -= log_p.gather(1, target).sum()
-                if slopes is not None:
-                    slope = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-                    slopes[start : start + chunk] = slope
-            if grad_hidden is not None and grad_head is not None and slopes is not None:
-                torch.mm(slopes, weight, out=grad_hidden[first : first + group])
-                grad_head += slopes.t() @ members
+                here = logits[start : start + chunk]
+                target = targets[first + start :, None][: len(here)]
+                loss += _into_slopes(here, target)
+            if grad_hidden is not None and grad_head is not None:
+                torch.mm(logits, weight, out=grad_hidden[first : first + group])
+                grad_head += logits.t() @ members
         if wanted:
             ctx.save_for_backward(grad_hidden, grad_head)
             ctx.head_dtype = head.dtype
