@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-GROUP_LOGITS = 16 << 20  # logits held at once
+GROUP_LOGITS = 4 << 20  # logits held at once
 CHUNK = 256  # positions; their logits stay in the cache of a core at the vocabularies of small models
 
 
@@ -16,7 +16,8 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tenso
         head: [vocab, hidden_size], the output projection in its own dtype.
         targets: int64 [positions]; positions with -100 do not count.
 
-    Forward computes the gradient as well, chunk by chunk, so that logits are computed once and never stored.
+    Forward computes the gradient as well, chunk by chunk, so that logits are computed once and never stored. The
+    same memory serves every chunk: on a CPU, fresh pages for the logits take as long as the product that fills them.
     """
     counted = (targets >= 0).nonzero().squeeze(1)
     if counted.numel() < targets.numel():
@@ -24,9 +25,12 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tenso
     return _SummedCrossEntropy.apply(hidden, head, targets)  # pyright: ignore[reportReturnType]
 
 
-def _into_slopes(logits: Tensor, target: Tensor) -> Tensor:
-    """Summed loss of logits [positions, vocab] at target [positions, 1]; the logits become its derivative by them."""
-    wide = logits.float()
+def _into_slopes(logits: Tensor, target: Tensor, wide: Tensor) -> Tensor:
+    """Summed loss of logits [positions, vocab] at target [positions, 1]; the logits become its derivative by them.
+
+    `wide` is fp32 room of the same shape.
+    """
+    wide.copy_(logits)
     largest, at_target = wide.amax(dim=-1, keepdim=True), wide.gather(1, target)
     total = wide.sub_(largest).exp_().sum(dim=-1, keepdim=True)
     loss = (total.log() + largest - at_target).sum()
@@ -46,13 +50,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_head = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        room = hidden.new_empty(min(group, len(hidden)), weight.shape[0])
+        wide = torch.empty(min(chunk, len(hidden)), weight.shape[0], dtype=torch.float32, device=hidden.device)
         for first in range(0, hidden.shape[0], group):
             members = hidden[first : first + group]
-            logits = members @ weight.t()
+            logits = torch.mm(members, weight.t(), out=room[: len(members)])
             for start in range(0, len(members), chunk):
                 here = logits[start : start + chunk]
                 target = targets[first + start :, None][: len(here)]
-                loss += _into_slopes(here, target)
+                loss += _into_slopes(here, target, wide[: len(here)])
             if grad_hidden is not None and grad_head is not None:
                 torch.mm(logits, weight, out=grad_hidden[first : first + group])
                 grad_head += logits.t() @ members
