@@ -31,47 +31,51 @@ def fsync(path: Path) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; `path` holds the whole content afterwards, or is untouched."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    try:
-        yield temporary
-        fsync(temporary)
-        os.replace(temporary, path)
-        fsync(path.parent)
-    except OSError as error:
-        raise InputError(
-            f"could not write {path}: {error.strerror or error}; free some space or choose another place"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _failure_to_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; afterwards it is `path` (an older `path` is replaced), or nothing is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    temporary.mkdir()
+    with _failure_to_write(path):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    fsync(Path(folder, name))
+                fsync(Path(folder))
+            if path.exists():
+                old = temporary_name(path)
+                os.replace(path, old)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+            fsync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _failure_to_write(path: Path) -> Iterator[None]:
+    """Says what a user can do about it."""
     try:
-        yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                fsync(Path(folder, name))
-            fsync(Path(folder))
-        if path.exists():
-            old = temporary_name(path)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-        fsync(path.parent)
+        yield
     except OSError as error:
         raise InputError(
             f"could not write {path}: {error.strerror or error}; free some space or choose another place"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -76,6 +76,14 @@ def test_deepseeks_model_names_choose_thinking(client: openai.OpenAI) -> None:
         assert answer.choices[0].message.content == ANSWER
 
 
+def test_an_answer_can_be_sent_back_whole_with_its_empty_fields(client: openai.OpenAI) -> None:
+    said = ask(client).choices[0].message.model_dump()
+    assert said["tool_calls"] is None, "the client fills in fields that the server never sent"
+    asked = {"role": "user", "content": QUESTION}
+    answer = client.chat.completions.create(model="little", messages=[asked, said, asked], temperature=0)  # type: ignore[list-item]
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_text_over_several_tokens_ends_the_answer_before_it(client: openai.OpenAI, stream: bool) -> None:
     stop = ANSWER[3:9]  # "answer" stands in no single token of a vocabulary this small

@@ -73,13 +73,13 @@ class LatentAttention(nn.Module):
         latent = self.kv_a_layernorm(latent)
         k_rope = rotate(k_rope[:, :, None], where.cos, where.sin)  # [batch, seq, 1, rope]
         if state is None:
-            return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, where.documents, None).flatten(2))
+            return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, documents=where.documents).flatten(2))
         state.append(where.positions, latent, k_rope[:, :, 0])
         held = int(where.positions[:, -1].max()) + 1
         latent, k_rope = state.latent[:, :held].to(x.dtype), state.rope_key[:, :held, None].to(x.dtype)
         visible = torch.arange(held, device=x.device) <= where.positions[:, :, None]  # [batch, seq, held]
         form = self._absorbed if x.shape[1] <= ABSORB_UP_TO else self._expanded
-        return self.o_proj(form(q_nope, q_rope, latent, k_rope, None, visible[:, None]).flatten(2))
+        return self.o_proj(form(q_nope, q_rope, latent, k_rope, visible[:, None]).flatten(2))
 
     def _expanded(
         self,
@@ -87,8 +87,8 @@ class LatentAttention(nn.Module):
         q_rope: Tensor,
         latent: Tensor,
         k_rope: Tensor,
-        documents: Tensor | None,
-        visible: Tensor | None,
+        visible: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Each head with keys and values of its own; returns [batch, seq, heads, value]."""
         k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), dim=-1)
@@ -96,15 +96,7 @@ class LatentAttention(nn.Module):
         k = torch.cat((k_nope, k_rope.expand(-1, -1, self.heads, -1)), dim=-1).transpose(1, 2)
         return attend(q, k, v.transpose(1, 2), self.scale, documents, visible).transpose(1, 2)
 
-    def _absorbed(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        latent: Tensor,
-        k_rope: Tensor,
-        documents: Tensor | None,
-        visible: Tensor | None,
-    ) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor) -> Tensor:
         """All heads against the latent itself; returns [batch, seq, heads, value]."""
         up = self.kv_b_proj.weight.to(latent.dtype).view(self.heads, self.nope + self.value, self.rank)
         q_latent = torch.einsum("bshn,hnr->bshr", q_nope, up[:, : self.nope])

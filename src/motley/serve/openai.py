@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from motley.data.conversation import Message
 from motley.errors import InputError
@@ -29,6 +29,19 @@ ALIASES = {
 log = logging.getLogger(__name__)
 
 
+class Strict(BaseModel):
+    """Refuses what it does not know, unless it is null: clients send back whole answers, empty fields and all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def null_asks_for_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
 class Part(BaseModel):
     """A part of a message's content."""
 
@@ -36,9 +49,7 @@ class Part(BaseModel):
     text: str | None = None
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
     reasoning_content: str | None = None  # accepted as DeepSeek does; earlier thinking is not read again
@@ -64,10 +75,8 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(Strict):
     """`POST /v1/chat/completions`. Fields without an effect here may only hold what asks for nothing."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
