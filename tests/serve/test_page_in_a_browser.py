@@ -57,6 +57,7 @@ SCRIPTS = {
     "What is 2 + 3?": Script(["Two and ", "three: ", "2 + 3 = 5."], ["The answer is ", "**5**.\n\n", "- sure\n"], 0.05),
     "Talk for ever": Script(["Hm. "], [f"word{n} " for n in range(2000)], 0.02),
     "Think for ever": Script([f"thought{n} " for n in range(2000)], ["never"], 0.02),
+    "Think long": Script([f"step{n} " for n in range(300)], ["At last."]),
     "Stop in the middle": Script([], ["This is only half of"], breaks=True),
     "Too long": Script(refuses=(400, "This is longer than the model can read; start a new chat.")),
     "Cut short": Script([], ["one two"], finish="length"),
@@ -152,7 +153,7 @@ def test_a_question_typed_into_motley_serve_is_answered_with_visible_thinking(br
         expect(answers(page).locator("footer")).to_contain_text("tokens/s")
         expect(answers(page).locator(".markdown")).to_have_text(ANSWER.replace("*", ""))
         expect(answers(page).locator("strong")).to_have_text("5")
-        page.get_by_role("button", name="Thought for").click()
+        expect(page.get_by_role("button", name="Thought for")).to_be_visible()
         expect(page.get_by_text(THINKING)).to_be_visible()
         page.get_by_role("button", name="Think", exact=True).click()
         ask(page, QUESTION)
@@ -178,7 +179,7 @@ def test_motley_serve_sends_the_page_with_a_strict_policy(real: str) -> None:
     assert "unsafe" not in policy
 
 
-def test_thinking_is_open_while_it_streams_and_folds_away_when_done(browser: Browser, scripted: ScriptedServer) -> None:
+def test_short_thinking_stays_in_sight_and_folds_away_when_asked(browser: Browser, scripted: ScriptedServer) -> None:
     with opened(browser, scripted.address) as page:
         ask(page, "What is 2 + 3?")
         thinking = page.get_by_role("button", name="Thinking…")
@@ -186,13 +187,23 @@ def test_thinking_is_open_while_it_streams_and_folds_away_when_done(browser: Bro
         expect(page.get_by_text("Two and three: 2 + 3 = 5.")).to_be_visible()
         expect(answers(page).get_by_text("The answer is 5.")).to_be_visible()
         thought = page.get_by_role("button", name=re.compile(r"Thought for \d+\.\d+\ss"))
-        expect(thought).to_have_attribute("aria-expanded", "false")
+        expect(thought).to_have_attribute("aria-expanded", "true")
         expect(answers(page).locator("strong")).to_have_text("5")
         expect(answers(page).locator("footer")).to_contain_text(re.compile(r"6\stokens · \d+(\.\d)?\stokens/s"))
         thought.click()
-        expect(page.get_by_text("Two and three: 2 + 3 = 5.")).to_be_visible()
+        expect(page.get_by_text("Two and three: 2 + 3 = 5.")).to_be_hidden()
         sent = scripted.requests[-1]
         assert (sent["temperature"], sent["max_tokens"], sent["thinking"]) == (0, 200, {"type": "enabled"})
+
+
+def test_long_thinking_folds_away_when_done(browser: Browser, scripted: ScriptedServer) -> None:
+    with opened(browser, scripted.address) as page:
+        ask(page, "Think long")
+        expect(answers(page).get_by_text("At last.")).to_be_visible()
+        thought = page.get_by_role("button", name="Thought for")
+        expect(thought).to_have_attribute("aria-expanded", "false")
+        thought.click()
+        expect(page.get_by_text("step299")).to_be_visible()
 
 
 def test_the_first_sight_says_what_the_model_can_do_and_offers_prompts(
