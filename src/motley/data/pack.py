@@ -22,7 +22,7 @@ from motley.data.sources import DEFAULT_MAX_DOCUMENT_BYTES, Document, fingerprin
 from motley.data.tokenizer import Tokenizer, train_tokenizer
 from motley.errors import InputError
 from motley.files import whole_folder
-from motley.progress import Progress
+from motley.progress import Progress, note
 
 __all__ = ["DATA_FILE", "DataConfig", "Prepared", "fill_rows", "pack_conversations", "prepare"]
 
@@ -79,6 +79,7 @@ def prepare(config: DataConfig, out: Path) -> Prepared:
             tokenizer = Tokenizer.load(config.tokenizer)
         else:
             sample, total_bytes = _sample(config)
+            note(f"learning a vocabulary of {config.vocab_size:,} tokens from {sum(map(len, sample)):,} characters")
             tokenizer = train_tokenizer(sample, config.vocab_size)
         distinct = _Distinct(config)
         writers: Writers = {split: ShardWriter(folder, split, tokenizer.vocab_size) for split in SPLITS}

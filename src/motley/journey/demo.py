@@ -32,10 +32,12 @@ from motley.journey.about import about
 from motley.journey.plan import DemoPlan, make_plan
 from motley.journey.show import outcome, stage_line, times_table, welcome
 from motley.plan.cost import active_parameters, kv_cache_bytes_per_token, parameters
+from motley.progress import note
 from motley.train.finetune import finetune
 from motley.train.pretrain import pretrain
 
 JOURNEY_FILE = "journey.json"
+TEXT_BYTES = 32_000_000  # of one's own text; the standard library is not larger, and minutes of training need less
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class DemoConfig:
     out: Path = Path("runs/demo")
     """Folder of everything the demo makes; the same command goes on where it stopped."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH|hf:NAME")] = ()
-    """Your own text instead of the Python standard library: files, folders, or a dataset of the Hugging Face hub."""
+    """Your own text instead of the Python standard library: files, folders, or a dataset of the Hugging Face hub; up to
+    32 MB of it are read."""
     minutes: float = 7.5
     """Time for the whole journey, serving apart; the plan fits into it."""
     serve: bool = True
@@ -165,7 +168,15 @@ def _stages(journey: Journey, config: DemoConfig, machine: Machine, plan: DemoPl
     conversations = out / "problems.jsonl"
 
     def data() -> dict[str, Any]:
-        prepared = prepare(DataConfig(data=config.data, vocab_size=plan.vocab_size, seed=config.seed), out / "data")
+        settings = DataConfig(
+            data=config.data,
+            vocab_size=plan.vocab_size,
+            seed=config.seed,
+            max_bytes=TEXT_BYTES if config.data else None,
+        )
+        if config.data:
+            note(f"reading up to {TEXT_BYTES / 1e6:.0f} MB of {', '.join(config.data)}; `motley data` reads all of it")
+        prepared = prepare(settings, out / "data")
         return {"summary": prepared.summary(), **read_json(out / "data" / "data.json")}
 
     def problems() -> dict[str, Any]:
