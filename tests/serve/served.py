@@ -13,7 +13,8 @@ from fastapi import FastAPI
 
 from motley.infer.engine import Engine
 from motley.infer.opening import open_engine
-from motley.serve.app import create_app, read_about
+from motley.serve.about import read_about
+from motley.serve.app import create_app
 
 
 @contextmanager

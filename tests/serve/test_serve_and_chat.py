@@ -16,6 +16,7 @@ from thinking_model import ANSWER, ENDLESS, QUESTION, THINKING
 
 from motley.errors import InputError
 from motley.infer.opening import open_engine
+from motley.serve.about import Defaults, read_defaults
 from motley.serve.app import ServeConfig, listen, serve
 from motley.serve.chat import Chat, ChatConfig
 
@@ -80,7 +81,7 @@ def test_a_host_that_is_not_of_this_machine_is_named() -> None:
 def test_chat_reads_questions_from_standard_input(thinking_model: Path) -> None:
     asked = f"{QUESTION}\n/think\n{QUESTION}\n"
     done = subprocess.run(
-        [*MOTLEY, "chat", str(thinking_model), "--temperature", "0", "--no-remember"],
+        [*MOTLEY, "chat", str(thinking_model), "--temperature", "0", "--remember", "no"],
         input=asked, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -90,7 +91,7 @@ def test_chat_reads_questions_from_standard_input(thinking_model: Path) -> None:
 @pytest.fixture
 def chat(thinking_model: Path) -> Chat:
     config = ChatConfig(thinking_model, temperature=0, max_tokens=60)
-    return Chat(open_engine(thinking_model, "cpu"), config, io.StringIO())
+    return Chat(open_engine(thinking_model, "cpu"), config, Defaults(), io.StringIO())
 
 
 def said(chat: Chat) -> str:
@@ -114,6 +115,24 @@ def test_a_stopped_answer_is_not_remembered(chat: Chat) -> None:
     chat.ask(ENDLESS, cancelled)
     assert "stopped" in said(chat)
     assert chat.messages == []
+
+
+def test_a_model_says_how_it_is_best_asked_and_the_user_has_the_last_word(thinking_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "about.json").write_text('{"defaults": {"remember": false, "temperature": 0, "max_tokens": 60}}')
+    engine, defaults = open_engine(thinking_model, "cpu"), read_defaults(tmp_path)
+    chat = Chat(engine, ChatConfig(thinking_model), defaults, io.StringIO())
+    chat.ask(QUESTION)
+    chat.ask(QUESTION)
+    assert said(chat) == 2 * f"{THINKING}\n{ANSWER}\n"
+    assert len(chat.messages) == 2, "the second question did not carry the first along"
+    assert Chat(engine, ChatConfig(thinking_model, remember="yes"), defaults, io.StringIO()).remember
+
+
+def test_defaults_of_another_kind_are_named(tmp_path: Path) -> None:
+    assert read_defaults(tmp_path) == Defaults()
+    (tmp_path / "about.json").write_text('{"defaults": {"temperature": "warm"}}')
+    with pytest.raises(InputError, match=r"about.json: defaults.temperature"):
+        read_defaults(tmp_path)
 
 
 def test_a_cut_answer_says_so(chat: Chat) -> None:

@@ -15,7 +15,8 @@ from thinking_model import ANSWER, ENDLESS, QUESTION
 
 from motley.infer.opening import open_engine
 from motley.infer.sampler import BrokenLogits
-from motley.serve.app import create_app, read_about
+from motley.serve.about import read_about
+from motley.serve.app import create_app
 
 
 class House:

@@ -28,11 +28,10 @@ from starlette.types import Receive, Scope, Send
 
 from motley import __version__
 from motley.errors import InputError
-from motley.files import read_json
 from motley.infer.engine import Engine
 from motley.infer.opening import open_engine
 from motley.model.find import find_model
-from motley.plan.cost import active_parameters, parameters
+from motley.serve.about import read_about
 from motley.serve.guard import Guard, is_loopback
 from motley.serve.openai import ALIASES, ChatRequest, Reply, error_body, in_a_sentence, model_card
 from motley.serve.worker import Busy, Event, Worker
@@ -206,18 +205,6 @@ def describe_validation(error: Any) -> str:
 def ascii_only(text: str) -> str:
     """Half surrogate pairs and control characters from a caller must not break the reply."""
     return text.encode("ascii", "backslashreplace").decode("ascii")
-
-
-def read_about(folder: Path, engine: Engine) -> dict[str, Any]:
-    """`about.json` beside the model if there is one, and what the server itself knows."""
-    told = read_json(folder / "about.json") if (folder / "about.json").is_file() else {}
-    if not isinstance(told, dict):
-        raise InputError(f"{folder / 'about.json'} is not a JSON object")
-    config = engine.model.config
-    name = folder.parent.name if folder.name in ("model", "export") or folder.name.startswith("step-") else folder.name
-    fallback = {"model": name or "model", "about": [], "prompts": [], "accuracy": None}
-    return {**fallback, **told, "parameters": parameters(config), "active_parameters": active_parameters(config),
-            "context_length": engine.context_length}  # fmt: skip
 
 
 def listen(host: str, port: int, other_ports: int = 0) -> socket.socket:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Literal, TextIO
 
 import tyro
 
@@ -16,6 +16,8 @@ from motley.errors import InputError
 from motley.infer.engine import Engine
 from motley.infer.opening import open_engine
 from motley.infer.sampler import SamplingParams
+from motley.model.find import find_model
+from motley.serve.about import Defaults, read_defaults
 from motley.serve.answer import AnswerRequest, AnswerWriter, Piece
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -24,17 +26,22 @@ HELP = "Type a message. /new forgets the conversation, /think turns thinking on 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Talk to a model in the terminal."""
+    """Talk to a model in the terminal.
+
+    What is not said here is as the model's own about.json says, or else as usual: earlier messages are sent along, the
+    temperature is 0.6, the longest answer has 1024 tokens.
+    """
 
     model: Annotated[Path, tyro.conf.Positional]
     """A run or a checkpoint folder."""
     thinking: bool = True
     """Let the model think before it answers."""
-    remember: bool = True
+    remember: Literal["auto", "yes", "no"] = "auto"
     """Send earlier messages along; a model that was trained on single questions does better without."""
-    temperature: float = 0.6
+    temperature: float | None = None
+    """0 takes the most probable token."""
     top_p: float = 0.95
-    max_tokens: int = 1024
+    max_tokens: int | None = None
     """Longest answer, thinking included."""
     seed: int | None = None
     device: str = "auto"
@@ -45,13 +52,18 @@ class Chat:
     """One conversation with one engine.
 
     Args:
+        config: what the user asked for.
+        defaults: of the model, for what the user left open.
         out: where answers are written as they arrive; thinking is dim if that is a terminal.
     """
 
-    def __init__(self, engine: Engine, config: ChatConfig, out: TextIO) -> None:
-        self.engine, self.config, self.out = engine, config, out
+    def __init__(self, engine: Engine, config: ChatConfig, defaults: Defaults, out: TextIO) -> None:
+        self.engine, self.out = engine, out
         self.encoder = ConversationEncoder(engine.tokenizer)
-        self.params = SamplingParams(config.temperature, config.top_p, config.max_tokens, config.seed)
+        temperature = defaults.temperature if config.temperature is None else config.temperature
+        max_tokens = defaults.max_tokens if config.max_tokens is None else config.max_tokens
+        self.params = SamplingParams(temperature, config.top_p, max_tokens, config.seed)
+        self.remember = defaults.remember if config.remember == "auto" else config.remember == "yes"
         self.thinking = config.thinking
         self.messages: list[Message] = []
 
@@ -69,7 +81,7 @@ class Chat:
 
     def ask(self, question: str, cancelled: threading.Event | None = None) -> None:
         """Stream the answer to `out`; a cancelled or refused question is not remembered. Raises InputError."""
-        asked = [*(self.messages if self.config.remember else []), Message("user", question)]
+        asked = [*(self.messages if self.remember else []), Message("user", question)]
         request = AnswerRequest(asked, self.params, self.thinking)
         prompt = self.encoder.prompt(request.messages, request.thinking)
         writer = AnswerWriter(self.engine.tokenizer, len(prompt), request)
@@ -109,7 +121,8 @@ class Chat:
 
 def chat(config: ChatConfig) -> None:
     """Read questions from standard input, one a line, until it ends."""
-    conversation = Chat(open_engine(config.model, config.device), config, sys.stdout)
+    defaults = read_defaults(find_model(config.model))
+    conversation = Chat(open_engine(config.model, config.device), config, defaults, sys.stdout)
     terminal = sys.stdin.isatty()
     if terminal:
         sys.stdout.write(HELP + "\n")

@@ -1,0 +1,47 @@
+"""`about.json` beside a model: what its maker says of it, and how it is best asked."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from motley.errors import InputError
+from motley.files import read_json
+from motley.infer.engine import Engine
+from motley.plan.cost import active_parameters, parameters
+
+
+class Defaults(BaseModel):
+    """How to ask where the user says nothing; the field `defaults` of the file."""
+
+    thinking: bool = True
+    remember: bool = True  # send earlier messages along
+    temperature: float = 0.6
+    max_tokens: int = 1024
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """What stands in the file; nothing where there is none. Raises InputError if it is not what it should be."""
+    file = folder / "about.json"
+    values = read_json(file) if file.is_file() else {}
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is not a JSON object")
+    try:
+        Defaults.model_validate(values.get("defaults", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{file}: {'.'.join(['defaults', *map(str, first['loc'])])}: {first['msg']}") from None
+    return values
+
+
+def read_defaults(folder: Path) -> Defaults:
+    return Defaults.model_validate(told(folder).get("defaults", {}))
+
+
+def read_about(folder: Path, engine: Engine) -> dict[str, Any]:
+    """What the page tells: the file, and what the server itself knows."""
+    config = engine.model.config
+    name = folder.parent.name if folder.name in ("model", "export") or folder.name.startswith("step-") else folder.name
+    fallback = {"model": name or "model", "about": [], "prompts": [], "accuracy": None}
+    return {**fallback, **told(folder), "parameters": parameters(config),
+            "active_parameters": active_parameters(config), "context_length": engine.context_length}  # fmt: skip
