@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from motley import __version__
-from motley.cli import COMMANDS, find
+from motley.cli import COMMANDS, find, run
 
 SCRIPT = Path(sys.executable).with_name("motley")
 
@@ -56,6 +56,7 @@ def test_a_wrong_option_is_status_2() -> None:
     [
         (["eval", "nowhere"], "nowhere is not a folder"),
         (["eval", ".", "--count", "0"], "--count is 0"),
+        (["tasks", "--count", "0"], "--count is 0"),
         (["export", "nowhere", "out"], "nowhere is not a folder"),
         (["report", "nowhere"], "nowhere"),
         (["data", "--data", "nowhere.txt"], "nowhere.txt does not exist"),
@@ -85,6 +86,15 @@ def test_reports_are_one_json_object(tmp_path: Path) -> None:
     assert "tokens" in again.stdout
     fleet = motley("fleet", "--json", cwd=tmp_path)
     assert json.loads(fleet.stdout)["device"]
+
+
+def test_a_failure_of_the_system_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").mkdir()  # where a run keeps a file
+    (tmp_path / "text.txt").write_text("\n".join(f"line {n} of the text" for n in range(3000)))
+    assert run(["pretrain", "--data", str(tmp_path / "text.txt"), "--steps", "1", "--out", str(tmp_path)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("motley pretrain: ")
+    assert "config.json" in last
 
 
 def test_a_reader_that_goes_away_is_no_error_message() -> None:

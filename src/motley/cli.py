@@ -108,6 +108,12 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"motley {arguments[0]}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # what no stage foresaw: a folder without permission, a disk that is gone
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"motley {arguments[0]}: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stopped:
         print(f"\nmotley {arguments[0]}: {stopped or 'stopped'}", file=sys.stderr)
         return 130

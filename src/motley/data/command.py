@@ -6,6 +6,7 @@ from typing import Any
 
 from motley.data.pack import DataConfig, prepare
 from motley.data.tasks import FAMILIES, make_problems, write_jsonl
+from motley.errors import InputError
 from motley.files import read_json
 
 
@@ -35,6 +36,10 @@ class TasksConfig:
     count: int = 10_000
     families: tuple[str, ...] = tuple(FAMILIES)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"--count is {self.count}; it must be at least 1")
 
 
 def tasks(config: TasksConfig) -> dict[str, Any]:

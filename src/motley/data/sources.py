@@ -138,7 +138,7 @@ def _in_folder(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = (Path(parent, name) for name in sorted(names) if not name.startswith("."))
-        found += [file for file in files if file.is_file() and _kind(file) in TEXT_KINDS + ROW_KINDS]
+        found += [file for file in files if _kind(file) in TEXT_KINDS + ROW_KINDS and file.is_file()]
     if not found:
         raise InputError(f"{folder} holds no file that can be read; what can be: {KINDS_IN_WORDS}")
     return found

@@ -12,11 +12,12 @@ from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.device import choose_device, compute_dtype
 from motley.fleet.probe import Machine
-from motley.model import load
+from motley.model import ModelConfig, load
 from motley.model.find import find_model
 from motley.progress import note
 from motley.train.config import FinetuneConfig
 from motley.train.loop import train
+from motley.train.memory import check_memory
 from motley.train.run import open_run
 
 
@@ -42,6 +43,7 @@ def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str
     if run.finished is not None:
         return run.finished
     device = choose_device(config.device)
+    check_memory(ModelConfig.from_hf(read_json(source / "config.json")), config.optimizer, device)
     model = load(source, device=device).float()
     model.compute_dtype = compute_dtype(config.precision, lambda: run.machine(device, machine))
     model.recompute = config.recompute

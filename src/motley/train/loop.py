@@ -78,7 +78,13 @@ def train(
     ):
         while at.step < config.steps:
             started = time.perf_counter()
-            losses, norm, reason = _step(model, optimizer, train_rows, guard, config, at.step)
+            try:
+                losses, norm, reason = _step(model, optimizer, train_rows, guard, config, at.step)
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"{model.device} has too little memory for --micro-batch {config.micro_batch} rows of "
+                    f"{config.seq_len} tokens; lower it (the result stays the same), or add --recompute"
+                ) from error
             at.step, at.tokens = at.step + 1, at.tokens + losses.tokens
             elapsed = time.perf_counter() - started
             at.seconds += elapsed

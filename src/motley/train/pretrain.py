@@ -16,6 +16,7 @@ from motley.model import SIZES, ModelConfig, Transformer
 from motley.progress import note
 from motley.train.config import PretrainConfig
 from motley.train.loop import train
+from motley.train.memory import check_memory
 from motley.train.run import open_run
 
 
@@ -53,6 +54,7 @@ def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str
     if run.finished is not None:
         return run.finished
     device = choose_device(config.device)
+    check_memory(shape, config.optimizer, device)
     model = Transformer(shape)
     model.initialize(config.seed)
     model.to(device)
