@@ -105,7 +105,7 @@ def test_the_command_exports_a_whole_folder(model_folder: Path, tmp_path: Path) 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds something that is no model"):
+    with pytest.raises(InputError, match=r"holds notes.txt, which is no part of a checkpoint"):
         export(ExportConfig(model_folder, tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -222,11 +222,24 @@ except InputError as error:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_folder_that_is_no_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="holds something that is no checkpoint"):
-        save(random_model(), tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("thesis.txt", "years of work"), ("checkpoints/step-1/x", "a run"), ("config.json", '{"stage": "pretrain"}')],
+)
+def test_a_folder_that_is_no_checkpoint_is_not_overwritten(file: str, content: str, tmp_path: Path) -> None:
+    kept = tmp_path / "folder" / file
+    kept.parent.mkdir(parents=True)
+    kept.write_text(content)
+    with pytest.raises(InputError, match=r"folder holds .* no (part of a )?checkpoint"):
+        save(random_model(), tmp_path / "folder")
+    save(random_model(), tmp_path / "other")
+    (tmp_path / "other" / "notes.md").write_text("mine")
+    with pytest.raises(InputError, match=r"other holds notes.md, which is no part of a checkpoint"):
+        save(random_model(), tmp_path / "other")
+    with pytest.raises(InputError, match="is a file; name a folder"):
+        save(random_model(), tmp_path / "other" / "notes.md")
+    assert kept.read_text() == content
+    assert (tmp_path / "other" / "notes.md").read_text() == "mine"
 
 
 def test_saving_over_an_earlier_checkpoint_replaces_all_of_it(tmp_path: Path) -> None:

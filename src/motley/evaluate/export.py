@@ -8,10 +8,9 @@ import tyro
 
 from motley.data.conversation import ConversationEncoder
 from motley.data.tokenizer import Tokenizer
-from motley.errors import InputError
 from motley.files import whole_folder, write_json
 from motley.model import load
-from motley.model.checkpoint import write_weights
+from motley.model.checkpoint import check_replaceable, write_weights
 from motley.model.find import find_model
 
 
@@ -29,8 +28,7 @@ class ExportConfig:
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write config.out whole or not at all."""
     source = find_model(config.model)
-    if config.out.exists() and any(config.out.iterdir()) and not (config.out / "config.json").is_file():
-        raise InputError(f"{config.out} holds something that is no model; choose another folder")
+    check_replaceable(config.out)
     model, tokenizer = load(source), Tokenizer.load(source)
     with whole_folder(config.out) as folder:
         write_weights(model, folder)

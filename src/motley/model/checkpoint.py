@@ -25,12 +25,17 @@ from torch import Tensor, nn
 from motley.errors import InputError
 from motley.files import read_json, whole_folder, write_json
 from motley.model.config import ModelConfig
+from motley.model.find import is_model
 from motley.model.quantize import SCALE_SUFFIX, dequantize
 from motley.model.rotary import Rotary
 from motley.model.safetensors_header import Entry, read_header
 from motley.model.transformer import Transformer
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+REPLACEABLE = {  # what may lie beside the weights and is written anew with them
+    CONFIG, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "about.json",
+}  # fmt: skip
 SHARD_BYTES = 5 << 30
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FP8 = "F8_E4M3"
@@ -289,10 +294,22 @@ def _read(
 def save(model: Transformer, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write `model` as a Hugging Face folder, whole or not at all; an earlier checkpoint there is replaced."""
     folder = Path(path)
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-        raise InputError(f"{folder} holds something that is no checkpoint; choose another folder")
+    check_replaceable(folder)
     with whole_folder(folder) as temporary:
         write_weights(model, temporary, shard_bytes)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises InputError unless `folder` is absent, empty or a checkpoint with nothing else in it that could be lost."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder")
+    for path in sorted(folder.iterdir()):
+        if path.name not in REPLACEABLE and path.suffix != ".safetensors":
+            raise InputError(f"{folder} holds {path.name}, which is no part of a checkpoint; choose another folder")
+    if any(folder.iterdir()) and not is_model(folder):
+        raise InputError(f"{folder} holds something that is no checkpoint; choose another folder")
 
 
 def write_weights(model: Transformer, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
