@@ -12,6 +12,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 FLOORS = [  # ground first; a room may use the floors below its own, not its neighbours
     {"errors"},
     {"files", "progress"},
+    {"page"},
+    {"svg"},
     {"model", "fleet"},
     {"data", "plan"},
     {"train", "infer"},

@@ -32,9 +32,33 @@ COMMANDS: dict[str, Command] = {
         "the whole journey on this machine: train a small model and talk to it",
         "motley.journey.demo:demo", "motley.journey.demo:DemoConfig", "motley.journey.demo:summary",
     ),
-    "fleet": Command(
-        "measure this machine",
-        "motley.fleet.command:fleet", "motley.fleet.command:FleetConfig", "motley.fleet.command:summary",
+    "fleet probe": Command(
+        "measure this machine (under torchrun: every machine of a job), write a fleet file",
+        "motley.fleet.command:fleet_probe", "motley.fleet.command:ProbeConfig", "motley.fleet.command:probe_summary",
+    ),
+    "fleet show": Command(
+        "draw a fleet file",
+        "motley.fleet.command:fleet_show", "motley.fleet.command:ShowConfig", "motley.fleet.command:show_summary",
+    ),
+    "fleet chips": Command(
+        "list the chip sheet",
+        "motley.fleet.command:fleet_chips", "motley.fleet.command:ChipsConfig", "motley.fleet.command:chips_summary",
+    ),
+    "plan": Command(
+        "what can this fleet train, how fast, at what cost, laid out how",
+        "motley.plan.command:plan", "motley.plan.command:PlanConfig", "motley.plan.command:plan_summary",
+    ),
+    "plan describe": Command(
+        "parameters, FLOPs and bytes of a model",
+        "motley.plan.command:describe", "motley.plan.command:DescribeConfig", "motley.plan.command:describe_summary",
+    ),
+    "plan evaluate": Command(
+        "predict given layouts and compare with measurements",
+        "motley.plan.command:evaluate", "motley.plan.command:EvaluateConfig", "motley.plan.command:evaluate_summary",
+    ),
+    "plan simulate": Command(
+        "replay weeks of training with failures",
+        "motley.plan.command:simulate", "motley.plan.command:SimulateConfig", "motley.plan.command:simulate_summary",
     ),
     "data": Command(
         "prepare text: read, clean, deduplicate, tokenize, pack",
@@ -96,26 +120,29 @@ def run(arguments: Sequence[str]) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
-    command = COMMANDS.get(arguments[0])
+    name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
+    command = COMMANDS.get(name)
     if command is None:
-        print(f"motley: there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        inside = [known for known in COMMANDS if known.startswith(f"{name} ")]
+        there_are = f"choose one of {', '.join(inside)}" if inside else f"there are {', '.join(COMMANDS)}"
+        print(f"motley: there is no command {' '.join(arguments[:2])!r}; {there_are}", file=sys.stderr)
         return 2
     try:
-        config, as_json = parse(arguments[0], command, arguments[1:])
+        config, as_json = parse(name, command, arguments[len(name.split()) :])
         result = find(command.function)(config)
-        if command.report is not None:
+        if command.report is not None and result is not None:
             print(json.dumps(result, ensure_ascii=False) if as_json else find(command.report)(result))
     except InputError as error:
-        print(f"motley {arguments[0]}: {error}", file=sys.stderr)
+        print(f"motley {name}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         raise
     except OSError as error:  # what no stage foresaw: a folder without permission, a disk that is gone
         where = f"{error.filename}: " if error.filename else ""
-        print(f"motley {arguments[0]}: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"motley {name}: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(f"\nmotley {arguments[0]}: {stopped or 'stopped'}", file=sys.stderr)
+        print(f"\nmotley {name}: {stopped or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 

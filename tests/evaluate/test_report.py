@@ -11,10 +11,10 @@ import pytest
 
 from motley.errors import InputError
 from motley.evaluate.charts import FIRST, THEME, Curve, heat_map, interval_chart, line_chart, smoothed
-from motley.evaluate.page import Html, element, in_count, interval_95
 from motley.evaluate.report import write_report
 from motley.fleet import Machine, MatmulRate
 from motley.model import SIZES
+from motley.page import Html, element, in_count, interval_95
 from motley.train.metrics import MetricsWriter
 
 EVIL = "<script>alert('x')</script> & \"<img src=https://example.org/x>\""

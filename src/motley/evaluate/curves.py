@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from motley.evaluate.charts import FIRST, MUTED, SECOND, THIRD, Curve, heat_map, line_chart, smoothed
-from motley.evaluate.page import Html, as_number, element, figure
+from motley.page import Html, as_number, element, figure
 from motley.train.metrics import imbalances
 
 

@@ -15,7 +15,10 @@ from typing import Any
 from motley.errors import InputError
 from motley.evaluate.charts import interval_chart
 from motley.evaluate.curves import Stage, stage_section
-from motley.evaluate.page import (
+from motley.files import read_json, write_text
+from motley.fleet import Machine, describe
+from motley.model import ModelConfig
+from motley.page import (
     Html,
     as_number,
     as_text,
@@ -29,18 +32,13 @@ from motley.evaluate.page import (
     in_whole,
     interval_95,
     list_section,
+    whole_page,
 )
-from motley.files import read_json, write_text
-from motley.fleet import Machine, describe
-from motley.model import ModelConfig
 from motley.plan import active_parameters, kv_cache_bytes_per_token, mtp_parameters, parameters
 from motley.train.metrics import METRICS_FILE, read_metrics
 
 JOURNEY_FILE = "journey.json"
-STYLE_FILE = Path(__file__).with_name("report.css")
 MOST_SAMPLES = 24
-# The page loads nothing and runs nothing, even if something slipped in.
-CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run: Path, out: Path) -> Path:
@@ -142,14 +140,7 @@ def _page(run: Path, journey: Mapping[str, Any], stages: Sequence[Stage]) -> str
         list_section("Not in this report", missing),
         element("footer", "Written by motley from the files of this run. All curves: metrics.jsonl beside it."),
     ]
-    head = [
-        Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">'),
-        element("title", f"{name}: report"),
-        element("style", Html(STYLE_FILE.read_text(encoding="utf-8"))),
-    ]
-    content = element("head", *head) + element("body", element("main", *body))
-    return f'<!doctype html>\n<html lang="en">{content}</html>\n'
+    return whole_page(f"{name}: report", body)
 
 
 def _header(

@@ -28,6 +28,7 @@ SKINNY = (
     256,
     1024,
 )  # a batch of tokens through one small layer: what training a small model consists of
+DECIDING = 4096 * 256 * 1024  # products smaller than SKINNY do not choose the number format
 LEAST_ROUNDS = 3
 BURST_SECONDS = 0.005  # a measurement shorter than this is repeated: clocks and kernel launches are not free
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,13 +38,14 @@ GIGA = 1e9
 
 @dataclass(frozen=True)
 class MatmulRate:
-    """Measured speed of one matrix product, [rows, inner] times [inner, columns]."""
+    """Measured speed of a matrix product, [rows, inner] times [inner, columns]; `groups` of them at once (experts)."""
 
     dtype: str
     rows: int
     inner: int
     columns: int
     gflops: float
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,13 @@ def best_device() -> torch.device:
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
-def probe(seconds: float = 3.0, device: torch.device | None = None) -> Machine:
+def probe(seconds: float = 3.0, device: torch.device | None = None, grid: bool = False) -> Machine:
     """Measure this machine for about `seconds` (very slow ones take longer: three rounds are the least).
 
     Args:
         seconds: time for all measurements together.
         device: what to measure; default the accelerator, or the CPU where there is none.
+        grid: measure curves (small to large, skinny, grouped) instead of one large and one skinny product.
     """
     device = device or best_device()
     cores = usable_cores()
@@ -123,7 +126,7 @@ def probe(seconds: float = 3.0, device: torch.device | None = None) -> Machine:
     threads = min(threads_before, cores)  # PyTorch does not know of container quotas
     torch.set_num_threads(threads)
     try:
-        rates, bandwidth = _measure(device, seconds)
+        rates, bandwidth = _measure(device, seconds, grid)
     finally:
         torch.set_num_threads(threads_before)
     total, available = host_memory()
@@ -168,7 +171,8 @@ def in_gigabytes(memory_bytes: int | None) -> str:
 
 def choose_dtype(rates: tuple[MatmulRate, ...]) -> str:
     """bf16 if it beats fp32 by more than `GAIN_WORTH_BF16` in every shape measured in both, else fp32."""
-    speed = {(rate.dtype, rate.rows, rate.inner, rate.columns): rate.gflops for rate in rates}
+    large = [rate for rate in rates if rate.groups == 1 and rate.rows * rate.inner * rate.columns >= DECIDING]
+    speed = {(rate.dtype, rate.rows, rate.inner, rate.columns): rate.gflops for rate in large or rates}
     gains = [
         gflops / speed["fp32", rows, inner, columns]
         for (dtype, rows, inner, columns), gflops in speed.items()
@@ -180,22 +184,33 @@ def choose_dtype(rates: tuple[MatmulRate, ...]) -> str:
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def _measure(device: torch.device, seconds: float) -> tuple[tuple[MatmulRate, ...], float]:
+def _measure(device: torch.device, seconds: float, grid: bool) -> tuple[tuple[MatmulRate, ...], float]:
     """Rates of all products, and the copy bandwidth in GB/s."""
     on_cpu = device.type == "cpu"
     side = 2048 if on_cpu else 8192
     formats = ["fp32", "bf16"] if on_cpu else list(DTYPES)
-    shapes = [(side, side, side), SKINNY]
+    shapes = [(1, side, side, side), (1, *SKINNY)]
+    if grid:
+        shapes += [shape for shape in _grid(side) if shape not in shapes]
     keys = [(dtype, *shape) for dtype in formats for shape in shapes]
     actions = [_product(device, *key) for key in keys]
     copy_bytes = 2**28 if on_cpu else 2**30  # larger than any cache
     actions.append(_copy(device, copy_bytes))
     times = _take_turns(actions, device, seconds)
     rates = tuple(
-        MatmulRate(dtype, rows, inner, columns, round(2 * rows * inner * columns / taken / GIGA, 1))
-        for (dtype, rows, inner, columns), taken in zip(keys, times, strict=False)
+        MatmulRate(dtype, rows, inner, columns, round(2 * groups * rows * inner * columns / taken / GIGA, 1), groups)
+        for (dtype, groups, rows, inner, columns), taken in zip(keys, times, strict=False)
     )
     return rates, 2 * copy_bytes / times[-1] / GIGA
+
+
+def _grid(side: int) -> list[tuple[int, int, int, int]]:
+    """(groups, rows, inner, columns): squares from small to large, layers of small models, stacks of experts."""
+    squares = [(1, edge, edge, edge) for edge in (side // 16, side // 8, side // 4, side // 2)]
+    skinny = [(1, 2 * side, inner, columns) for inner, columns in ((64, 256), (128, 512), (256, 256), (512, 2048))]
+    few_rows = [(1, rows, 1024, 1024) for rows in (16, 128, 512)]
+    grouped = [(8, side // 4, 192, 256), (16, side // 8, 256, 256), (16, side // 4, 512, 1024)]
+    return squares + skinny + few_rows + grouped
 
 
 def _take_turns(actions: list[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
@@ -229,11 +244,15 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _product(device: torch.device, dtype: str, rows: int, inner: int, columns: int) -> Callable[[], object]:
-    left = torch.randn(rows, inner, device=device).to(DTYPES[dtype])
-    right = torch.randn(inner, columns, device=device).to(DTYPES[dtype])
-    result = torch.empty(rows, columns, device=device, dtype=DTYPES[dtype])
-    return lambda: torch.mm(left, right, out=result)
+def _product(
+    device: torch.device, dtype: str, groups: int, rows: int, inner: int, columns: int
+) -> Callable[[], object]:
+    left = torch.randn(groups, rows, inner, device=device).to(DTYPES[dtype])
+    right = torch.randn(groups, inner, columns, device=device).to(DTYPES[dtype])
+    result = torch.empty(groups, rows, columns, device=device, dtype=DTYPES[dtype])
+    if groups == 1:
+        return lambda: torch.mm(left[0], right[0], out=result[0])
+    return lambda: torch.bmm(left, right, out=result)
 
 
 def _copy(device: torch.device, size: int) -> Callable[[], object]:

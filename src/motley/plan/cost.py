@@ -1,6 +1,6 @@
 """Parameters, FLOPs and bytes of one token: computed here, used by planner, report and benchmarks alike.
 
-    parts(config, S)            one row per part of the network          [parameters | active | forward FLOPs]
+    parts(model, S)             one row per part of the network          [parameters | active | forward FLOPs]
       parameters, active_...    = sum of the first columns
       forward_flops_per_token   = sum of the third
       training_flops_per_token  = 3 x forward: the backward pass multiplies by every matrix twice,
@@ -10,12 +10,13 @@ Counted are products (one multiplication and one addition are 2 FLOPs), as in "I
 (arXiv 2505.09343, table 2: 250 GFLOP per training token at 4,096 tokens); norms, softmax and the choice of
 experts are below one percent and left out. Work that repeats itself (activation checkpointing) is not
 counted either: these are the FLOPs the mathematics needs, so that a share of the peak computed from them is
-honest.
+honest. `model` is motley's own ModelConfig or the Shape of any family the planner knows.
 """
 
 from dataclasses import dataclass
 
 from motley.model import ModelConfig
+from motley.plan.shape import Block, Matmul, Shape, deepseek
 
 TRAINING_OVER_FORWARD = 3
 MTP = "MTP module"
@@ -38,148 +39,114 @@ class Part:
     forward_flops: float
 
 
-def parts(config: ModelConfig, context_length: int) -> list[Part]:
+def parts(model: ModelConfig | Shape, context_length: int) -> list[Part]:
     """The rows of the bill, MTP modules last (V2 report sections 2.1, 2.2; V3 report section 2).
 
     Args:
-        config: the shape of the model.
+        model: the shape of the model.
         context_length: tokens in a sequence; a token attends to half of them on average (causal). For packed
             documents with attention confined to each, give the mean length of a document.
 
     A tied head holds no parameters of its own but multiplies all the same.
     """
-    hidden, vocabulary = config.hidden_size, config.vocab_size
-    head = vocabulary * hidden
-    own_head = 0 if config.tie_word_embeddings else head
-    blocks = [
-        part
-        for layer in range(config.num_hidden_layers)
-        for part in _block(config, context_length, config.is_moe_layer(layer))
-    ]
+    shape = as_shape(model)
+    hidden, head = shape.hidden_size, shape.head
+    blocks = [part for block in shape.blocks for part in _block(block, context_length)]
+    own_head = 0 if shape.tied else head.parameters
     rows = [
-        Part("embedding", head, head, 0),  # a look-up, not a product
+        Part("embedding", shape.embedding_parameters, shape.embedding_parameters, 0),  # looked up, not multiplied
         *_summed(blocks),
-        Part("final norm", hidden, hidden, 0),
-        Part("head", own_head, own_head, 2 * head),
+        Part("final norm", shape.final_norm, shape.final_norm, 0),
+        Part("head", own_head, own_head, 2 * head.active),
     ]
-    for depth in range(config.num_nextn_predict_layers):
+    for depth, block in enumerate(shape.mtp):
         # Two norms of the inputs, the projection of both side by side, a whole block, a norm before the head.
-        projection = 2 * hidden * hidden
-        block = _block(config, context_length, config.is_moe_layer(config.num_hidden_layers + depth))
+        projection = shape.mtp_projection()
+        around = projection.parameters + 3 * hidden
         rows.append(
             Part(
                 f"{MTP} {depth + 1}",
-                projection + 3 * hidden + sum(part.parameters for part in block),
-                projection + 3 * hidden + sum(part.active for part in block),
-                2 * (projection + head) + sum(part.forward_flops for part in block),
+                around + block.parameters,
+                around + block.active,
+                2 * (projection.active + head.active) + block.forward_flops(context_length),
             )
         )
     return rows
 
 
-def parameters(config: ModelConfig) -> int:
+def parameters(model: ModelConfig | Shape) -> int:
     """All parameters of the main model, embedding and head included, as published counts have it.
 
     The routing bias is not one of them: no gradient trains it.
     """
-    return sum(row.parameters for row in parts(config, 0) if not _is_mtp(row))
+    return sum(row.parameters for row in parts(model, 0) if not _is_mtp(row))
 
 
-def active_parameters(config: ModelConfig) -> int:
+def active_parameters(model: ModelConfig | Shape) -> int:
     """Parameters of the main model that work on one token, embedding and head included.
 
     V3: 37.55 billion; 36.6 without the embedding table, which multiplies nothing.
     """
-    return sum(row.active for row in parts(config, 0) if not _is_mtp(row))
+    return sum(row.active for row in parts(model, 0) if not _is_mtp(row))
 
 
-def mtp_parameters(config: ModelConfig) -> int:
+def mtp_parameters(model: ModelConfig | Shape) -> int:
     """Parameters the MTP modules have besides the main model's (they share its embedding and head)."""
-    return sum(row.parameters for row in parts(config, 0) if _is_mtp(row))
+    return sum(row.parameters for row in parts(model, 0) if _is_mtp(row))
 
 
-def forward_flops_per_token(config: ModelConfig, context_length: int) -> float:
+def forward_flops_per_token(model: ModelConfig | Shape, context_length: int) -> float:
     """FLOPs of the forward pass per token of a training batch, MTP modules included."""
-    return sum(row.forward_flops for row in parts(config, context_length))
+    return sum(row.forward_flops for row in parts(model, context_length))
 
 
-def training_flops_per_token(config: ModelConfig, context_length: int) -> float:
+def training_flops_per_token(model: ModelConfig | Shape, context_length: int) -> float:
     """FLOPs of forward and backward pass per token, MTP modules included.
 
     For the published numbers, which leave the MTP modules out, set `num_nextn_predict_layers` to 0.
     """
-    return TRAINING_OVER_FORWARD * forward_flops_per_token(config, context_length)
+    return TRAINING_OVER_FORWARD * forward_flops_per_token(model, context_length)
 
 
-def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes the latent cache of the main model holds per token; 2 bytes per value are bf16.
+def kv_cache_bytes_per_token(model: ModelConfig | Shape, bytes_per_value: int = 2) -> int:
+    """Bytes the cache of the main model holds per token; 2 bytes per value are bf16.
 
-    Each layer keeps the compressed latent and the rotary key that all heads share (V2 report, section 2.1.2).
+    A layer of MLA keeps the compressed latent and the rotary key that all heads share (V2 report, section 2.1.2);
+    other families keep keys and values.
     """
-    return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * bytes_per_value
+    return sum(block.kv_numbers for block in as_shape(model).blocks) * bytes_per_value
+
+
+def as_shape(model: ModelConfig | Shape) -> Shape:
+    return deepseek(model) if isinstance(model, ModelConfig) else model
 
 
 def _is_mtp(row: Part) -> bool:
     return row.name.startswith(MTP)
 
 
-def _block(config: ModelConfig, context_length: int, moe: bool) -> list[Part]:
+def _block(block: Block, context_length: int) -> list[Part]:
     """The parts of one layer."""
-    hidden = config.hidden_size
-    norms = 2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0)
-    if config.attention_bias:  # on the way into both latents, and out
-        norms += (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_rope_head_dim + hidden
-    rows = [
-        Part("norms and biases", norms, norms, 0),
-        _matrices("attention projections", _attention_parameters(config)),
-        Part("attention between tokens", 0, 0, _attention_flops(config, context_length)),
+    return [
+        Part("norms and biases", block.extras, block.extras, 0),
+        *(_product(matmul) for matmul in block.matmuls),
+        Part("attention between tokens", 0, 0, block.attention_flops(context_length)),
     ]
-    if not moe:
-        return [*rows, _matrices("dense MLPs", 3 * hidden * config.intermediate_size)]
-    experts = config.n_routed_experts or 0
-    expert = 3 * hidden * config.moe_intermediate_size  # gate, up and down projection
-    chosen = config.num_experts_per_tok * expert
-    rows.append(_matrices("routers", hidden * experts))
-    if config.n_shared_experts:
-        rows.append(_matrices("shared experts", config.n_shared_experts * expert))
-    rows.append(Part("routed experts", experts * expert, chosen, 2 * chosen))
-    return rows
 
 
-def _attention_parameters(config: ModelConfig) -> int:
-    """Matrices of one MLA layer: queries (compressed or not), latent and rotary key, expansion, output."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    if config.q_lora_rank is None:
-        queries = hidden * query
-    else:
-        queries = hidden * config.q_lora_rank + config.q_lora_rank * query
-    latent = hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
-    expansion = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    output = heads * config.v_head_dim * hidden
-    return queries + latent + expansion + output
-
-
-def _attention_flops(config: ModelConfig, context_length: int) -> float:
-    """Queries times keys and weights times values of one layer, over the visible half of the context."""
-    per_head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    return 2 * config.num_attention_heads * per_head * context_length / 2
-
-
-def _matrices(name: str, parameters: int) -> Part:
-    """Matrices that multiply every token."""
-    return Part(name, parameters, parameters, 2 * parameters)
+def _product(matmul: Matmul) -> Part:
+    return Part(matmul.part, matmul.parameters, matmul.active, 2 * matmul.active)
 
 
 def _summed(rows: list[Part]) -> list[Part]:
     """Rows of the same name added up, in order of first appearance."""
-    names = list(dict.fromkeys(row.name for row in rows))
-    return [
-        Part(
-            name,
-            sum(row.parameters for row in rows if row.name == name),
-            sum(row.active for row in rows if row.name == name),
-            sum(row.forward_flops for row in rows if row.name == name),
+    summed: dict[str, Part] = {}
+    for row in rows:
+        before = summed.get(row.name, Part(row.name, 0, 0, 0))
+        summed[row.name] = Part(
+            row.name,
+            before.parameters + row.parameters,
+            before.active + row.active,
+            before.forward_flops + row.forward_flops,
         )
-        for name in names
-    ]
+    return list(summed.values())

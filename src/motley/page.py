@@ -1,12 +1,20 @@
-"""Pieces of a page: elements that escape what they hold, tables of facts, numbers as people write them."""
+"""Pieces of a page: elements that escape what they hold, tables of facts, numbers as people write them.
+
+A page is one file that loads nothing and runs nothing; reports, fleets and plans share its look (`page.css`).
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from motley.progress import in_words
+
+STYLE_FILE = Path(__file__).with_name("page.css")
+# The page loads nothing and runs nothing, even if something slipped in.
+CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 class Html(str):
@@ -25,6 +33,18 @@ def element(tag: str, *children: str, **attributes: str) -> Html:
 def joined(children: Iterable[str]) -> Html:
     """Children side by side; those that are not Html are escaped."""
     return Html("".join(child if isinstance(child, Html) else escape(child) for child in children))
+
+
+def whole_page(title: str, body: Sequence[str]) -> str:
+    """The file: head, look and content policy around the elements of `body`."""
+    head = [
+        Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">'),
+        element("title", title),
+        element("style", Html(STYLE_FILE.read_text(encoding="utf-8"))),
+    ]
+    content = element("head", *head) + element("body", element("main", *body))
+    return f'<!doctype html>\n<html lang="en">{content}</html>\n'
 
 
 def facts_table(pairs: Sequence[tuple[str, str | None]]) -> Html:

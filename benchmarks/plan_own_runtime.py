@@ -1,0 +1,220 @@
+"""Predicted against measured step time of motley's own runtime on this machine, one process.
+
+    python benchmarks/plan_own_runtime.py          measure, predict with the constants in engines/motley-cpu.yaml
+    python benchmarks/plan_own_runtime.py --fit    measure, fit those constants to half of the cases, judge by the rest
+
+Every case is a shape and a batch: real steps of the training loop (forward, backward, clipping, optimizer) on random
+tokens; the median of five, the best of three rounds. Products are predicted from this machine's probe, not fitted.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from scipy.optimize import least_squares
+
+from motley.files import write_text
+from motley.fleet.inventory import parse_fleet
+from motley.fleet.probe import probe
+from motley.fleet.write import fleet_text
+from motley.journey.trial import step_seconds as measured_step_seconds
+from motley.model import SIZES, ModelConfig
+from motley.plan.engine import Engine, load_engine
+from motley.plan.hardware import Hardware
+from motley.plan.layout import Layouts
+from motley.plan.shape import deepseek
+from motley.plan.step import step_seconds
+from motley.progress import Progress
+from motley.train.config import PretrainConfig
+
+ROUNDS = 3  # of all cases: a busy minute of the machine then spoils no case in all of them
+OUT = Path(__file__).parent.parent / "src/motley/plan/engines/motley-cpu.yaml"
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    config: ModelConfig
+    rows: int
+    seq_len: int
+    optimizer: str
+    dtype: str
+
+
+def cases() -> list[Case]:
+    """Widths, depths, experts, vocabularies, contexts, batches, optimizers and number formats, one thing at a time."""
+    nano, micro = replace(SIZES["nano"], vocab_size=2048), replace(SIZES["micro"], vocab_size=2048)
+    mid = replace(micro, hidden_size=384, moe_intermediate_size=192, intermediate_size=1024, num_hidden_layers=5)
+    wide = replace(micro, hidden_size=512, moe_intermediate_size=256, intermediate_size=1536, num_hidden_layers=4)
+    dense = replace(micro, n_routed_experts=None, n_group=1, topk_group=1)
+    found = []
+    for name, config in {
+        "nano": nano,
+        "micro": micro,
+        "mid": mid,
+        "wide": wide,
+        "dense": dense,
+        "nano, 8 layers": replace(nano, num_hidden_layers=8),
+        "micro, 32 experts": replace(micro, n_routed_experts=32),
+        "nano, vocabulary 16k": replace(nano, vocab_size=16384),
+        "micro, no MTP": replace(micro, num_nextn_predict_layers=0),
+    }.items():
+        found.append(Case(name, config, 16, 256, "muon", "bf16"))
+        found.append(Case(name, config, 8, 512, "adamw", "bf16"))
+    found += [
+        Case("nano", nano, 32, 256, "muon", "bf16"),
+        Case("micro", micro, 4, 1024, "muon", "bf16"),
+        Case("nano", nano, 8, 256, "muon", "bf16"),
+        Case("mid", mid, 16, 512, "muon", "bf16"),
+        Case("nano", nano, 16, 256, "muon", "fp32"),
+        Case("micro", micro, 8, 256, "adamw", "fp32"),
+        Case("wide", wide, 4, 256, "muon", "bf16"),
+        Case("dense", dense, 8, 1024, "muon", "bf16"),
+    ]
+    return found
+
+
+def measure(case: Case) -> float:
+    config = PretrainConfig(
+        batch_rows=case.rows,
+        micro_batch=case.rows,
+        seq_len=case.seq_len,
+        optimizer=case.optimizer,  # type: ignore[arg-type]
+    )
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[case.dtype]
+    return measured_step_seconds(case.config, config, torch.device("cpu"), dtype, steps=5)
+
+
+def predict(case: Case, hardware: Hardware, engine: Engine) -> float:
+    engine = replace(engine, muon=case.optimizer == "muon")
+    layouts = Layouts.of(
+        tp=1, cp=1, ep=1, dp=1, pp=1, micro_batch=case.rows, micro_batches=1, recompute=0, schedule=0, chunks=1, zero=0
+    )
+    shape = deepseek(case.config, case.name)
+    return float(step_seconds(shape, layouts, case.seq_len, hardware, engine, case.dtype).total[0])
+
+
+START = {
+    "matmul_efficiency": (0.75, 0.2),
+    "kernel_seconds": (3e-5, 0.7),
+    "stream_passes": (10, 0.7),
+    "logit_bytes": (30, 0.5),
+    "attention_efficiency": (0.4, 0.3),
+    "score_bytes": (4, 0.7),
+    "host_forward_seconds": (5e-4, 0.7),
+    "host_backward_seconds": (8e-4, 0.7),
+    "head_seconds": (2e-3, 0.7),
+    "optimizer_passes": (36, 0.3),
+    "optimizer_seconds": (2e-4, 0.7),
+    "step_seconds": (2e-3, 0.7),
+    "expert_seconds": (1e-3, 0.7),
+}
+
+
+def fit(measured: list[tuple[Case, float]], hardware: Hardware) -> Engine:
+    base = replace(
+        load_engine("motley"),
+        name="motley-cpu",
+        description="motley's own runtime on CPUs, one process.",
+        overlap_power=1.0,
+        stream_efficiency=1.0,
+        attention_backward=2.5,
+        recompute="none",
+        zero=0,
+        measured=(),
+        measured_on="",
+        expert_padding=32.0,
+        expert_imbalance=1.0,
+        state_bytes={"weight": 4, "gradient": 4, "optimizer": 8},
+        fitted=("half of the cases of benchmarks/plan_own_runtime.py; products come from the machine's own probe",),
+    )
+    names = list(START)
+    centre = np.log([value for value, _ in START.values()])
+    spread = np.array([value for _, value in START.values()])
+
+    def engine_of(logs: np.ndarray) -> Engine:
+        values = dict(zip(names, np.exp(logs).tolist(), strict=True))
+        rate = values.pop("matmul_efficiency")
+        return replace(base, matmul_efficiency={"bf16": rate, "fp32": rate}, **values)
+
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        engine = engine_of(logs)
+        misses = [np.log(predict(case, hardware, engine) / seconds) for case, seconds in measured]
+        return np.concatenate([np.array(misses) * 8, (logs - centre) / spread * 0.5])
+
+    return engine_of(least_squares(residuals, centre, max_nfev=80).x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    machine = probe(20.0, torch.device("cpu"), grid=True)
+    torch.set_num_threads(machine.threads)
+    fleet = parse_fleet(fleet_text([machine]), "probe")
+    hardware = Hardware.of_pool(fleet.pools[0])
+    everything = cases()
+    times: list[list[float]] = [[] for _ in everything]
+    with Progress("measuring", total=ROUNDS * len(everything), unit="cases") as bar:
+        for _ in range(ROUNDS):
+            for case, own in zip(everything, times, strict=True):
+                own.append(measure(case))
+                bar.advance(1)
+    measured = [(case, min(own)) for case, own in zip(everything, times, strict=True)]
+    used = measured
+    if arguments.fit:
+        used = [measured[i] for i in np.random.default_rng(0).permutation(len(measured))]
+        half = len(used) // 2
+        engine = fit(used[:half], hardware)
+        values = {key: _plain(value) for key, value in asdict(engine).items()}
+        body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=118)
+        write_text(
+            OUT, "# Written by benchmarks/plan_own_runtime.py --fit; constants: motley.plan.engine.Engine.\n" + body
+        )
+        print(f"fitted to {half} cases; the other {len(used) - half}:")
+        used = used[half:]
+    else:
+        engine = load_engine("motley-cpu")
+    rows = [(case, seconds, predict(case, hardware, engine)) for case, seconds in used]
+    errors = [predicted / seconds - 1 for _, seconds, predicted in rows]
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "machine": machine.name,
+                    "rows": [
+                        {"case": case.name, "measured_seconds": seconds, "predicted_seconds": predicted}
+                        for case, seconds, predicted in rows
+                    ],
+                }
+            )
+        )
+        return
+    print(f"{machine.name}, {machine.threads} threads, torch {torch.__version__}, Python {platform.python_version()}")
+    for (case, seconds, predicted), error in zip(rows, errors, strict=True):
+        print(
+            f"  {case.name:22} {case.rows:3} x {case.seq_len:4} {case.optimizer:5} {case.dtype}  "
+            f"measured {1e3 * seconds:7.1f} ms  predicted {1e3 * predicted:7.1f} ms  {error:+.1%}"
+        )
+    print(f"mean error {statistics.mean(map(abs, errors)):.1%}, worst {max(map(abs, errors)):.1%}, {len(rows)} cases")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+if __name__ == "__main__":
+    main()

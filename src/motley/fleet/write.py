@@ -1,0 +1,101 @@
+"""A measured machine, or a job's machines, as a fleet file that people read and edit."""
+
+import re
+from collections.abc import Sequence
+from datetime import date
+
+from motley.fleet.chips import Chip, chip_sheet
+from motley.fleet.links import Links
+from motley.fleet.probe import Machine
+from motley.fleet.units import rate_text, size_text
+
+RESERVED = 0.06  # of an accelerator's memory: its context and what fragments
+
+
+def fleet_text(machines: Sequence[Machine], links: Links | None = None) -> str:
+    """The fleet file: one pool for each kind of machine; each rank is one chip."""
+    hosts = links.hosts if links else ("this machine",) * len(machines)
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for rank, machine in enumerate(machines):
+        kinds.setdefault((machine.device, machine.name), []).append(rank)
+    lines = [
+        f"# Written by `motley fleet probe` on {date.today().isoformat()}; edit it freely.",
+        "# A chip is what one process trains on: an accelerator, or all CPU cores the process may use.",
+        f"name: {'job of ' + str(len(machines)) if len(machines) > 1 else 'this machine'}",
+        "pools:",
+    ]
+    for number, ranks in enumerate(kinds.values()):
+        machine = machines[ranks[0]]
+        chip = nearest_chip(machine)
+        nodes = len({hosts[rank] for rank in ranks})
+        lines += [
+            f"  - name: {'cpu' if machine.device == 'cpu' else 'gpu'}{number or ''}",
+            f"    chip: {chip.name}  # nearest on the sheet to: {machine.name}",
+            f"    nodes: {nodes}",
+            f"    chips_per_node: {max(1, len(ranks) // nodes)}",
+        ]
+        if links and (inside := _between(links, ranks, hosts, same_host=True)) is not None:
+            lines.append(f"    link_inside: {rate_text(inside[0])}")
+        if links and (outside := _between(links, range(len(machines)), hosts, same_host=False)) is not None:
+            lines.append(f"    link_outside: {rate_text(outside[0])}")
+            lines.append(f"    latency_outside: {outside[1] * 1e6:.0f} us")
+        if machine.device == "cpu":
+            lines.append("    price_per_hour: 0.05  # an estimate: put yours")
+        own = machine.device_memory_bytes
+        usable = own * (1 - RESERVED) if own else machine.available_memory_bytes / max(1, len(ranks) // nodes)
+        lines += [
+            "    measured:",
+            f"      device: {_quoted(machine.name)}",
+            f"      memory: {usable / 2**30:.2f} GiB",
+            f"      memory_bandwidth: {machine.bandwidth_gigabytes_per_second:g} GB/s",
+            "      matmul:  # [groups, rows, inner, columns, GFLOP/s]",
+        ]
+        for dtype in dict.fromkeys(rate.dtype for rate in machine.matmul_rates):
+            lines.append(f"        {dtype}:")
+            for rate in machine.matmul_rates:
+                if rate.dtype == dtype:
+                    point = f"{rate.groups}, {rate.rows}, {rate.inner}, {rate.columns}, {rate.gflops:g}"
+                    lines.append(f"          - [{point}]")
+    if links:
+        lines.append("# collectives over all ranks, as measured:")
+        for collective in links.collectives:
+            lines.append(
+                f"#   {collective.name:<10} {size_text(collective.message_bytes):>9} per rank: "
+                f"{1e3 * collective.seconds:.3g} ms"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def nearest_chip(machine: Machine) -> Chip:
+    """The sheet's chip that shares most with the device's own name; memory decides between equals."""
+    kind = "cpu" if machine.device == "cpu" else "gpu"
+    words = set(re.findall(r"[a-z0-9]+", machine.name.lower()))
+    memory = (machine.device_memory_bytes or 0) / 2**30
+
+    def likeness(chip: Chip) -> tuple[int, float]:
+        names = " ".join((chip.name, *chip.aliases, chip.vendor)).lower()
+        return len(words & set(re.findall(r"[a-z0-9]+", names))), -abs(chip.memory_bytes / 2**30 - memory)
+
+    candidates = [chip for chip in chip_sheet().values() if chip.kind == kind]
+    best = max(candidates, key=likeness)
+    if kind == "cpu" and likeness(best)[0] == 0:
+        return next(chip for chip in candidates if chip.vendor == "any")
+    return best
+
+
+def _between(
+    links: Links, ranks: Sequence[int] | range, hosts: Sequence[str], same_host: bool
+) -> tuple[float, float] | None:
+    """Slowest measured (bytes/s, latency) among the pairs of `ranks` that share a host, or do not."""
+    found = [
+        pair
+        for pair in links.pairs
+        if pair.one in ranks and pair.other in ranks and (hosts[pair.one] == hosts[pair.other]) == same_host
+    ]
+    if not found:
+        return None
+    return min(pair.bytes_per_second for pair in found), max(pair.latency_seconds for pair in found)
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,173 @@
+"""`motley plan`, `plan describe`, `plan evaluate`, `plan simulate`: what the command line asks of this room."""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from motley.errors import InputError
+from motley.files import read_json, write_json, write_text
+from motley.fleet.inventory import load_fleet
+from motley.plan.describe import describe_model
+from motley.plan.engine import ALIASES, ENGINES
+from motley.plan.evaluate import evaluate_cases
+from motley.plan.job import Job, default_batch
+from motley.plan.known import find_shape
+from motley.plan.objective import Objective, best_plan
+from motley.plan.outcome import compared, spelled_out
+from motley.plan.picture import plan_page
+from motley.plan.replay_page import simulation_page
+from motley.plan.search import Searcher
+from motley.plan.show import describe_text, evaluate_text, plan_text, simulate_text
+from motley.plan.simulate import SimulateSettings, simulate_plan
+from motley.progress import Progress, note
+
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Find the best way to train a model on a fleet."""
+
+    model: Model
+    """A size (nano, micro, small, v2-lite, moonlight, v3), a known model, or a Hugging Face config.json."""
+    fleet: Path = Path("fleet.yaml")
+    """The fleet file (`motley fleet probe` writes one; examples/fleets/ has more)."""
+    tokens: str = "100B"
+    """Tokens to train on: 14.8T, 100B, 3M or a number."""
+    seq_len: int | None = None
+    """Tokens in a sequence; default 4096, or the model's context if that is less."""
+    global_batch: int | None = None
+    """Sequences in an optimizer step; default: DeepSeek's scaling law for the compute of this run."""
+    objective: Objective = "time"
+    """time; cost; chips (the fewest, under a deadline)."""
+    deadline_days: float | None = None
+    """The longest it may take, failures not counted."""
+    engine: str = "motley"
+    """Whose efficiencies to assume: motley, or one of the published systems."""
+    fp8: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compute products in fp8 on chips that can."""
+    out: Path = Path("plan.json")
+    """The plan file to write; its picture goes beside it as HTML."""
+
+    def __post_init__(self) -> None:
+        _engine(self.engine)
+        for name in ("seq_len", "global_batch", "deadline_days"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} is {value:g}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class DescribeConfig:
+    """Say what a model is: parameters, FLOPs, cache, memory."""
+
+    model: Model
+    seq_len: int = 4096
+    """Tokens in a sequence, for the attention's part."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1:
+            raise InputError(f"--seq-len is {self.seq_len}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Predict the layouts of a CSV file."""
+
+    cases: Path
+    """Columns as in vTrain's published measurements; see docs/plan.md."""
+
+
+@dataclass(frozen=True)
+class SimulateConfig(SimulateSettings):
+    """Replay a plan with failures, stragglers and checkpoints."""
+
+    plan: Annotated[Path, tyro.conf.Positional] = Path("plan.json")
+    out: Path | None = None
+    """HTML picture; default: beside the plan."""
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    shape = find_shape(config.model)
+    fleet = load_fleet(config.fleet)
+    tokens = parse_tokens(config.tokens)
+    seq_len = config.seq_len or min(4096, shape.max_context)
+    if seq_len > shape.max_context:
+        raise InputError(f"--seq-len {seq_len} is longer than the context of {shape.name}, {shape.max_context}")
+    batch = config.global_batch or default_batch(shape, tokens, seq_len)
+    if batch * seq_len > tokens:
+        raise InputError(
+            f"--tokens {config.tokens} are fewer than one step of {batch:,} sequences of {seq_len:,} tokens; "
+            f"give more tokens or a smaller --global-batch"
+        )
+    job = Job(shape, tokens, seq_len, batch, ALIASES.get(config.engine, config.engine), config.fp8)
+    with Progress("costing teams", total=None, unit="teams") as bar:
+        searcher = Searcher(fleet, job, lambda team: bar.advance(1, team=team))
+    deadline = None if config.deadline_days is None else 86400 * config.deadline_days
+    chosen, found = best_plan(searcher, config.objective, deadline)
+    result = spelled_out(found)
+    result["objective"] = config.objective
+    result |= compared(chosen, found)
+    write_json(config.out, result)
+    page = config.out.with_suffix(".html")
+    write_text(page, plan_page(result))
+    return {**result, "plan_file": str(config.out), "page": str(page)}
+
+
+def plan_summary(result: dict[str, Any]) -> str:
+    return plan_text(result)
+
+
+def describe(config: DescribeConfig) -> dict[str, Any]:
+    return describe_model(find_shape(config.model), config.seq_len)
+
+
+def describe_summary(result: dict[str, Any]) -> str:
+    return describe_text(result)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    result = evaluate_cases(config.cases)
+    if result["ignored_columns"]:
+        note("columns not used: " + ", ".join(result["ignored_columns"]))
+    return result
+
+
+def evaluate_summary(result: dict[str, Any]) -> str:
+    return evaluate_text(result)
+
+
+def simulate(config: SimulateConfig) -> dict[str, Any]:
+    values = read_json(config.plan)
+    if not isinstance(values, dict):
+        raise InputError(f"{config.plan} is no plan as `motley plan --out` writes it")
+    settings = SimulateSettings(**{item.name: getattr(config, item.name) for item in fields(SimulateSettings)})
+    result = simulate_plan(values, settings)
+    page = config.out or config.plan.with_name(f"{config.plan.stem}-simulated.html")
+    write_text(page, simulation_page(result))
+    return {**result, "page": str(page)}
+
+
+def simulate_summary(result: dict[str, Any]) -> str:
+    return simulate_text(result)
+
+
+def parse_tokens(text: str) -> float:
+    """`14.8T` → 14.8e12. Raises InputError for what is no count."""
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper(), 1.0)
+    digits = text[:-1] if text[-1:].isalpha() else text
+    try:
+        tokens = float(digits.replace("_", "").replace(",", "")) * scale
+    except ValueError:
+        tokens = math.nan
+    if not 0 < tokens < 1e18 or (text[-1:].isalpha() and scale == 1.0):
+        raise InputError(f"--tokens is {text!r}; write a number above 0 such as 14.8T, 100B or 3_000_000")
+    return tokens
+
+
+def _engine(name: str) -> None:
+    if ALIASES.get(name, name) not in ENGINES:
+        raise InputError(f"--engine is {name!r}; there are {', '.join(ENGINES)}")

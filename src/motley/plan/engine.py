@@ -1,0 +1,156 @@
+"""What a training system makes of a chip: efficiencies, overheads and habits, as data with their provenance.
+
+Published systems differ by a factor of two to three on the same chips, so the numbers belong to the engine, not to the
+chip. Each file in `engines/` holds one engine; `fitted` says on which measurements, by which command.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import yaml
+
+from motley.errors import InputError
+from motley.plan.layout import Floats, Ints
+
+NEAR_OCTAVES = 0.35
+FADE = 0.02
+ENGINES = (
+    "motley",
+    "motley-cpu",
+    "megatron",
+    "megatron-core",
+    "megatron-unfused",
+    "torchtitan",
+    "torchtitan-eager",
+    "deepseek",
+)
+ALIASES = {
+    "megatron-lm": "megatron",
+    "megatron-class": "megatron",
+    "megatron-deepspeed": "megatron",
+    "mcore": "megatron-core",
+    "torchtitan-class": "torchtitan",
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Constants of the cost model for one training system.
+
+    Attributes:
+        matmul_efficiency: share of the chip's dense rate that large products reach, per number format.
+        half_inner, half_outer: side of a matrix (after tensor parallelism) at which half of that is reached.
+        half_rows: the same for the rows (tokens) of a product.
+        kernel_seconds: time a product takes however small it is.
+        attention_efficiency: share of the dense rate inside fused attention, forward; 0: not fused.
+        attention_backward: cost of attention's backward pass, in forwards.
+        score_bytes: bytes moved per attention score, forward (0 where attention is fused).
+        stream_passes: how often a layer's forward pass reads or writes a hidden vector per token, outside products.
+        stream_efficiency: share of the memory bandwidth those reach.
+        sequence_parallel: when tensor parallelism also divides those: "always", "never" or "unless full recompute".
+        logit_bytes: bytes the loss moves per logit, forward and backward.
+        head_seconds: what the host needs to launch head and loss.
+        host_forward_seconds, host_backward_seconds: what the host needs to launch a layer's kernels.
+        overlap_power: how host and device times combine, (h^p + d^p)^(1/p).
+        collective_seconds: latency of a collective inside a node, per rank beyond the first (a ring's steps).
+        network_seconds: the same between nodes, per doubling of the nodes.
+        link_efficiency, network_efficiency: share of the links' rate that large collectives reach.
+        message_seconds: latency of a message between pipeline stages.
+        hidden_gradients: share of the gradient exchange that runs behind the backward pass.
+        hidden_experts: share of the expert exchange that runs behind computing.
+        hidden_shards: share of ZeRO-3's gathering of weights that runs behind computing.
+        expert_imbalance: tokens of the busiest expert group over the mean.
+        expert_padding: rows added to each expert's tokens, on average, to suit the kernels.
+        expert_seconds: fixed cost of choosing and sorting, per layer with experts.
+        expert_bytes: bytes per number sent to experts (dispatch, combine).
+        gradient_bytes: bytes per gradient on the wire.
+        optimizer_passes: bytes per parameter that the optimizer reads and writes.
+        muon: whether matrices are trained with Muon, whose products are costed besides.
+        optimizer_seconds, step_seconds: fixed costs: per layer of the optimizer, per step.
+        skew: share of a step lost in waiting for the slowest rank, per doubling of the nodes.
+        balanced_stages: whether pipelines are cut where the times balance (else: equal numbers of layers).
+        recompute: what it does when the user does not say: "none", "selective" or "full".
+        zero: the same for ZeRO.
+        state_bytes: weights, gradients, optimizer states per parameter in training, in bytes.
+        measured_on: chip of the `measured` points.
+        measured: (rows, hidden_size, tp, factor): how a layer's measured time there compares with the formula's.
+        fitted: rows of provenance for people.
+    """
+
+    name: str
+    description: str
+    matmul_efficiency: dict[str, float]
+    half_rows: float
+    half_inner: float
+    half_outer: float
+    kernel_seconds: float
+    attention_efficiency: float
+    attention_backward: float
+    score_bytes: float
+    stream_passes: float
+    stream_efficiency: float
+    sequence_parallel: str
+    logit_bytes: float
+    head_seconds: float
+    host_forward_seconds: float
+    host_backward_seconds: float
+    overlap_power: float
+    collective_seconds: float
+    network_seconds: float
+    link_efficiency: float
+    network_efficiency: float
+    message_seconds: float
+    hidden_gradients: float
+    hidden_experts: float
+    hidden_shards: float
+    expert_imbalance: float
+    expert_padding: float
+    expert_seconds: float
+    expert_bytes: tuple[float, float]
+    gradient_bytes: float
+    optimizer_passes: float
+    muon: bool
+    optimizer_seconds: float
+    step_seconds: float
+    skew: float
+    balanced_stages: bool
+    recompute: str
+    zero: int
+    state_bytes: dict[str, float]
+    measured_on: str
+    measured: tuple[tuple[float, float, float, float], ...]
+    fitted: tuple[str, ...]
+
+    def correction(self, chip: str, rows: Floats, hidden_size: int, tp: Ints) -> Floats:
+        """Factor on a layer's seconds from points measured nearby; 1 far from them.
+
+        Libraries pick other kernels at other sizes, so real curves have teeth that no formula has. A Gaussian in
+        octaves of (rows, hidden size, tp) weighs the points; a small constant in the sum lets them fade with distance.
+        """
+        if chip != self.measured_on or not self.measured:
+            return np.ones(len(rows))
+        points = np.log2(np.asarray(self.measured))
+        asked = np.stack([np.log2(rows), np.full(len(rows), np.log2(hidden_size)), np.log2(tp)], axis=1)
+        distance = ((asked[:, None, :] - points[None, :, :3]) ** 2).sum(axis=2)
+        weight = np.exp(-distance / (2 * NEAR_OCTAVES**2))
+        return 2 ** ((weight * points[:, 3]).sum(axis=1) / (weight.sum(axis=1) + FADE))
+
+
+@cache
+def load_engine(name: str) -> Engine:
+    """Read `engines/NAME.yaml`. Raises InputError for a name that is none."""
+    name = ALIASES.get(name, name)
+    if name not in ENGINES:
+        raise InputError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
+    return engine_from(yaml.safe_load(files("motley.plan").joinpath(f"engines/{name}.yaml").read_text("utf-8")))
+
+
+def engine_from(values: dict[str, Any]) -> Engine:
+    names = {field.name for field in fields(Engine)}
+    if set(values) != names:
+        raise InputError(f"engine {values.get('name')}: fields missing or unknown: {sorted(names ^ set(values))}")
+    lists = {name: tuple(values[name]) for name in ("fitted", "expert_bytes")}
+    return Engine(**{**values, **lists, "measured": tuple(tuple(point) for point in values["measured"])})

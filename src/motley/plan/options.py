@@ -1,0 +1,336 @@
+"""Ways in which a team can run whole copies of the model, as lines: seconds of a step against micro-batches.
+
+A team runs `dp` copies, each a pipeline over its pools' chips; its time for m micro-batches a copy is
+
+    seconds(m) = fixed + m x slow + once - hidden x min(once, m x slow)
+
+with `slow` the slowest stage, `fixed` the filling of the pipeline, the optimizer and the step's own cost, and `once`
+the exchange of gradients. Every option is such a line; the search (`search.py`) picks one for each team.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from motley.plan.candidates import Member
+from motley.plan.job import Job
+from motley.plan.layout import SCHEDULES, Floats, Ints, Layouts
+from motley.plan.memory import (
+    FRAGMENTATION,
+    buffer_bytes,
+    in_flight,
+    logit_bytes,
+    saved_bytes,
+    state_bytes,
+    working_bytes,
+)
+from motley.plan.operators import VALUE_BYTES, LayerSeconds
+from motley.plan.place import Pieces, Placement
+from motley.plan.shape import Block
+from motley.plan.step import Held, Items, bubble_seconds, exchange_seconds, tied_seconds, update_seconds
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arrays [options]; `layouts` has one entry a member, `stage_of` is [pieces, options].
+
+    Attributes:
+        fixed, slow, once, hidden: the line in the module's docstring, in seconds; `hidden` is a share.
+        grain: sequences of one micro-batch of all copies.
+        chips: [members, options] chips used.
+        cross: seconds that exchanging gradients with other teams adds to `once`.
+        states: whether optimizer states lie on the team's own chips; else any chip of the fleet may hold them.
+        spare: bytes free for states on all chips of the team together.
+    """
+
+    members: tuple[Member, ...]
+    layouts: tuple[Layouts, ...]
+    stage_of: Ints
+    pool_of: Ints
+    fixed: Floats
+    slow: Floats
+    once: Floats
+    hidden: float
+    grain: Ints
+    chips: Ints
+    cross: Floats
+    own_states: Any
+    spare: Floats
+
+    def __len__(self) -> int:
+        return len(self.slow)
+
+    def take(self, index: Any) -> "Options":
+        return replace(
+            self,
+            layouts=tuple(layouts[index] for layouts in self.layouts),
+            **{
+                name: getattr(self, name)[..., index]
+                for name in (
+                    "stage_of",
+                    "pool_of",
+                    "fixed",
+                    "slow",
+                    "once",
+                    "grain",
+                    "chips",
+                    "cross",
+                    "own_states",
+                    "spare",
+                )
+            },
+        )
+
+    def seconds(self, micro_batches: Floats | Ints, crossing: bool) -> Floats:
+        """Of a step in which each copy computes so many micro-batches."""
+        return self.seconds_of(np.arange(len(self)), micro_batches, crossing)
+
+    def seconds_of(self, index: Ints, micro_batches: Floats | Ints, crossing: bool) -> Floats:
+        """`seconds` of some options only."""
+        once = self.once[index] + (self.cross[index] if crossing else 0.0)
+        running = micro_batches * self.slow[index]
+        return self.fixed[index] + running + once - self.hidden * np.minimum(once, running)
+
+    def micro_batches_within(self, seconds: float, crossing: bool) -> Ints:
+        """The most micro-batches each copy can compute in a step of `seconds` (0 if none)."""
+        once = self.once + (self.cross if crossing else 0.0)
+        left = seconds - self.fixed - once
+        # Where less is computed than could hide the exchange, every second computed also hides a share of one.
+        hides = left / (1 - self.hidden) <= once
+        running = np.where(hides, left / (1 - self.hidden), left + self.hidden * once)
+        return np.maximum(np.floor(running / self.slow * (1 + 1e-12) + 1e-9), 0).astype(np.int64)
+
+    def sequences_within(self, seconds: float, crossing: bool) -> Ints:
+        return self.micro_batches_within(seconds, crossing) * self.grain
+
+
+def lines_of(
+    members: tuple[Member, ...],
+    layouts: list[Layouts],
+    costed: list[Items],
+    placement: Placement,
+    pool_of: Ints,
+    index: Ints,
+    job: Job,
+    own_states: bool,
+) -> Options:
+    """The line of each placed candidate."""
+    layouts = [own[index] for own in layouts]
+    costed = [items_at(pieces, index) for pieces in costed]
+    stage_of, pool_of = placement.stage_of[:, index], pool_of[:, index]
+    stages, held = stage_sums(costed, stage_of, pool_of)
+    first = layouts[0]
+    pp = first.pp
+    fixed = bubbles(layouts[0], stages, pp)
+    most = stages.total.shape[0]
+    once, each, update, cross = (np.zeros((most, len(index))) for _ in range(4))
+    hop, border = np.zeros(len(index)), np.zeros(len(index))
+    hidden = max(member.engine.hidden_gradients for member in members)
+    chips = np.zeros((len(members), len(index)), np.int64)
+    for number in range(most):
+        real = number < pp
+        for place_, (member, own) in enumerate(zip(members, layouts, strict=True)):
+            here = real & (pool_of[number] == place_)
+            if not here.any():
+                continue
+            stage = held_at(held, number)
+            one, every = exchange_seconds(stage, own, member.hardware, member.engine)
+            free = np.maximum(stages.total[number] - stages.hidden[number], 0.0)
+            behind = member.engine.hidden_shards * np.minimum(every, free)
+            once[number] = np.where(here, one, once[number])
+            each[number] = np.where(here, every - behind, each[number])
+            updating = update_seconds(stage, own, member.hardware, member.engine)
+            update[number] = np.where(here, updating, update[number])
+            chips[place_] += here * own.tp * own.cp * own.dp
+            if number < most - 1:
+                message = _border_seconds(member, own, job)
+                after = pool_of[number + 1]
+                for next_, (neighbour, theirs) in enumerate(zip(members, layouts, strict=True)):
+                    if next_ != place_:  # another kind of chip is another node: the slower end decides
+                        both = np.maximum(
+                            _border_seconds(member, own, job, far=True),
+                            _border_seconds(neighbour, theirs, job, far=True),
+                        )
+                        message = np.where(after == next_, both, message)
+                crossed = np.where(here & (number < pp - 1), message, 0.0)
+                hop = hop + 2 * crossed
+                border = np.maximum(border, crossed)
+            parameters = (stage.dense / own.tp + stage.experts / (own.tp * own.ep)) / (own.dp * own.cp)
+            network = member.hardware.network_per_chip * member.engine.network_efficiency
+            wire = 2 * member.engine.gradient_bytes * parameters / network + 4 * member.hardware.latency
+            cross[number] = np.where(here, wire, cross[number])
+    spare = _spare_bytes(members, layouts, costed, stage_of, pool_of, job)
+    nodes = np.ones(len(index))
+    skew = max(member.engine.skew for member in members)
+    for place_, member in enumerate(members):
+        nodes = np.maximum(nodes, chips[place_] / member.hardware.chips_per_node)
+    # Messages between stages run beside computing, unless the link is slower than the slowest stage.
+    slow = busiest(first, stages.total) * (1 + skew * np.log2(nodes)) + busiest(first, each)
+    slow = np.maximum(slow, border)
+    tied = np.max(
+        [tied_seconds(job.shape, own, m.hardware, m.engine) for m, own in zip(members, layouts, strict=True)], axis=0
+    )
+    step = max(member.engine.step_seconds for member in members)
+    return Options(
+        members=members,
+        layouts=tuple(layouts),
+        stage_of=stage_of,
+        pool_of=pool_of,
+        fixed=fixed + hop + busiest(first, update) + tied + step,
+        slow=slow,
+        once=busiest(first, once),
+        hidden=hidden,
+        grain=first.dp * first.micro_batch,
+        chips=chips,
+        cross=busiest(first, cross),
+        own_states=np.full(len(index), own_states),
+        spare=spare,
+    )
+
+
+def _border_seconds(member: Member, layouts: Layouts, job: Job, far: bool = False) -> Floats:
+    """One message between neighbouring stages of this pool's chips; `far`: certainly to another node."""
+    message = layouts.micro_batch * job.seq_len / layouts.cp * job.shape.hidden_size * VALUE_BYTES / layouts.tp
+    leaves = (layouts.tp * layouts.cp * layouts.dp >= member.hardware.chips_per_node) | far
+    return member.hardware.send(message, leaves, member.engine)
+
+
+def _spare_bytes(
+    members: tuple[Member, ...], layouts: list[Layouts], costed: list[Items], stage_of: Ints, pool_of: Ints, job: Job
+) -> Floats:
+    """Memory left on all chips of the team when states are not counted: room for anyone's states."""
+    first = layouts[0]
+    flights = np.stack([in_flight(first, np.full(len(first), stage)) for stage in range(pool_of.shape[0])])
+    kinds, order = kinds_of(costed[0])
+    spare = np.zeros(len(first))
+    own = np.arange(len(first))
+    pools = [pieces_of(m, lay, c, order, job, False) for m, lay, c in zip(members, layouts, costed, strict=True)]
+    filled = np.zeros(pool_of.shape)
+    for piece, kind in enumerate(kinds):
+        stage = stage_of[piece]
+        size = np.zeros(len(first))
+        for number, pool in enumerate(pools):
+            here = pool_of[stage, own] == number
+            size = np.where(here, pool.held[kind] + pool.saved[kind] * flights[stage, own], size)
+        filled[stage, own] += size
+    for stage in range(pool_of.shape[0]):
+        real = stage < first.pp
+        for number, (pool, lay) in enumerate(zip(pools, layouts, strict=True)):
+            here = real & (pool_of[stage] == number)
+            free = np.maximum(pool.capacity - pool.constant - filled[stage], 0.0)
+            spare += np.where(here, free * lay.tp * lay.cp * lay.dp, 0.0)
+    return spare
+
+
+def kinds_of(pieces: Items) -> tuple[list[int], list[int]]:
+    """(kind of each piece, first piece of each kind)."""
+    seen: dict[tuple[str, Block | None], int] = {}
+    first = []
+    for number, kind in enumerate(pieces.kinds):
+        if kind not in seen:
+            seen[kind] = len(first)
+            first.append(number)
+    return [seen[kind] for kind in pieces.kinds], first
+
+
+def pieces_of(
+    member: Member, layouts: Layouts, pieces: Items, first: Sequence[int], job: Job, own_states: bool
+) -> Pieces:
+    shape, engine = job.shape, member.engine
+    seconds, held, saved = [], [], []
+    margin = 1 + FRAGMENTATION
+    working = np.zeros(len(layouts))
+    for number in first:
+        what, block = pieces.kinds[number]
+        part = pieces.held[number]
+        states = state_bytes(part.dense / layouts.tp, part.experts / (layouts.tp * layouts.ep), layouts, engine)
+        held.append(margin * sum(states if own_states else states[:2]))
+        if block is not None:
+            kept = saved_bytes(block, shape, layouts, engine, job.seq_len)
+            working = np.maximum(working, working_bytes(block, shape, layouts, engine, job.seq_len))
+        else:
+            kept = np.zeros(len(layouts))
+        if what in ("head", "mtp"):  # logits live only while the loss is computed
+            held[-1] = held[-1] + margin * logit_bytes(shape, layouts, job.seq_len)
+        saved.append(margin * kept)
+        seconds.append(pieces.seconds[number].total)
+    constant = margin * (buffer_bytes(shape, layouts, engine, job.seq_len) + working)
+    return Pieces(np.stack(seconds), np.stack(held), np.stack(saved), constant, member.hardware.memory_bytes)
+
+
+# -------------------------------------------------------------------------------------- sums over stages
+
+
+def stage_sums(costed: Sequence[Items], stage_of: Ints, pool_of: Ints) -> tuple[LayerSeconds, Held]:
+    """(seconds, what is held) of each stage, arrays [stages, candidates]."""
+    count = stage_of.shape[1]
+    most = pool_of.shape[0]
+    own = np.arange(count)
+    sums = {f.name: np.zeros((most, count)) for f in fields(LayerSeconds)}
+    held = {f.name: np.zeros((most, count)) for f in fields(Held)}
+    for piece in range(len(stage_of)):
+        stage = stage_of[piece]
+        pool = pool_of[stage, own]
+        for totals, pieces in ((sums, [c.seconds[piece] for c in costed]), (held, [c.held[piece] for c in costed])):
+            for name, total in totals.items():
+                value = getattr(pieces[0], name)
+                for number in range(1, len(costed)):
+                    value = np.where(pool == number, getattr(pieces[number], name), value)
+                total[stage, own] += value
+    return LayerSeconds(**sums), Held(**held)
+
+
+def held_at(held: Held, stage: int) -> Held:
+    """What one stage holds, arrays [candidates]."""
+    return Held(*(getattr(held, f.name)[stage] for f in fields(held)))
+
+
+def busiest(layouts: Layouts, values: Floats) -> Floats:
+    """Largest of `values` [stages, candidates] over stages; under DualPipe over chips, which hold a pair of them."""
+    largest = np.zeros(values.shape[1])
+    own = np.arange(values.shape[1])
+    dual = layouts.schedule == SCHEDULES.index("dualpipe")
+    for stage in range(values.shape[0]):
+        twin = np.clip(layouts.pp - 1 - stage, 0, None)
+        value = np.where(dual, (values[stage] + values[twin, own]) / 2, values[stage])
+        largest = np.maximum(largest, np.where(stage < layouts.pp, value, 0.0))
+    return largest
+
+
+def bubbles(layouts: Layouts, stages: LayerSeconds, pp: Ints) -> Floats:
+    """`bubble_seconds` of candidates with different numbers of stages."""
+    result = np.zeros(len(layouts))
+    for depth in np.unique(pp):
+        index = np.flatnonzero(pp == depth)
+        each = [
+            LayerSeconds(*(getattr(stages, f.name)[stage, index] for f in fields(stages))) for stage in range(depth)
+        ]
+        result[index] = bubble_seconds(layouts[index], each)
+    return result
+
+
+# ------------------------------------------------------------------------------------- rows of candidates
+
+
+def items_at(pieces: Items, index: Ints) -> Items:
+    taken: dict[int, LayerSeconds] = {}
+    for piece in pieces.seconds:
+        if id(piece) not in taken:
+            taken[id(piece)] = LayerSeconds(*(getattr(piece, f.name)[index] for f in fields(piece)))
+    return replace(pieces, seconds=tuple(taken[id(piece)] for piece in pieces.seconds))
+
+
+def joined(parts: list[Options]) -> Options:
+    if len(parts) == 1:
+        return parts[0]
+    most = max(part.pool_of.shape[0] for part in parts)
+    pool_of = [np.pad(part.pool_of, ((0, most - part.pool_of.shape[0]), (0, 0)), mode="edge") for part in parts]
+    names = ("stage_of", "fixed", "slow", "once", "grain", "chips", "cross", "own_states", "spare")
+    layouts = tuple(
+        Layouts(*(np.concatenate([getattr(part.layouts[i], f.name) for part in parts]) for f in fields(Layouts)))
+        for i in range(len(parts[0].members))
+    )
+    joined = {name: np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in names}
+    return replace(parts[0], layouts=layouts, pool_of=np.concatenate(pool_of, axis=1), **joined)

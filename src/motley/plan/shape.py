@@ -1,0 +1,359 @@
+"""A network as the planner sees it: which matrices multiply a token, what is kept, what is sent.
+
+    Shape = embedding, blocks (each: products, attention, experts), MTP blocks, head
+
+Everything later (parameters, FLOPs, memory, time, messages) is summed from these operators, so that no number is
+written down twice. Shapes come from motley's own `ModelConfig` or from a Hugging Face `config.json`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from motley.errors import InputError
+from motley.model import ModelConfig
+
+Split = Literal["column", "row", "none"]
+FAMILIES = "deepseek_v2, deepseek_v3, kimi_k2, llama, mistral, mixtral, qwen2, gpt2, opt"
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """One product: a token's vector of `inner` numbers becomes `outer` numbers.
+
+    Attributes:
+        part: row of the bill it belongs to.
+        inner, outer: sides of the matrix.
+        split: how tensor parallelism cuts it: by columns, by rows, or not at all.
+        held: matrices of this kind in a layer (routed experts), of which `chosen` work on one token.
+    """
+
+    part: str
+    inner: int
+    outer: int
+    split: Split
+    held: int = 1
+    chosen: int = 1
+
+    @property
+    def parameters(self) -> int:
+        return self.held * self.inner * self.outer
+
+    @property
+    def active(self) -> int:
+        return self.chosen * self.inner * self.outer
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer.
+
+    Attributes:
+        matmuls: every product with a weight.
+        heads, qk_dim, v_dim: attention between tokens (causal), numbers per head.
+        extras: parameters that multiply nothing: norms, biases.
+        kv_numbers: numbers a token leaves in the cache for decoding.
+        gated: the MLP multiplies two projections (SwiGLU) rather than passing one through GELU.
+        experts, chosen: routed experts and how many of them see a token; 0 in dense layers.
+        groups: most groups of experts (nodes, when placed so) a token may reach; 0: any.
+    """
+
+    matmuls: tuple[Matmul, ...]
+    heads: int
+    qk_dim: int
+    v_dim: int
+    extras: int
+    kv_numbers: int
+    gated: bool
+    experts: int = 0
+    chosen: int = 0
+    groups: int = 0
+
+    @property
+    def parameters(self) -> int:
+        return self.extras + sum(matmul.parameters for matmul in self.matmuls)
+
+    @property
+    def active(self) -> int:
+        return self.extras + sum(matmul.active for matmul in self.matmuls)
+
+    @property
+    def expert_parameters(self) -> int:
+        return sum(matmul.parameters for matmul in self.matmuls if matmul.held > 1)
+
+    def attention_flops(self, context_length: int) -> float:
+        """FLOPs per token, forward: queries times keys, weights times values, over the visible half."""
+        return 2 * self.heads * (self.qk_dim + self.v_dim) * context_length / 2
+
+    def forward_flops(self, context_length: int) -> float:
+        return 2 * sum(matmul.active for matmul in self.matmuls) + self.attention_flops(context_length)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A whole network.
+
+    Attributes:
+        family: "deepseek", "llama" or "gpt": for messages.
+        runs: blocks in order as (block, how many in a row).
+        mtp: blocks of the multi-token-prediction modules.
+        embedding_parameters: tables looked up, not multiplied (word and learned position embeddings).
+        tied: the head is the word embedding.
+        source: where the numbers come from.
+    """
+
+    name: str
+    family: Literal["deepseek", "llama", "gpt"]
+    hidden_size: int
+    vocab_size: int
+    runs: tuple[tuple[Block, int], ...]
+    mtp: tuple[Block, ...]
+    embedding_parameters: int
+    tied: bool
+    max_context: int
+    source: str
+
+    @property
+    def num_layers(self) -> int:
+        return sum(count for _, count in self.runs)
+
+    @property
+    def head(self) -> Matmul:
+        return Matmul("head", self.hidden_size, self.vocab_size, "column")
+
+    @property
+    def experts(self) -> int:
+        return max(block.experts for block, _ in self.runs)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for block, count in self.runs for _ in range(count)]
+
+    @property
+    def final_norm(self) -> int:
+        return self.hidden_size * (2 if self.family == "gpt" else 1)
+
+    def mtp_projection(self) -> Matmul:
+        return Matmul("MTP projection", 2 * self.hidden_size, self.hidden_size, "none")
+
+
+# ------------------------------------------------------------------------------------------- DeepSeek
+
+
+def deepseek(config: ModelConfig, name: str = "deepseek", source: str = "motley.model.ModelConfig") -> Shape:
+    """MLA + DeepSeekMoE + MTP (V2 report 2.1, 2.2; V3 report section 2)."""
+    kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
+    runs: list[tuple[Block, int]] = []
+    for moe in kinds:
+        block = _deepseek_block(config, moe)
+        if runs and runs[-1][0] == block:
+            runs[-1] = (block, runs[-1][1] + 1)
+        else:
+            runs.append((block, 1))
+    mtp = tuple(
+        _deepseek_block(config, config.is_moe_layer(config.num_hidden_layers + depth))
+        for depth in range(config.num_nextn_predict_layers)
+    )
+    return Shape(
+        name=name,
+        family="deepseek",
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        runs=tuple(runs),
+        mtp=mtp,
+        embedding_parameters=config.vocab_size * config.hidden_size,
+        tied=config.tie_word_embeddings,
+        max_context=config.max_position_embeddings,
+        source=source,
+    )
+
+
+def _deepseek_block(config: ModelConfig, moe: bool) -> Block:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    latent = config.kv_lora_rank + config.qk_rope_head_dim
+    query = heads * config.qk_head_dim
+    projections = "attention projections"
+    rows: list[Matmul] = []
+    if config.q_lora_rank is None:
+        rows.append(Matmul(projections, hidden, query, "column"))
+    else:
+        rows.append(Matmul(projections, hidden, config.q_lora_rank, "none"))
+        rows.append(Matmul(projections, config.q_lora_rank, query, "column"))
+    rows.append(Matmul(projections, hidden, latent, "none"))
+    rows.append(
+        Matmul(projections, config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), "column")
+    )
+    rows.append(Matmul(projections, heads * config.v_head_dim, hidden, "row"))
+    extras = 2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0)
+    if config.attention_bias:  # on the way into both latents, and out
+        extras += (config.q_lora_rank or 0) + latent + hidden
+    experts = (config.n_routed_experts or 0) if moe else 0
+    if moe:
+        inner, chosen = config.moe_intermediate_size, config.num_experts_per_tok
+        shared = (config.n_shared_experts or 0) * inner
+        rows.append(Matmul("routers", hidden, experts, "none"))
+        if shared:
+            rows.append(Matmul("shared experts", hidden, 2 * shared, "column"))
+            rows.append(Matmul("shared experts", shared, hidden, "row"))
+        rows.append(Matmul("routed experts", hidden, 2 * inner, "column", experts, chosen))
+        rows.append(Matmul("routed experts", inner, hidden, "row", experts, chosen))
+    else:
+        rows.append(Matmul("dense MLPs", hidden, 2 * config.intermediate_size, "column"))
+        rows.append(Matmul("dense MLPs", config.intermediate_size, hidden, "row"))
+    return Block(
+        matmuls=tuple(rows),
+        heads=heads,
+        qk_dim=config.qk_head_dim,
+        v_dim=config.v_head_dim,
+        extras=extras,
+        kv_numbers=latent,
+        gated=True,
+        experts=experts,
+        chosen=config.num_experts_per_tok if moe else 0,
+        groups=config.topk_group if moe and config.n_group > 1 else 0,
+    )
+
+
+# ------------------------------------------------------------------------------------- other families
+
+
+def gpt(
+    hidden: int,
+    layers: int,
+    heads: int,
+    context: int,
+    vocabulary: int,
+    name: str,
+    source: str,
+    ffn: int | None = None,
+    embedding_size: int | None = None,
+) -> Shape:
+    """GPT-2, GPT-3 and OPT: full attention, a GELU or ReLU MLP, biases, learned positions, a tied head."""
+    _divides(heads, hidden, name)
+    wide, narrow = ffn or 4 * hidden, embedding_size or hidden
+    head_dim = hidden // heads
+    block = Block(
+        matmuls=(
+            Matmul("attention projections", hidden, 3 * hidden, "column"),
+            Matmul("attention projections", hidden, hidden, "row"),
+            Matmul("dense MLPs", hidden, wide, "column"),
+            Matmul("dense MLPs", wide, hidden, "row"),
+        ),
+        heads=heads,
+        qk_dim=head_dim,
+        v_dim=head_dim,
+        extras=4 * hidden + (3 * hidden + hidden + wide + hidden),  # two norms; four biases
+        kv_numbers=2 * hidden,
+        gated=False,
+    )
+    tables = narrow * vocabulary + context * hidden + (2 * narrow * hidden if narrow != hidden else 0)
+    return Shape(name, "gpt", hidden, vocabulary, ((block, layers),), (), tables, True, context, source)
+
+
+def llama(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    ffn: int,
+    context: int,
+    vocabulary: int,
+    name: str,
+    source: str,
+    head_dim: int | None = None,
+    experts: int = 0,
+    chosen: int = 0,
+    tied: bool = False,
+) -> Shape:
+    """Llama, Mistral, Qwen2 (grouped-query attention, SwiGLU); with `experts`, Mixtral."""
+    if head_dim is None:
+        _divides(heads, hidden, name)
+        head_dim = hidden // heads
+    if heads % kv_heads:
+        raise InputError(f"{name}: {heads} attention heads cannot share {kv_heads} key-value heads equally")
+    rows = [
+        Matmul("attention projections", hidden, (heads + 2 * kv_heads) * head_dim, "column"),
+        Matmul("attention projections", heads * head_dim, hidden, "row"),
+    ]
+    if experts:
+        rows.append(Matmul("routers", hidden, experts, "none"))
+        rows.append(Matmul("routed experts", hidden, 2 * ffn, "column", experts, chosen))
+        rows.append(Matmul("routed experts", ffn, hidden, "row", experts, chosen))
+    else:
+        rows.append(Matmul("dense MLPs", hidden, 2 * ffn, "column"))
+        rows.append(Matmul("dense MLPs", ffn, hidden, "row"))
+    block = Block(
+        matmuls=tuple(rows),
+        heads=heads,
+        qk_dim=head_dim,
+        v_dim=head_dim,
+        extras=2 * hidden,
+        kv_numbers=2 * kv_heads * head_dim,
+        gated=True,
+        experts=experts,
+        chosen=chosen,
+    )
+    return Shape(name, "llama", hidden, vocabulary, ((block, layers),), (), vocabulary * hidden, tied, context, source)
+
+
+def _divides(heads: int, hidden: int, name: str) -> None:
+    if hidden % heads:
+        raise InputError(f"{name}: hidden size {hidden} cannot be cut into {heads} equal attention heads")
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+
+def from_hf(values: Mapping[str, Any], name: str, source: str) -> Shape:
+    """Read a Hugging Face `config.json`. Raises InputError for families whose cost is not known here."""
+    kind = str(values.get("model_type"))
+    try:
+        if kind in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
+            return deepseek(ModelConfig.from_hf(values), name, source)
+        if kind == "gpt2":
+            return gpt(
+                values["n_embd"],
+                values["n_layer"],
+                values["n_head"],
+                values.get("n_positions", 1024),
+                values["vocab_size"],
+                name,
+                source,
+                ffn=values.get("n_inner"),
+            )
+        if kind == "opt":
+            return gpt(
+                values["hidden_size"],
+                values["num_hidden_layers"],
+                values["num_attention_heads"],
+                values.get("max_position_embeddings", 2048),
+                values["vocab_size"],
+                name,
+                source,
+                ffn=values.get("ffn_dim"),
+                embedding_size=values.get("word_embed_proj_dim"),
+            )
+        if kind in ("llama", "mistral", "mixtral", "qwen2"):
+            heads = values["num_attention_heads"]
+            return llama(
+                values["hidden_size"],
+                values["num_hidden_layers"],
+                heads,
+                values.get("num_key_value_heads") or heads,
+                values["intermediate_size"],
+                values.get("max_position_embeddings", 4096),
+                values["vocab_size"],
+                name,
+                source,
+                head_dim=values.get("head_dim"),
+                experts=values.get("num_local_experts") or 0,
+                chosen=values.get("num_experts_per_tok") or 0,
+                tied=bool(values.get("tie_word_embeddings")),
+            )
+    except KeyError as missing:
+        raise InputError(f"{source}: a config.json of model_type {kind} needs the field {missing}") from None
+    raise InputError(f"{source}: model_type {kind!r} is not known here; known: {FAMILIES}")
+
+
+def without_mtp(shape: Shape) -> Shape:
+    return replace(shape, mtp=())

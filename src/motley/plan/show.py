@@ -1,0 +1,246 @@
+"""Plans, predictions and replays as text for the terminal."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from motley.fleet.units import size_text
+from motley.page import in_count
+from motley.progress import in_words
+
+WIDTH = 130
+BAR = 24
+PARTS = ("compute", "communication", "bubble", "optimizer")
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """The plan as tables: the whole, the pools, the teams, what it is compared with."""
+    money = plan["currency"]
+    facts = _table(f"{plan['model']} on {plan['fleet']}, {in_count(plan['tokens'])} tokens, engine {plan['engine']}")
+    step = plan["step_split_seconds"]
+    split = ", ".join(f"{name} {step[name] / plan['step_seconds']:.0%}" for name in PARTS)
+    facts.add_row("speed", f"{plan['tokens_per_second']:,.0f} tokens/s on {plan['chips']:,} chips")
+    facts.add_row("step", f"{seconds_text(plan['step_seconds'])} for {plan['global_batch']:,} sequences: {split}")
+    facts.add_row("time", f"{plan['days']:,.1f} days (goodput {plan['goodput']:.1%} with failures counted)")
+    facts.add_row(
+        "price", f"{money}{plan['cost']:,.0f}, {plan['chip_hours']:,.0f} chip-hours, {plan['energy_kwh']:,.0f} kWh"
+    )
+    pools = Table("pool", "chip", "chips", "precision", "MFU", "part of work", "memory of a chip", title_justify="left")
+    for pool in plan["pools"]:
+        if pool["chips"]:
+            memory = f"{size_text(pool['memory_bytes'])} of {size_text(pool['memory_limit_bytes'])}"
+            idle = f" (+{pool['chips_idle']:,} idle)" if pool["chips_idle"] else ""
+            pools.add_row(
+                pool["pool"],
+                pool["chip"],
+                f"{pool['chips']:,}{idle}",
+                pool["precision"],
+                f"{pool['mfu']:.1%}",
+                f"{pool['flops_share']:.1%}",
+                memory,
+            )
+        else:
+            pools.add_row(pool["pool"], pool["chip"], f"0 (+{pool['chips_idle']:,} idle)", "", "", "", "")
+    teams = Table(
+        "team",
+        "share",
+        "copies",
+        "stages",
+        "tensor",
+        "expert",
+        "context",
+        "micro-batch",
+        "recompute",
+        "ZeRO",
+        "schedule",
+        "step",
+        title_justify="left",
+    )
+    for team in plan["teams"]:
+        tensor = ", ".join(str(value) for value in dict.fromkeys(team["tp"].values()))
+        busy = sum(value for name, value in team["seconds"].items() if name != "waiting")
+        teams.add_row(
+            " → ".join(team["pools"]),
+            f"{team['share']:.1%}",
+            str(team["dp"]),
+            stage_text(team["stages"]),
+            tensor,
+            str(team["ep"]),
+            str(team["cp"]),
+            f"{team['micro_batches']} x {team['micro_batch']}",
+            team["recompute"],
+            f"{team['zero']}, {team['states']}" if team["zero"] else "-",
+            team["schedule"],
+            seconds_text(busy),
+        )
+    parts: list[Table | str] = [facts, pools, teams, *comparison_lines(plan)]
+    parts += [f"note: {note}" for note in plan["notes"]]
+    if "plan_file" in plan:
+        parts.append(
+            f"Plan: {plan['plan_file']}; picture: {plan['page']}; replay: motley plan simulate {plan['plan_file']}"
+        )
+    return rendered(*parts)
+
+
+def stage_text(stages: Sequence[Mapping[str, Any]]) -> str:
+    """`8: 4 4 4 3`: how many, and the layers of each (a range where there are many)."""
+    layers = [stage["layers"][1] - stage["layers"][0] + 1 if stage["layers"] else 0 for stage in stages]
+    if len(layers) == 1:
+        return "1"
+    if len(layers) <= 8:
+        return f"{len(layers)}: {' '.join(map(str, layers))}"
+    return f"{len(layers)}: {min(layers)} to {max(layers)}"
+
+
+def comparison_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What the mix gains, and what each pool is worth."""
+    compared, money = plan["comparison"], plan["currency"]
+    lines = []
+    if len(plan["pools"]) > 1:
+        if plan["mixed_efficiency"] is None:
+            lines.append("mixed efficiency: no pool can hold the model alone")
+        else:
+            cannot = compared["pools_that_cannot_alone"]
+            beside = f" ({', '.join(cannot)} could not hold the model alone)" if cannot else ""
+            lines.append(
+                f"mixed efficiency: {plan['mixed_efficiency']:.1%} of what the pools reach alone, added up{beside}"
+            )
+        even = compared["even_split"]
+        lines.append(
+            "even split (every chip the same part): impossible, some pool cannot hold the model"
+            if even is None
+            else f"even split (every chip the same part): {even['relative_speed']:.0%} of this plan's speed"
+        )
+    if (fastest := compared["fastest_pool"]) and len(plan["pools"]) > 1:
+        lines.append(
+            f"fastest pool alone ({fastest['pool']}): {fastest['relative_speed']:.0%} of this plan's speed, "
+            f"{money}{fastest['cost_without_failures']:,.0f}"
+        )
+    lines += [f"drop {entry['pool']}: {worth_text(entry)}" for entry in compared["marginal_value"]]
+    return lines
+
+
+def worth_text(entry: Mapping[str, Any]) -> str:
+    """What leaving a pool out does: `4 % slower, 11 % cheaper`."""
+    if entry["needed"]:
+        return "the model no longer fits"
+    price = f"{abs(entry['cheaper']):.1%} {'cheaper' if entry['cheaper'] >= 0 else 'dearer'}"
+    return f"{entry['slower']:.1%} slower, {price}"
+
+
+def describe_text(result: Mapping[str, Any]) -> str:
+    facts = _table(f"{result['model']}  ({result['source']})")
+    facts.add_row(
+        "parameters",
+        f"{result['parameters'] / 1e9:,.2f} B, {result['active_parameters'] / 1e9:,.2f} B active for a token",
+    )
+    if result["mtp_parameters"]:
+        facts.add_row("MTP modules", f"{result['mtp_parameters'] / 1e9:,.2f} B besides")
+    facts.add_row(
+        "training",
+        f"{result['training_flops_per_token'] / 1e9:,.4g} GFLOP a token at {result['context_length']:,} tokens",
+    )
+    facts.add_row("KV cache", f"{result['kv_cache_bytes_per_token']:,} bytes a token (bf16)")
+    facts.add_row("weights", f"{size_text(result['memory']['weights_bf16_bytes'])} in bf16")
+    facts.add_row("training state", f"{size_text(result['memory']['training_state_bytes'])} (18 bytes a parameter)")
+    rows = Table("part", "parameters", "active", "forward GFLOP a token", title_justify="left")
+    for part in result["parts"]:
+        rows.add_row(
+            part["name"], f"{part['parameters']:,}", f"{part['active']:,}", f"{part['forward_flops'] / 1e9:,.4g}"
+        )
+    return rendered(facts, rows)
+
+
+def evaluate_text(result: Mapping[str, Any]) -> str:
+    """Every row (the worst hundred of many), then the summary."""
+    rows = result["rows"]
+    shown = rows if len(rows) <= 100 else sorted(rows, key=lambda row: -abs(row.get("relative_error", 0.0)))[:40]
+    table = Table(
+        "line", "model", "chips", "chip", "engine", "predicted", "measured", "error", "note", title_justify="left"
+    )
+    for row in shown:
+        measured = seconds_text(row["measured_seconds"]) if "measured_seconds" in row else ""
+        error = f"{row['relative_error']:+.1%}" if "relative_error" in row else ""
+        table.add_row(
+            str(row["line"]),
+            row["model"],
+            f"{row['gpus']:,}",
+            row["chip"],
+            row["engine"],
+            seconds_text(row["predicted_seconds"]),
+            measured,
+            error,
+            row.get("note", "")[:44],
+        )
+    parts: list[Table | str] = [table]
+    if len(shown) < len(rows):
+        parts.append(f"the {len(shown)} rows of {len(rows):,} that are furthest off; --json has all")
+    if result["measured_rows"]:
+        models = Table("model", "rows", "mean error", "worst", "rank correlation", title_justify="left")
+        for name, entry in result["models"].items():
+            models.add_row(
+                name,
+                str(entry["rows"]),
+                f"{entry['mean_relative_error']:.1%}",
+                f"{entry['worst_relative_error']:.1%}",
+                _correlation(entry["rank_correlation"]),
+            )
+        parts += [
+            models,
+            f"{result['measured_rows']:,} measured rows: mean error {result['mean_relative_error']:.2%}, "
+            f"worst {result['worst_relative_error']:.1%}, worst decile {result['worst_decile_relative_error']:.1%}, "
+            f"rank correlation {_correlation(result['rank_correlation'])}",
+        ]
+    return rendered(*parts)
+
+
+def simulate_text(result: Mapping[str, Any]) -> str:
+    facts = _table(f"{result['model']} on {result['fleet']}: {len(result['runs'])} replays")
+    facts.add_row("without failures", f"{result['days_without_failures']:,.1f} days on {result['chips']:,} chips")
+    facts.add_row(
+        "with", f"{result['days_p50']:,.1f} days (90 % between {result['days_p5']:,.1f} and {result['days_p95']:,.1f})"
+    )
+    facts.add_row(
+        "goodput",
+        f"{result['goodput']:.1%}; to first order expected without missing chips: {result['expected_goodput']:.1%}",
+    )
+    facts.add_row(
+        "failures", f"{result['failures_mean']:,.0f}, one every {result['hours_between_failures']:,.1f} hours"
+    )
+    facts.add_row(
+        "checkpoints",
+        f"every {in_words(result['checkpoint_interval_seconds'])}; "
+        f"best: {in_words(result['suggested_interval_seconds'])}",
+    )
+    facts.add_row("lost to", ", ".join(f"{name} {share:.1%}" for name, share in result["lost_share"].items()))
+    return rendered(facts, f"Picture: {result['page']}" if "page" in result else "")
+
+
+def seconds_text(seconds: float) -> str:
+    if seconds >= 100:
+        return in_words(seconds)
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def rendered(*parts: Table | str) -> str:
+    """Tables and lines as plain text of a fixed width."""
+    console = Console(width=WIDTH, file=io.StringIO())
+    with console.capture() as captured:
+        for part in parts:
+            if part:
+                console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
+    return captured.get().rstrip()
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="dim")
+    table.add_column()
+    return table
+
+
+def _correlation(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

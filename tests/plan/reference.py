@@ -1,0 +1,179 @@
+"""A plan's step time the slow, plain way: one pipeline at a time, in floats, without the planner's arrays.
+
+It shares with the planner only the cost of single operators (`items`, `exchange_seconds`, ...), not how pipelines are
+cut, batches shared or plans searched.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import numpy as np
+
+from motley.fleet import Pool
+from motley.plan.candidates import Member, members_of
+from motley.plan.job import Job
+from motley.plan.layout import SCHEDULES, Layouts
+from motley.plan.memory import (
+    FRAGMENTATION,
+    buffer_bytes,
+    in_flight,
+    logit_bytes,
+    saved_bytes,
+    state_bytes,
+    working_bytes,
+)
+from motley.plan.operators import VALUE_BYTES
+from motley.plan.step import Held, bubble_seconds, exchange_seconds, items, tied_seconds, update_seconds
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One way for a team to run: everything explicit. `cuts` are the stages' pieces as (first, last + 1)."""
+
+    members: tuple[Member, ...]
+    tp: tuple[int, ...]
+    stages: tuple[int, ...]
+    cuts: tuple[tuple[int, int], ...]
+    dp: int
+    ep: int
+    micro_batch: int
+    recompute: int
+    schedule: int
+    zero: int
+
+    def layouts(self, member: int) -> Layouts:
+        return Layouts.of(
+            tp=self.tp[member],
+            cp=1,
+            ep=self.ep,
+            dp=self.dp,
+            pp=sum(self.stages),
+            micro_batch=self.micro_batch,
+            micro_batches=1,
+            recompute=self.recompute,
+            schedule=self.schedule,
+            chunks=1,
+            zero=self.zero,
+        )
+
+    def member_of(self, stage: int) -> int:
+        return int(np.searchsorted(np.cumsum(self.stages), stage, side="right"))
+
+
+def line(pipeline: Pipeline, job: Job) -> tuple[float, float, float, float, float] | None:
+    """(fixed, slow, once, hidden, cross) seconds as in options.py, or None where a chip's memory would overflow."""
+    members, shape = pipeline.members, job.shape
+    pp = sum(pipeline.stages)
+    costed = [
+        items(shape, pipeline.layouts(i), job.seq_len, m.hardware, m.engine, m.precision) for i, m in enumerate(members)
+    ]
+    fixed, border = 0.0, 0.0
+    totals, onces, eaches, updates, crosses = [], [], [], [], []
+    stages, chips = [], [0] * len(members)
+    for number, (first, last) in enumerate(pipeline.cuts):
+        index = pipeline.member_of(number)
+        member, layouts, pieces = members[index], pipeline.layouts(index), costed[index]
+        seconds = pieces.seconds[first]
+        held = pieces.held[first]
+        for piece in range(first + 1, last):
+            seconds, held = seconds + pieces.seconds[piece], held + pieces.held[piece]
+        if _memory(pipeline, job, number, index, pieces.kinds[first:last], held) > member.hardware.memory_bytes:
+            return None
+        stages.append(seconds)
+        total = float(seconds.total[0])
+        one, every = exchange_seconds(held, layouts, member.hardware, member.engine)
+        onces.append(float(one[0]))
+        eaches.append(
+            float(every[0])
+            - member.engine.hidden_shards * min(float(every[0]), max(total - float(seconds.hidden[0]), 0.0))
+        )
+        updates.append(float(update_seconds(held, layouts, member.hardware, member.engine)[0]))
+        totals.append(total)
+        chips[index] += pipeline.tp[index] * pipeline.dp
+        if number + 1 < pp:
+            ends = [(index, index != pipeline.member_of(number + 1))]
+            if ends[0][1]:
+                ends.append((pipeline.member_of(number + 1), True))
+            message = max(_message(pipeline, job, end, far) for end, far in ends)
+            fixed += 2 * message
+            border = max(border, message)
+        network = member.hardware.network_per_chip * member.engine.network_efficiency
+        own = (held.dense / pipeline.tp[index] + held.experts / (pipeline.tp[index] * pipeline.ep)) / pipeline.dp
+        crosses.append(2 * member.engine.gradient_bytes * own / network + 4 * member.hardware.latency)
+    slowest, once, each, update, cross = (
+        _busiest(pipeline, values) for values in (totals, onces, eaches, updates, crosses)
+    )
+    nodes = max(1.0, *(count / m.hardware.chips_per_node for count, m in zip(chips, members, strict=True)))
+    slow = max(slowest * (1 + max(m.engine.skew for m in members) * float(np.log2(nodes))) + each, border)
+    layouts = pipeline.layouts(0)
+    fixed += float(bubble_seconds(layouts, stages)[0]) + update + max(m.engine.step_seconds for m in members)
+    fixed += max(
+        float(tied_seconds(shape, pipeline.layouts(i), m.hardware, m.engine)[0]) for i, m in enumerate(members)
+    )
+    return fixed, slow, once, max(m.engine.hidden_gradients for m in members), cross
+
+
+def _busiest(pipeline: Pipeline, values: list[float]) -> float:
+    """DualPipe puts stages i and p-1-i on one chip."""
+    if pipeline.schedule == SCHEDULES.index("dualpipe"):
+        return max((a + b) / 2 for a, b in zip(values, reversed(values), strict=True))
+    return max(values)
+
+
+def seconds(pipeline: Pipeline, job: Job, sequences: int, crossing: bool) -> float | None:
+    """Of a step in which the team takes so many sequences; None where it does not fit."""
+    costs = line(pipeline, job)
+    if costs is None:
+        return None
+    fixed, slow, once, hidden, cross = costs
+    micro = -(-sequences // (pipeline.dp * pipeline.micro_batch))
+    once += cross if crossing else 0.0
+    return fixed + micro * slow + once - hidden * min(once, micro * slow)
+
+
+def _message(pipeline: Pipeline, job: Job, member: int, far: bool) -> float:
+    layouts, own = pipeline.layouts(member), pipeline.members[member]
+    size = layouts.micro_batch * job.seq_len * job.shape.hidden_size * VALUE_BYTES / layouts.tp
+    leaves = far or pipeline.tp[member] * pipeline.dp >= own.hardware.chips_per_node
+    return float(own.hardware.send(size, np.array([leaves]), own.engine)[0])
+
+
+def _memory(pipeline: Pipeline, job: Job, stage: int, index: int, kinds: Sequence[tuple], held: Held) -> float:
+    layouts, engine, shape = pipeline.layouts(index), pipeline.members[index].engine, job.shape
+    states = sum(
+        float(np.squeeze(part))
+        for part in state_bytes(held.dense / layouts.tp, held.experts / (layouts.tp * layouts.ep), layouts, engine)
+    )
+    flights = float(in_flight(layouts, np.array([stage]))[0])
+    kept = sum(float(saved_bytes(block, shape, layouts, engine, job.seq_len)[0]) for _, block in kinds if block)
+    blocks = {block for block, _ in shape.runs} | set(shape.mtp)
+    working = max(float(working_bytes(block, shape, layouts, engine, job.seq_len)[0]) for block in blocks)
+    heads = sum(1 for what, _ in kinds if what in ("head", "mtp"))
+    logits = heads * float(logit_bytes(shape, layouts, job.seq_len)[0])
+    buffers = float(buffer_bytes(shape, layouts, engine, job.seq_len)[0])
+    return (1 + FRAGMENTATION) * (states + kept * flights + working + logits + buffers)
+
+
+def every_pipeline(pools: Sequence[Pool], job: Job, micro_batches: Sequence[int]) -> Iterator[Pipeline]:
+    """All pipelines of a team: every degree, number of stages and copies, and every way to cut the layers."""
+    members = members_of(pools, job)
+    heads = job.shape.blocks[0].heads
+    pieces = job.shape.num_layers + len(job.shape.mtp) + 2
+    experts = [ep for ep in (1, 2, 4, 8) if (job.shape.experts or 1) % ep == 0]
+    for tp in product(*[[t for t in (1, 2, 4, 8) if t <= m.pool.per_node and heads % t == 0] for m in members]):
+        groups = [m.pool.nodes * (m.pool.per_node // t) for m, t in zip(members, tp, strict=True)]
+        for dp in range(1, min(groups) + 1):
+            for stages in product(*[range(1, group // dp + 1) for group in groups]):
+                pp = sum(stages)
+                if pp > job.shape.num_layers:
+                    continue
+                for bounds in combinations(range(1, pieces), pp - 1):
+                    cuts = tuple(zip((0, *bounds), (*bounds, pieces), strict=True))
+                    schedules = (0,) if pp == 1 else (0, 1, 2) if pp % 2 == 0 and len(members) == 1 else (0, 1)
+                    zeros = (0,) if dp == 1 else (0, 1, 2, 3) if pp == 1 else (0, 1, 3)
+                    for ep, micro, recompute, schedule, zero in product(
+                        experts, micro_batches, range(3), schedules, zeros
+                    ):
+                        if dp % ep == 0:
+                            yield Pipeline(members, tp, stages, cuts, dp, ep, micro, recompute, schedule, zero)

@@ -1,0 +1,344 @@
+"""The search: optimal where everything can be enumerated, monotone, blind to names, within memory."""
+
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference import Pipeline, every_pipeline, line, seconds
+
+from motley.errors import InputError
+from motley.fleet import Fleet, Pool, load_fleet, parse_fleet
+from motley.model import SIZES
+from motley.plan.candidates import SMALL_TEAM, members_of
+from motley.plan.job import Job
+from motley.plan.known import find_shape
+from motley.plan.objective import best_plan
+from motley.plan.options import Options
+from motley.plan.outcome import compared, spelled_out
+from motley.plan.search import Searcher, apportion
+from motley.plan.shape import Shape, deepseek
+from motley.plan.team import options_of
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "fleets"
+FEW_MICRO_BATCHES = (1, 2)
+
+
+def shallow(layers: int = 4) -> Shape:
+    """A small MoE: few enough layers that every way to cut them can be tried."""
+    config = replace(SIZES["small"], num_hidden_layers=layers, n_routed_experts=8, num_experts_per_tok=2)
+    return deepseek(config, "shallow")
+
+
+def fleet_of(*pools: tuple[str, str, int, int]) -> Fleet:
+    return Fleet(pools=tuple(Pool(name=n, chip=c, nodes=k, chips_per_node=per) for n, c, k, per in pools))
+
+
+def small_job(batch: int, shape: Shape | None = None) -> Job:
+    return Job(shape or shallow(), 1e9, 1024, batch, "motley")
+
+
+def best_step_by_enumeration(fleet: Fleet, job: Job, monkey: pytest.MonkeyPatch) -> float:
+    """Smallest step over all teams, all pipelines, all shares."""
+    batch = job.global_batch
+    sequences = np.arange(1, batch + 1)
+    fastest = {}
+    for size in (1, 2):
+        for team in combinations(fleet.pools, size):
+            best = np.full((2, batch + 1), np.inf)
+            for pipeline in every_pipeline(team, job, FEW_MICRO_BATCHES):
+                grain = pipeline.dp * pipeline.micro_batch
+                if grain > batch or (costs := line(pipeline, job)) is None:
+                    continue
+                fixed, slow, once, hidden, cross = costs
+                running = -(-sequences // grain) * slow
+                for crossing in (0, 1):
+                    exchange = once + crossing * cross
+                    times = fixed + running + exchange - hidden * np.minimum(exchange, running)
+                    best[crossing, 1:] = np.minimum(best[crossing, 1:], times)
+            fastest[tuple(pool.name for pool in team)] = best
+    plans = [best[0, batch] for best in fastest.values()]
+    first, second = (fastest[pool.name,][1] for pool in fleet.pools)
+    plans += [max(first[part], second[batch - part]) for part in range(1, batch)]
+    return float(min(plans))
+
+
+@pytest.mark.parametrize(
+    ("fleet", "batch"),
+    [
+        (fleet_of(("a", "A100", 1, 2), ("b", "V100", 1, 2)), 10),
+        (fleet_of(("a", "T4", 1, 3), ("b", "L4", 1, 1)), 14),
+        (fleet_of(("a", "RTX-3090", 2, 1), ("b", "H100", 1, 1)), 9),
+    ],
+)
+@pytest.mark.slow(12)
+def test_on_small_fleets_the_plan_is_the_optimum_of_the_cost_model(
+    fleet: Fleet, batch: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("motley.plan.candidates.MICRO_BATCH", FEW_MICRO_BATCHES)
+    job = small_job(batch)
+    found = Searcher(fleet, job).best()
+    assert found is not None
+    assert found.step_seconds == pytest.approx(best_step_by_enumeration(fleet, job, monkeypatch), rel=1e-6)
+
+
+def random_pipeline(pools: list[Pool], job: Job, random: np.random.Generator) -> Pipeline | None:
+    """Any valid pipeline of a team: random degrees, random cuts."""
+    members = members_of(pools, job)
+    tp = tuple(int(random.choice([t for t in (1, 2, 4, 8) if t <= m.pool.per_node])) for m in members)
+    groups = [m.pool.nodes * (m.pool.per_node // t) for m, t in zip(members, tp, strict=True)]
+    dp = int(random.integers(1, min(groups) + 1))
+    stages = tuple(int(random.integers(1, group // dp + 1)) for group in groups)
+    pieces = job.shape.num_layers + len(job.shape.mtp) + 2
+    pp = sum(stages)
+    if pp > job.shape.num_layers:
+        return None
+    bounds = sorted(random.choice(np.arange(1, pieces), pp - 1, replace=False).tolist())
+    cuts = tuple(zip((0, *bounds), (*bounds, pieces), strict=True))
+    experts = [ep for ep in (1, 2, 4, 8) if (job.shape.experts or 1) % ep == 0 and dp % ep == 0]
+    schedule = int(random.integers(0, 3 if pp % 2 == 0 and len(members) == 1 else 2)) if pp > 1 else 0
+    zero = int(random.choice((0, 1, 3))) if dp > 1 else 0
+    micro = int(random.choice((1, 2, 4)))
+    if micro * dp > job.global_batch:
+        return None
+    recompute = int(random.integers(0, 3))
+    return Pipeline(members, tp, stages, cuts, dp, int(random.choice(experts)), micro, recompute, schedule, zero)
+
+
+def random_plan_seconds(fleet: Fleet, job: Job, random: np.random.Generator) -> float | None:
+    """Step time of a random plan: pools in random teams, a random pipeline each, shares in proportion to speed."""
+    teams: list[list[Pool]] = []
+    for pool in random.permutation(np.array(fleet.pools, dtype=object)):
+        if teams and random.random() < 0.3 and len(teams[-1]) < 2:
+            teams[-1].append(pool)
+        elif random.random() < 0.85:
+            teams.append([pool])
+    pipelines = [random_pipeline(team, job, random) for team in teams]
+    lines = [(p, costs) for p in pipelines if p is not None and (costs := line(p, job)) is not None]
+    if not lines:
+        return None
+    speeds = [int(1e6 * p.dp * p.micro_batch / costs[1]) + 1 for p, costs in lines]
+    shares = apportion(job.global_batch, speeds)
+    crossing = sum(share > 0 for share in shares) > 1
+    times = [seconds(p, job, share, crossing) for (p, _), share in zip(lines, shares, strict=True) if share]
+    return max(time for time in times if time is not None)
+
+
+@pytest.mark.slow(10)
+def test_no_random_plan_is_better():
+    fleet = fleet_of(("a", "A100", 1, 2), ("b", "RTX-3090", 1, 4), ("c", "V100", 1, 8))
+    job = small_job(64, shallow(8))
+    found = Searcher(fleet, job).best()
+    assert found is not None
+    random = np.random.default_rng(7)
+    plans = [random_plan_seconds(fleet, job, random) for _ in range(400)]
+    valid = [plan for plan in plans if plan is not None]
+    assert len(valid) > 100
+    assert found.step_seconds <= min(valid) * (1 + 1e-9)
+
+
+chips = st.sampled_from(["A100", "RTX-3090", "V100", "H100", "L4", "T4"])
+pool_sizes = st.tuples(chips, st.integers(1, 3), st.sampled_from([1, 2, 4]))
+some_pools = st.lists(pool_sizes, min_size=1, max_size=3)
+quick = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def made(pools: list[tuple[str, int, int]]) -> Fleet:
+    return fleet_of(*((f"pool{i}", chip, nodes, per) for i, (chip, nodes, per) in enumerate(pools)))
+
+
+def step(fleet: Fleet, batch: int = 24) -> float:
+    found = Searcher(fleet, small_job(batch)).best()
+    return np.inf if found is None else found.step_seconds
+
+
+@quick
+@given(some_pools, st.integers(0, 2), pool_sizes)
+def test_adding_chips_never_makes_the_best_plan_slower(pools, which, new):
+    before = step(made(pools))
+    which %= len(pools)
+    chip, nodes, per = pools[which]
+    assert step(made([*pools[:which], (chip, nodes + 1, per), *pools[which + 1 :]])) <= before * (1 + 1e-3)
+    if len(pools) < 3:
+        assert step(made([*pools, new])) <= before * (1 + 1e-9)
+
+
+@quick
+@given(some_pools, st.floats(1.1, 20))
+def test_more_bandwidth_never_makes_the_best_plan_slower(pools, factor):
+    fleet = made(pools)
+    slow = fleet.model_copy(
+        update={
+            "pools": tuple(pool.model_copy(update={"link_outside": 1e9, "link_inside": 4e9}) for pool in fleet.pools)
+        }
+    )
+    fast = fleet.model_copy(
+        update={
+            "pools": tuple(
+                p.model_copy(update={"link_outside": 1e9 * factor, "link_inside": 4e9 * factor}) for p in fleet.pools
+            )
+        }
+    )
+    assert step(fast) <= step(slow) * (1 + 1e-9)
+
+
+@quick
+@given(some_pools, st.floats(0, 50))
+def test_prices_change_the_cost_and_nothing_else(pools, price):
+    fleet = made(pools)
+    dear = fleet.model_copy(
+        update={"pools": tuple(pool.model_copy(update={"price_per_hour": price}) for pool in fleet.pools)}
+    )
+    one, other = Searcher(fleet, small_job(24)).best(), Searcher(dear, small_job(24)).best()
+    assert one is not None
+    assert other is not None
+    assert other.step_seconds == one.step_seconds
+    assert other.chips == one.chips
+    assert other.price_per_hour == pytest.approx(price * other.chips)
+
+
+@quick
+@given(some_pools, st.randoms(use_true_random=False))
+def test_names_and_order_of_the_pools_change_nothing(pools, random):
+    fleet = made(pools)
+    names = [f"{random.random():.9f} {number}" for number in range(len(pools))]
+    renamed = [pool.model_copy(update={"name": name}) for pool, name in zip(fleet.pools, names, strict=True)]
+    random.shuffle(renamed)
+    assert step(fleet.model_copy(update={"pools": tuple(renamed)})) == pytest.approx(step(fleet), rel=1e-6)
+
+
+@quick
+@given(some_pools)
+def test_no_chip_holds_more_than_its_memory(pools):
+    found = Searcher(made(pools), small_job(24)).best()
+    assert found is not None
+    check_memory(found)
+
+
+def check_memory(found) -> None:
+    plan = spelled_out(found)
+    for team in plan["teams"]:
+        for stage in team["stages"]:
+            assert sum(stage["memory_bytes"].values()) <= stage["memory_limit_bytes"] * (1 + 1e-9)
+    assert sum(team["sequences"] for team in plan["teams"]) == plan["global_batch"]
+    assert sum(plan["step_split_seconds"].values()) == pytest.approx(plan["step_seconds"], rel=1e-6)
+
+
+def test_states_spread_over_free_memory_when_small_chips_cannot_hold_theirs():
+    """H20s have room, 3090s have none: the states of the model lie where there is room, and all fits."""
+    fleet = fleet_of(("roomy", "H20", 1, 8), ("small", "RTX-3090", 4, 8))
+    job = Job(find_shape("v2-lite"), 1e12, 4096, 512, "motley")
+    found = Searcher(fleet, job).best()
+    assert found is not None
+    check_memory(found)
+    assert {name for team in found.teams for name in team.team} == {"roomy", "small"}
+
+
+def test_each_option_is_the_line_that_the_slow_reference_computes():
+    job = small_job(16)
+    for pools in (
+        [Pool(name="a", chip="A100", nodes=2, chips_per_node=2)],
+        [
+            Pool(name="a", chip="A100", nodes=1, chips_per_node=2),
+            Pool(name="b", chip="V100", nodes=2, chips_per_node=2),
+        ],
+    ):
+        options = options_of(pools, job)
+        assert options is not None
+        random = np.random.default_rng(3)
+        for index in random.choice(len(options), 25):
+            pipeline = explicit(options, int(index))
+            costs = line(pipeline, job)
+            assert costs is not None
+            fixed, slow, once, hidden, cross = costs
+            known = options.fixed[index], options.slow[index], options.once[index], options.hidden, options.cross[index]
+            assert known == pytest.approx((fixed, slow, once, hidden, cross), rel=1e-9)
+
+
+def explicit(options: Options, index: int) -> Pipeline:
+    first = options.layouts[0]
+    pp = int(first.pp[index])
+    stage_of = options.stage_of[:, index]
+    cuts = tuple((int(np.flatnonzero(stage_of == s)[0]), int(np.flatnonzero(stage_of == s)[-1]) + 1) for s in range(pp))
+    stages = tuple(int((options.pool_of[:pp, index] == i).sum()) for i in range(len(options.members)))
+    return Pipeline(
+        options.members,
+        tuple(int(own.tp[index]) for own in options.layouts),
+        stages,
+        cuts,
+        int(first.dp[index]),
+        int(first.ep[index]),
+        int(first.micro_batch[index]),
+        int(first.recompute[index]),
+        int(first.schedule[index]),
+        int(first.zero[index]),
+    )
+
+
+def test_a_model_that_cannot_fit_says_by_how_much_and_what_would_help():
+    fleet = load_fleet(EXAMPLES / "lab.yaml")
+    searcher = Searcher(fleet, Job(find_shape("v3"), 1e12, 4096, 1024, "motley"))
+    with pytest.raises(InputError, match=r"v3 cannot fit lab: .* TiB too little; about .* more .* would hold it"):
+        best_plan(searcher, "time", None)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_and_a_loose_one_saves_money():
+    fleet = fleet_of(("fast", "H100", 2, 8), ("slow", "V100", 2, 8))
+    searcher = Searcher(fleet, Job(find_shape("small"), 1e11, 4096, 512, "motley"))
+    _, fastest = best_plan(searcher, "time", None)
+    with pytest.raises(InputError, match="cannot be met"):
+        best_plan(searcher, "cost", fastest.seconds / 2)
+    _, cheap = best_plan(searcher, "cost", None)
+    assert cheap.cost <= fastest.cost
+    rented, few = best_plan(searcher, "chips", 3 * fastest.seconds)
+    assert few.chips < fastest.chips
+    assert few.seconds <= 3 * fastest.seconds
+    assert rented.fleet.chips <= fleet.chips
+
+
+def test_slow_links_make_islands_and_fast_ones_do_not():
+    text = """
+pools:
+  - {name: a, chip: A100, nodes: 2, site: north}
+  - {name: b, chip: A100, nodes: 2, site: south}
+links:
+  - {sites: [north, south], bandwidth: RATE, latency: 10 ms}
+"""
+    job = Job(find_shape("v2-lite"), 1e12, 4096, 1024, "motley")
+    slow = Searcher(parse_fleet(text.replace("RATE", "1 Gb/s"), "f"), job).best()
+    fast = Searcher(parse_fleet(text.replace("RATE", "3200 Gb/s"), "f"), job).best()
+    assert slow is not None
+    assert fast is not None
+    assert slow.inner_steps > 0
+    assert fast.inner_steps == 0
+    assert {team.island for team in slow.teams} == {0, 1}
+    assert slow.step_seconds < 1.1 * fast.step_seconds
+
+
+def test_an_even_split_waits_for_the_slowest_and_each_pool_has_its_worth():
+    fleet = fleet_of(("fast", "H100", 1, 8), ("slow", "T4", 1, 8))
+    searcher = Searcher(fleet, Job(find_shape("micro"), 1e10, 512, 512, "motley"))
+    found = searcher.best()
+    assert found is not None
+    result = compared(searcher, found)["comparison"]
+    assert result["even_split"]["relative_speed"] < 0.8
+    worth = {entry["pool"]: entry["slower"] for entry in result["marginal_value"]}
+    assert worth["fast"] > worth["slow"] >= 0
+
+
+def test_shares_add_up_and_are_as_near_as_whole_numbers_allow():
+    assert apportion(10, [1, 1, 1]) == [4, 3, 3]
+    assert apportion(7, [0, 5]) == [0, 7]
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        weights = random.integers(1, 100, 5).tolist()
+        parts = apportion(50, weights)
+        assert sum(parts) == 50
+        assert all(abs(part - 50 * weight / sum(weights)) < 1 for part, weight in zip(parts, weights, strict=True))
+
+
+def test_every_number_of_copies_is_tried_in_small_teams():
+    assert SMALL_TEAM >= 16
