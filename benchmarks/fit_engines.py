@@ -249,8 +249,25 @@ def with_corrections(engine: Engine, cases: list[Case]) -> Engine:
     return replace(engine, measured=tuple((*key, round(factor, 4)) for key, factor in sorted(points.items())))
 
 
-def split(count: int) -> tuple[np.ndarray, np.ndarray]:
-    order = np.random.default_rng(SEED).permutation(count)
+def unfitted(name: str) -> Engine:
+    """What rows are read with before any engine is fitted."""
+    return replace(START, name=name, matmul_efficiency={**START.matmul_efficiency, "fp8": 0.6})
+
+
+def megatron_paper() -> list[Case]:
+    """The rows of calibration.csv that `megatron` is fitted to besides vTrain's."""
+    return [case for case in read_cases(HERE / "calibration.csv", unfitted) if case.engine.name == "megatron"]
+
+
+def fit_megatron(train: list[Case], paper: list[Case]) -> Engine:
+    """The formula's constants, then the points where measured layers differ from it."""
+    weights = np.concatenate([np.ones(len(train)), np.full(len(paper), 4.0)])
+    return with_corrections(fit(START, MEGATRON, train + paper, weights), train)
+
+
+def split(count: int, seed: int = SEED) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to fit to, rows to judge by)."""
+    order = np.random.default_rng(seed).permutation(count)
     cut = int(TRAIN_SHARE * count)
     return order[:cut], order[cut:]
 
@@ -281,9 +298,6 @@ def main() -> None:
     arguments = parser.parse_args()
     written = "Written by benchmarks/fit_engines.py; meaning of each constant: motley.plan.engine.Engine."
 
-    def unfitted(name: str) -> Engine:
-        return replace(START, name=name, matmul_efficiency={**START.matmul_efficiency, "fp8": 0.6})
-
     cases = read_cases(HERE / "calibration.csv", unfitted)
     rows = [row for row in csv.DictReader((HERE / "calibration.csv").open()) if row["use"] == "fit"]
     published = [case for case in cases if case.engine.name != "deepseek"]
@@ -292,13 +306,8 @@ def main() -> None:
 
     vtrain = read_cases(arguments.vtrain, unfitted)
     train, test = split(len(vtrain))
-    paper = [case for case in published if case.engine.name == "megatron"]
-    cases = [vtrain[i] for i in train] + paper
-    weights = np.concatenate([np.ones(len(train)), np.full(len(paper), 4.0)])
-    megatron = fit(START, MEGATRON, cases, weights)
-    megatron = with_corrections(megatron, [vtrain[i] for i in train])
     megatron = replace(
-        megatron,
+        fit_megatron([vtrain[i] for i in train], megatron_paper()),
         fitted=(
             f"{len(train)} of {len(vtrain)} single-node rows of vTrain (arXiv 2312.12391, data MIT), seed {SEED}",
             "four rows of arXiv 2205.05198, table 5",

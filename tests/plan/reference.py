@@ -10,7 +10,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from motley.fleet import Pool
+from motley.fleet import Fleet, Pool
 from motley.plan.candidates import Member, members_of
 from motley.plan.job import Job
 from motley.plan.layout import SCHEDULES, Layouts
@@ -24,6 +24,7 @@ from motley.plan.memory import (
     working_bytes,
 )
 from motley.plan.operators import VALUE_BYTES
+from motley.plan.search import apportion
 from motley.plan.step import Held, bubble_seconds, exchange_seconds, items, tied_seconds, update_seconds
 
 
@@ -177,3 +178,45 @@ def every_pipeline(pools: Sequence[Pool], job: Job, micro_batches: Sequence[int]
                     ):
                         if dp % ep == 0:
                             yield Pipeline(members, tp, stages, cuts, dp, ep, micro, recompute, schedule, zero)
+
+
+def random_pipeline(pools: list[Pool], job: Job, random: np.random.Generator) -> Pipeline | None:
+    """Any valid pipeline of a team: random degrees, random cuts."""
+    members = members_of(pools, job)
+    tp = tuple(int(random.choice([t for t in (1, 2, 4, 8) if t <= m.pool.per_node])) for m in members)
+    groups = [m.pool.nodes * (m.pool.per_node // t) for m, t in zip(members, tp, strict=True)]
+    dp = int(random.integers(1, min(groups) + 1))
+    stages = tuple(int(random.integers(1, group // dp + 1)) for group in groups)
+    pieces = job.shape.num_layers + len(job.shape.mtp) + 2
+    pp = sum(stages)
+    if pp > job.shape.num_layers:
+        return None
+    bounds = sorted(random.choice(np.arange(1, pieces), pp - 1, replace=False).tolist())
+    cuts = tuple(zip((0, *bounds), (*bounds, pieces), strict=True))
+    experts = [ep for ep in (1, 2, 4, 8) if (job.shape.experts or 1) % ep == 0 and dp % ep == 0]
+    schedule = int(random.integers(0, 3 if pp % 2 == 0 and len(members) == 1 else 2)) if pp > 1 else 0
+    zero = int(random.choice((0, 1, 3))) if dp > 1 else 0
+    micro = int(random.choice((1, 2, 4)))
+    if micro * dp > job.global_batch:
+        return None
+    recompute = int(random.integers(0, 3))
+    return Pipeline(members, tp, stages, cuts, dp, int(random.choice(experts)), micro, recompute, schedule, zero)
+
+
+def random_plan_seconds(fleet: Fleet, job: Job, random: np.random.Generator) -> float | None:
+    """Step time of a random plan: pools in random teams, a random pipeline each, shares in proportion to speed."""
+    teams: list[list[Pool]] = []
+    for pool in random.permutation(np.array(fleet.pools, dtype=object)):
+        if teams and random.random() < 0.3 and len(teams[-1]) < 2:
+            teams[-1].append(pool)
+        elif random.random() < 0.85:
+            teams.append([pool])
+    pipelines = [random_pipeline(team, job, random) for team in teams]
+    lines = [(p, costs) for p in pipelines if p is not None and (costs := line(p, job)) is not None]
+    if not lines:
+        return None
+    speeds = [int(1e6 * p.dp * p.micro_batch / costs[1]) + 1 for p, costs in lines]
+    shares = apportion(job.global_batch, speeds)
+    crossing = sum(share > 0 for share in shares) > 1
+    times = [seconds(p, job, share, crossing) for (p, _), share in zip(lines, shares, strict=True) if share]
+    return max(time for time in times if time is not None)

@@ -1,0 +1,85 @@
+"""How far the planner's predictions are from published measurements.
+
+    python benchmarks/plan_accuracy.py --vtrain vtrain_single_node_a100.csv
+
+Two tables. vTrain's single-node rows: the engine `megatron` is fitted anew to a random 70 % of them and judged by the
+other 30 %, for several draws of the split, and the shipped constants are judged by the rows they were not fitted to.
+Then every row of `calibration.csv` under the shipped constants, misses included; `held` rows were fitted to nothing.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fit_engines import HERE, errors, fit_megatron, megatron_paper, split, under, unfitted
+
+from motley.plan.engine import Engine, load_engine
+from motley.plan.evaluate import Case, evaluate_cases, predict, rank_correlation, read_cases
+
+SEEDS = 5
+
+
+def judged(cases: list[Case], engine: Engine) -> dict[str, float]:
+    """Mean, worst-decile and worst error of `cases`, and the rank correlation within each model, averaged by rows."""
+    own = under(cases, engine)
+    off = np.sort(np.abs(errors(own)))
+    predicted = predict(own)
+    models: dict[str, list[int]] = {}
+    for index, case in enumerate(own):
+        models.setdefault(case.model, []).append(index)
+    ranks = [
+        (rank_correlation([predicted[i] for i in rows], [own[i].measured_seconds or 0.0 for i in rows]), len(rows))
+        for rows in models.values()
+    ]
+    known = [(rank, count) for rank, count in ranks if rank is not None]
+    return {
+        "rows": len(off),
+        "mean_relative_error": float(off.mean()),
+        "worst_decile_relative_error": float(off[-max(1, len(off) // 10) :].mean()),
+        "worst_relative_error": float(off[-1]),
+        "rank_correlation": sum(rank * count for rank, count in known) / sum(count for _, count in known),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vtrain", type=Path, required=True, help="vTrain's single_node CSV (MIT)")
+    parser.add_argument("--quick", action="store_true", help="one split instead of five")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    vtrain = read_cases(arguments.vtrain, unfitted)
+    paper = megatron_paper()
+    draws = []
+    for seed in range(1 if arguments.quick else SEEDS):
+        train, test = split(len(vtrain), seed)
+        engine = fit_megatron([vtrain[i] for i in train], paper)
+        draws.append({"seed": seed, **judged([vtrain[i] for i in test], engine)})
+    shipped = judged([vtrain[i] for i in split(len(vtrain))[1]], load_engine("megatron"))
+    table = evaluate_cases(HERE / "calibration.csv")
+    result: dict[str, Any] = {"vtrain_refitted": draws, "vtrain_shipped": shipped, "calibration": table}
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print("vTrain, rows held out of the fit")
+    for name, draw in [*((f"seed {draw['seed']}", draw) for draw in draws), ("shipped constants", shipped)]:
+        print(
+            f"  {name:18} {draw['rows']:4} rows  mean {draw['mean_relative_error']:.2%}  "
+            f"worst decile {draw['worst_decile_relative_error']:.2%}  worst {draw['worst_relative_error']:.1%}  "
+            f"rank correlation {draw['rank_correlation']:.4f}"
+        )
+    print(f"  median of the means {statistics.median(draw['mean_relative_error'] for draw in draws):.2%}")
+    print("calibration.csv")
+    for row in table["rows"]:
+        print(
+            f"  {row['relative_error']:+6.1%}  predicted {row['predicted_seconds']:8.3f} s, measured "
+            f"{row['measured_seconds']:8.3f} s  {row['engine']:16} {row['model']:13} {row['gpus']:5} x "
+            f"{row['chip']:15} {row['precision']}  {row['note'][:60]}"
+        )
+    print(f"  mean {table['mean_relative_error']:.2%}, worst {table['worst_relative_error']:.1%}")
+
+
+if __name__ == "__main__":
+    main()
