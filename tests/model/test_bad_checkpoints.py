@@ -162,6 +162,15 @@ def test_an_index_that_names_a_file_without_the_tensor_is_refused(shards: Path) 
     refused(shards, other, NORM, "missing")
 
 
+def test_a_stray_copy_in_another_shard_is_not_believed(shards: Path) -> None:
+    """Only the file that the index names for a tensor is read for it, whichever shard comes first or last."""
+    index = json.loads((shards / INDEX).read_text())["weight_map"]
+    for shard in sorted(shards.glob("model-*.safetensors")):
+        if shard.name != index[NORM]:
+            rewrite(shard, lambda tensors: tensors.update({NORM: torch.full((32,), 7.0)}))
+    assert same_weights(load(shards), random_model())
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}', '{"weight_map": {}}', "\xff"])
 def test_a_broken_index_is_named(shards: Path, content: str) -> None:
     (shards / INDEX).write_text(content, encoding="latin-1")

@@ -146,7 +146,7 @@ def load(
     done: set[str] = set()
     for file in headers:
         with safe_open(file, framework="pt") as shard:
-            for name in (name for name in shard.keys() if name in where):  # noqa: SIM118 (it is no dict)
+            for name in (name for name in where if files.get(name) == file):
                 part = where[name].within(tensors[where[name].name])
                 part.data.copy_(_read(folder, files, entries, shard, name, part.shape, block, target, check_finite))
                 done.add(name)
