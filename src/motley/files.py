@@ -12,6 +12,7 @@ from typing import Any
 from motley.errors import InputError
 
 TEMPORARY_MARK = ".writing-"  # in the name of everything that is not whole yet
+GIT_LFS = "version https://git-lfs"  # so begins what git leaves in place of a large file
 
 
 def temporary_name(path: Path) -> Path:
@@ -94,10 +95,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises InputError naming the file (and line) if it is missing or not JSON."""
+    """Raises InputError naming the file (and line) if it is missing, a git-lfs pointer or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = None if text.startswith(GIT_LFS) else json.loads(text)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+    if text.startswith(GIT_LFS):
+        raise InputError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that repository")
+    return values

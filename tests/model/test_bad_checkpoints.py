@@ -106,6 +106,12 @@ def test_a_git_lfs_pointer_says_what_to_do(folder: Path) -> None:
     refused(folder, WEIGHTS, "git-lfs pointer", "git lfs pull")
 
 
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+def test_a_git_lfs_pointer_in_place_of_a_table_says_what_to_do(shards: Path, file: str) -> None:
+    (shards / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    refused(shards, file, "git-lfs pointer", "git lfs pull")
+
+
 def test_a_missing_tensor_is_named(folder: Path) -> None:
     rewrite(folder / WEIGHTS, lambda tensors: tensors.pop(NORM))
     refused(folder, NORM, "missing")
@@ -224,7 +230,7 @@ def test_no_folder_and_no_config_are_said(folder: Path, tmp_path: Path) -> None:
     refused(folder, "config.json", "does not exist")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000])
 def test_a_broken_config_is_named(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
     refused(folder, "config.json")
@@ -233,7 +239,13 @@ def test_a_broken_config_is_named(folder: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [({"model_type": "llama"}, "'llama' is not known"), ({"hidden_size": None}, "hidden_size missing"),
-     ({"quantization_config": {"quant_method": "gptq"}}, "quantization 'gptq' is not supported")],
+     ({"quantization_config": {"quant_method": "gptq"}}, "quantization 'gptq' is not supported"),
+     ({"quantization_config": {"bits": 4}}, "quantization None is not supported"),
+     ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; it must be an object"),
+     ({"quantization_config": [1]}, "quantization_config is [1]; it must be an object"),
+     *(({"quantization_config": {"quant_method": "fp8", "weight_block_size": size}}, f"weight_block_size is {size!r}")
+       for size in (None, 128, [0, 128], [128], ["a", "b"])),
+     ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"), ({"hidden_size": 32.0}, "hidden_size is 32.0")],
 )  # fmt: skip
 def test_an_unknown_architecture_is_named(folder: Path, changes: dict[str, Any], said: str) -> None:
     rewrite_json(folder / "config.json")
@@ -261,6 +273,20 @@ def test_fp8_scales_of_a_wrong_shape_are_named(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     rewrite(tmp_path / "model" / WEIGHTS, lambda tensors: tensors.update({name: torch.ones(3, 3)}))
     refused(tmp_path / "model", WEIGHTS, name, "[3, 3]")
+
+
+@pytest.mark.parametrize(("dtype", "written"), [(torch.int32, "I32"), (torch.float64, "F64"), (torch.int8, "I8")])
+def test_fp8_scales_that_are_no_scales_are_named(dtype: torch.dtype, written: str, tmp_path: Path) -> None:
+    fp8_checkpoint(tmp_path / "model", ue8m0=False)
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    rewrite(tmp_path / "model" / WEIGHTS, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    refused(tmp_path / "model", WEIGHTS, name, written)
+
+
+def test_an_fp8_tensor_that_is_no_matrix_is_named(tmp_path: Path) -> None:
+    fp8_checkpoint(tmp_path / "model", ue8m0=False)
+    rewrite(tmp_path / "model" / WEIGHTS, lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float8_e4m3fn)}))
+    refused(tmp_path / "model", WEIGHTS, NORM, "only matrices")
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -152,6 +152,19 @@ def test_fp8_weights_are_read_as_a_float64_dequantisation_gives_them(
         assert torch.equal(found, value.float().to(found.dtype)), name  # fp8 times a scale is exact to fp32's rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+def test_fp8_scales_may_be_of_every_published_kind(dtype: torch.dtype, tmp_path: Path) -> None:
+    fp8_checkpoint(tmp_path / "model", ue8m0=dtype == torch.uint8)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    scale = tensors[f"{name}_scale_inv"]
+    scale = scale.view(dtype) if dtype == torch.uint8 else scale.to(dtype)
+    save_file({**tensors, f"{name}_scale_inv": scale}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    factors = scale.view(torch.float8_e8m0fnu).float() if dtype == torch.uint8 else scale.float()
+    found = load(tmp_path / "model", dtype=torch.float32).state_dict()[name]
+    assert torch.equal(found[:128, :128], tensors[name][:128, :128].float() * factors[0, 0])
+
+
 def test_dequantisation_follows_other_block_sizes() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 7, generator=generator).to(torch.float8_e4m3fn)

@@ -39,6 +39,7 @@ REPLACEABLE = {  # what may lie beside the weights and is written anew with them
 SHARD_BYTES = 5 << 30
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FP8 = "F8_E4M3"
+SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")  # of FP8 weights; U8 holds the exponents that F8_E8M0 does
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -127,11 +128,10 @@ def load(
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; a checkpoint is a folder with config.json and safetensors")
     values = read_json(folder / CONFIG)
-    if not isinstance(values, dict):
-        raise InputError(f"{folder / CONFIG} is not a JSON object")
+    config = ModelConfig.from_hf(values, folder / CONFIG)
     block = _fp8_block(folder, values)
     files = _tensor_files(folder)
-    config = _with_the_mtp_there_is(folder, ModelConfig.from_hf(values), files)
+    config = _with_the_mtp_there_is(folder, config, files)
     with torch.device("meta"):
         model = Transformer(config)
     where = places(model)
@@ -169,17 +169,19 @@ def _with_the_mtp_there_is(folder: Path, config: ModelConfig, files: dict[str, P
 
 def _fp8_block(folder: Path, values: dict[str, Any]) -> tuple[int, int]:
     """Block size of FP8 weights. Raises InputError for another way of quantising."""
-    quantization = values.get("quantization_config")
-    if not quantization:
-        return 128, 128
-    method = quantization.get("quant_method")
-    if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3":
+    quantization = values.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise InputError(f"{folder / CONFIG}: quantization_config is {quantization!r}; it must be an object or null")
+    method, form = quantization.get("quant_method"), quantization.get("fmt", "e4m3")
+    if quantization and (method, form) != ("fp8", "e4m3"):
         raise InputError(
-            f"{folder / CONFIG}: quantization {method!r} is not supported; "
+            f"{folder / CONFIG}: quantization {method!r} is not supported, nor is a form other than e4m3; "
             "DeepSeek's block-scaled fp8 (e4m3), bf16, fp16 and fp32 are"
         )
-    rows, columns = quantization.get("weight_block_size", (128, 128))
-    return int(rows), int(columns)
+    block = quantization.get("weight_block_size", [128, 128])
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise InputError(f"{folder / CONFIG}: weight_block_size is {block!r}; it must be two sizes such as [128, 128]")
+    return block[0], block[1]
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -264,28 +266,41 @@ def _read(
     if entry.shape != tuple(shape):
         raise InputError(f"{file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}")
     if entry.dtype == FP8:
-        scale_name = name + SCALE_SUFFIX
-        scale_entry = entries.get(scale_name)
-        blocks = [-(-size // of) for size, of in zip(shape, block, strict=True)]
-        if scale_entry is None:
-            raise InputError(f"{file}: tensor {name} is FP8 but its scales {scale_name} are missing")
-        if list(scale_entry.shape) != blocks:
-            raise InputError(
-                f"{files[scale_name]}: tensor {scale_name} has shape {list(scale_entry.shape)}, expected {blocks}"
-            )
-        if files[scale_name] == file:
-            scale = shard.get_tensor(scale_name)
-        else:
-            with safe_open(files[scale_name], framework="pt") as other:
-                scale = other.get_tensor(scale_name)
-        value = dequantize(shard.get_tensor(name), scale, block, dtype)
+        value = _read_fp8(files, entries, shard, name, block, dtype)
     elif entry.dtype in FLOATS:
         value = shard.get_tensor(name)
     else:
-        raise InputError(f"{file}: tensor {name} has dtype {entry.dtype}; weights are floating-point numbers")
+        raise InputError(f"{file}: tensor {name} has dtype {entry.dtype}; read are {', '.join([*FLOATS, FP8])}")
     if check_finite and not bool(torch.isfinite(value).all()):
         raise InputError(f"{file}: tensor {name} holds NaN or infinity")
     return value
+
+
+def _read_fp8(
+    files: dict[str, Path], entries: dict[str, Entry | None], shard: Any, name: str,
+    block: tuple[int, int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """One FP8 matrix times its scales, which may lie in another file."""
+    entry, file, scale_name = entries[name], files[name], name + SCALE_SUFFIX
+    assert entry is not None
+    if len(entry.shape) != 2:
+        raise InputError(f"{file}: tensor {name} is FP8 of shape {list(entry.shape)}; only matrices have block scales")
+    scale_entry = entries.get(scale_name)
+    if scale_entry is None:
+        raise InputError(f"{file}: tensor {name} is FP8 but its scales {scale_name} are missing")
+    scale_file, blocks = files[scale_name], [-(-size // of) for size, of in zip(entry.shape, block, strict=True)]
+    if list(scale_entry.shape) != blocks:
+        raise InputError(f"{scale_file}: tensor {scale_name} has shape {list(scale_entry.shape)}, expected {blocks}")
+    if scale_entry.dtype not in SCALES:
+        raise InputError(
+            f"{scale_file}: tensor {scale_name} has dtype {scale_entry.dtype}; scales are {', '.join(SCALES)}"
+        )
+    if scale_file == file:
+        scale = shard.get_tensor(scale_name)
+    else:
+        with safe_open(scale_file, framework="pt") as other:
+            scale = other.get_tensor(scale_name)
+    return dequantize(shard.get_tensor(name), scale, block, dtype)
 
 
 # ------------------------------------------------------------------------------------------ writing

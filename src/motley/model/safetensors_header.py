@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from motley.errors import InputError
+from motley.files import GIT_LFS
 
 LONGEST_HEADER = 100 << 20  # bytes, the format's own limit
 MOST_TENSORS = 2_000_000
@@ -14,7 +15,6 @@ BYTES_PER_VALUE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4, "I16": 2,
     "I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1,
 }  # fmt: skip
-GIT_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             first = stream.read(8)
-            if first + stream.read(len(GIT_LFS) - 8) == GIT_LFS:
+            if first + stream.read(len(GIT_LFS) - 8) == GIT_LFS.encode():
                 raise InputError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull` in that repository")
             stream.seek(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else size + 1
