@@ -3,14 +3,19 @@
 rows at step * batch_rows ──▶ accumulate (exact gradient) ──▶ guard ──▶ clip ──▶ optimizer ──▶ router bias
          ▲                                                      │ skip: say so, go on
          └── position is just the step: resuming needs no more ─┘      every so often: validate, checkpoint
+
+An update can break the weights, and only the next gradient shows it. So a checkpoint is written between the next
+gradient and its update: what is on disk was seen to give a finite loss and gradient.
 """
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -63,28 +68,43 @@ def train(
         at, guard = Position(**facts["position"]), Guard(**facts["guard"])
     token_bytes = tokenizer.token_bytes()
 
-    def checkpoint(metrics: MetricsWriter) -> None:
-        facts = {"step": at.step, "position": asdict(at), "guard": asdict(guard)}
-        metrics.flush()  # what stands in a checkpoint's past must never be missing from the metrics
-        save_checkpoint(run, model, optimizer, facts, tokenizer)
-        prune(run, config.keep_last, at.best_step)
-
     step_tokens = config.batch_rows * config.seq_len
+    due = False  # a checkpoint is
     model.train()
     with (
         MetricsWriter(run, at.step) as metrics,
         Progress(title, config.steps * step_tokens, "tokens", done=at.step * step_tokens) as bar,
         stop_requests() as stop,
     ):
-        while at.step < config.steps:
+        while at.step < config.steps or due:
+            facts = {"step": at.step, "position": asdict(at), "guard": asdict(guard)}
             started = time.perf_counter()
             try:
-                losses, norm, reason = _step(model, optimizer, train_rows, guard, config, at.step)
+                losses, norm = _gradient(model, optimizer, train_rows, config, at.step)
             except torch.OutOfMemoryError as error:
                 raise InputError(
                     f"{model.device} has too little memory for --micro-batch {config.micro_batch} rows of "
                     f"{config.seq_len} tokens; lower it (the result stays the same), or add --recompute"
                 ) from error
+            finite = losses.finite and math.isfinite(norm)
+            reason = guard.verdict(losses.main, norm, finite)
+            ended = at.step == config.steps
+            # Behind the last step nothing is learned: there a single odd batch says nothing against the weights.
+            proven = reason is None or (ended and finite and guard.skipped_in_a_row == 1)
+            if ended and not proven:
+                raise _stuck(run, at.step, reason)
+            if proven and at.step and (due or stop.is_set()):
+                metrics.flush()  # what stands in a checkpoint's past must never be missing from the metrics
+                save_checkpoint(run, model, optimizer, facts, tokenizer)
+                prune(run, config.keep_last, at.best_step)
+                due = False
+            if ended:
+                break
+            if stop.is_set():
+                there = "from there" if proven else "from its newest checkpoint, before the steps that were skipped"
+                raise KeyboardInterrupt(f"stopped after step {at.step}; the same command goes on {there}")
+            if reason is None:
+                _update(model, optimizer, losses, config, at.step)
             at.step, at.tokens = at.step + 1, at.tokens + losses.tokens
             elapsed = time.perf_counter() - started
             at.seconds += elapsed
@@ -93,19 +113,14 @@ def train(
             if reason:
                 metrics.write("event", **where, message=f"step skipped: {reason}")
             if guard.exhausted:
-                raise InputError(
-                    f"training stopped at step {at.step}: {reason}, {guard.skipped_in_a_row} steps in a row; the last "
-                    f"good state is {checkpoints(run)[-1] if checkpoints(run) else 'the untrained model'}; "
-                    "try a lower --learning-rate"
-                )
+                raise _stuck(run, at.step, f"{reason}, {guard.skipped_in_a_row} steps in a row")
             last = at.step == config.steps
             if last or at.step % config.valid_every == 0:
-                _validate(model, valid_rows, config, at, token_bytes, metrics, losses)
-            if last or stop.is_set() or at.step % config.checkpoint_every == 0:
-                checkpoint(metrics)
+                held_out = _validate(model, valid_rows, config, at, token_bytes, metrics, losses)
+                if last and not math.isfinite(held_out):
+                    raise _stuck(run, at.step, f"held-out loss {held_out:g} is not finite")
+            due = due or last or at.step % config.checkpoint_every == 0
             bar.advance(step_tokens, loss=losses.main)
-            if stop.is_set() and not last:
-                raise KeyboardInterrupt(f"stopped after step {at.step}; the same command goes on from there")
     model.eval()
     with whole_folder(run / "model") as folder:
         write_weights(model, folder)
@@ -113,22 +128,32 @@ def train(
     return at
 
 
-def _step(
-    model: Transformer, optimizer: Optimizer, rows: TokenStream, guard: Guard, config: TrainingConfig, step: int
-) -> tuple[StepLosses, float, str | None]:
-    """One step; returns its losses, the gradient norm before clipping, and why it was skipped, if it was."""
+def _gradient(
+    model: Transformer, optimizer: Optimizer, rows: TokenStream, config: TrainingConfig, step: int
+) -> tuple[StepLosses, float]:
+    """Losses of a step, and the norm of its gradient, which is left clipped in the parameters' .grad."""
     optimizer.zero_grad()
     batch = rows.rows(step * config.batch_rows, config.batch_rows)
     weights = LossWeights(config.mtp_weight, config.balance_weight)
     losses = accumulate(model, batch, config.micro_batch, weights, config.confine_to_document)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-    reason = guard.verdict(losses.main, norm, losses.finite)
-    if reason is None:
-        scale = factor(step, config.steps, config.schedule, config.warmup_steps, config.decay_share, config.final_share)
-        optimizer.step(config.learning_rate * scale)
-        for gate, counts in zip(model.gates(), losses.expert_counts, strict=False):
-            gate.rebalance(counts, config.bias_speed)
-    return losses, norm, reason
+    return losses, float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+
+
+def _update(
+    model: Transformer, optimizer: Optimizer, losses: StepLosses, config: TrainingConfig, step: int
+) -> None:  # fmt: skip
+    scale = factor(step, config.steps, config.schedule, config.warmup_steps, config.decay_share, config.final_share)
+    optimizer.step(config.learning_rate * scale)
+    for gate, counts in zip(model.gates(), losses.expert_counts, strict=False):
+        gate.rebalance(counts, config.bias_speed)
+
+
+def _stuck(run: Path, step: int, reason: str | None) -> InputError:
+    good = checkpoints(run)
+    return InputError(
+        f"training stopped at step {step}: {reason}; the last good state is "
+        f"{good[-1] if good else 'the untrained model'}; try a lower --learning-rate and another --out"
+    )
 
 
 def _numbers(losses: StepLosses, norm: float, config: TrainingConfig, step: int, rate: float) -> dict[str, Any]:
@@ -144,7 +169,8 @@ def _numbers(losses: StepLosses, norm: float, config: TrainingConfig, step: int,
 def _validate(
     model: Transformer, valid_rows: TokenStream, config: TrainingConfig, at: Position, token_bytes: Any,
     metrics: MetricsWriter, losses: StepLosses,
-) -> None:  # fmt: skip
+) -> float:  # fmt: skip
+    """Measure and write down; returns the held-out loss in nats per token."""
     started = time.perf_counter()
     read = validate(model, valid_rows, config.valid_rows, token_bytes, config.confine_to_document)
     at.seconds += time.perf_counter() - started
@@ -154,6 +180,7 @@ def _validate(
     metrics.write("experts", **where, load=load)
     if read.nats_per_token < at.best_loss:
         at.best_loss, at.best_bits_per_byte, at.best_step = read.nats_per_token, read.bits_per_byte, at.step
+    return read.nats_per_token
 
 
 @contextmanager
