@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from motley.data.conversation import Message
-from motley.data.sources import Document, iter_documents, list_files, read_conversations
+from motley.data.sources import Document, fingerprint_files, iter_documents, list_files, read_conversations
 from motley.errors import InputError
 
 TEXT = "First line.\nZweite Zeile, größer: 你好 🎉\n"
@@ -73,6 +73,46 @@ def test_folders_are_read_recursively_in_sorted_order(tmp_path) -> None:
     assert texts(tmp_path) == ["a.txt", "c.py", "b/a.md", "b/z.txt"]
     assert texts(tmp_path / "c.py", tmp_path / "b") == ["c.py", "b/a.md", "b/z.txt"]
     assert [file.name for file in list_files([tmp_path])] == ["a.txt", "c.py", "a.md", "z.txt"]
+
+
+def test_linked_folders_are_read_once_each(tmp_path) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for file in (corpus / "a.txt", elsewhere / "b.txt", elsewhere / "deep" / "c.txt"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+    (corpus / "linked").symlink_to(elsewhere)
+    (corpus / "linked again").symlink_to(elsewhere)
+    (elsewhere / "deep" / "back").symlink_to(corpus)  # circles
+    (elsewhere / "deep" / "up").symlink_to(tmp_path)
+    assert texts(corpus) == ["a.txt", "b.txt", "c.txt"]
+    (tmp_path / "all").symlink_to(corpus)
+    assert texts(tmp_path / "all") == ["a.txt", "b.txt", "c.txt"]
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(folder)
+    Path(folder, "a.txt").write_text("x")
+    with pytest.raises(InputError, match=r"caf\\xe9' is not UTF-8; rename"):
+        texts(folder)
+
+
+@pytest.mark.parametrize("source", ["hf:", "hf::train"])
+def test_a_hub_dataset_without_a_name_is_refused(source: str) -> None:
+    with pytest.raises(InputError, match=f"^{source} names no dataset; write hf:NAME"):
+        texts(source)
+
+
+def test_another_input_has_another_fingerprint(tmp_path) -> None:
+    (tmp_path / "data").mkdir()
+    (file := tmp_path / "data" / "train.jsonl").write_bytes(jsonl({"text": "x"}))
+    names = ["hf:some/name", "hf:other/name", f"hf:{tmp_path}", str(tmp_path)]
+    before = [fingerprint_files([name]) for name in names]
+    assert len({*before}) == len(names)
+    assert [fingerprint_files([name]) for name in names] == before
+    file.write_bytes(jsonl({"text": "longer"}))
+    changed = [fingerprint_files([name]) != old for name, old in zip(names, before, strict=True)]
+    assert changed == [False, False, True, True]
 
 
 def test_rows_name_their_place(tmp_path) -> None:

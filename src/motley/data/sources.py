@@ -1,8 +1,8 @@
 """Files, folders and hub datasets to documents, one at a time and never more than a bounded amount in memory.
 
-A source is the path of a file, of a folder (read recursively in sorted order; files of other kinds and hidden
-ones are passed over), or `hf:NAME[:CONFIG]`, a dataset streamed from the Hugging Face hub or from a folder
-laid out like one.
+A source is the path of a file, of a folder (read recursively in sorted order, through links, each folder once;
+files of other kinds and hidden ones are passed over), or `hf:NAME[:CONFIG]`, a dataset streamed from the Hugging
+Face hub or from a folder laid out like one.
 
     txt md py        one document each
     jsonl            one document per line, in the field `text`; conversations in the field `messages`
@@ -102,18 +102,32 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def fingerprint_files(paths: Sequence[str | Path]) -> str:
-    """A hash over names, sizes and times of change of all files: another hash, another input."""
+    """A hash over names, sizes and times of change of all files: another hash, another input.
+
+    Of a dataset on the hub only the name counts: that it has changed there is not seen.
+    """
     digest = hashlib.sha256()
-    for file in list_files(paths):
-        status = file.stat()
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    for source in _sources(paths):
+        if isinstance(source, Path):
+            files = [source]
+        else:
+            digest.update(f"{source}\n".encode())
+            folder = Path(source.removeprefix(HUB).partition(":")[0])
+            files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+        for file in files:
+            status = file.stat()
+            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def _sources(paths: Sequence[str | Path]) -> list[Path | str]:
     found: list[Path | str] = []
     for path in paths:
+        if any("\udc80" <= character <= "\udcff" for character in str(path)):  # Python's stand-ins for such bytes
+            raise InputError(f"the name {os.fsencode(path)!r} is not UTF-8; rename the file or folder")
         if str(path).startswith(HUB):
+            if not str(path).removeprefix(HUB).partition(":")[0]:
+                raise InputError(f"{path} names no dataset; write hf:NAME or hf:NAME:CONFIG")
             found.append(str(path))
         elif Path(path).is_dir():
             found += _in_folder(Path(path))
@@ -134,8 +148,12 @@ def _in_folder(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    found, visited = [], set(folder.resolve().parents)  # a link to one of these would lead in a circle
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := Path(parent).resolve()) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = (Path(parent, name) for name in sorted(names) if not name.startswith("."))
         found += [file for file in files if _kind(file) in TEXT_KINDS + ROW_KINDS and file.is_file()]
