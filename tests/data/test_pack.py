@@ -133,6 +133,15 @@ def test_the_same_inputs_find_the_folder_and_others_say_so(config: DataConfig, t
         prepare(config, out)
 
 
+def test_a_folder_that_is_kept_says_so_and_how_to_read_the_sources_again(config, tmp_path: Path, capsys) -> None:
+    prepare(config, tmp_path / "out")
+    assert "is kept" not in capsys.readouterr().err
+    prepare(config, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'out'} was prepared before and is kept" in said
+    assert "remove it" in said
+
+
 def test_the_same_inputs_give_the_same_folder_and_the_split_depends_on_the_seed(
     config: DataConfig, tmp_path: Path
 ) -> None:
@@ -183,6 +192,7 @@ def test_one_book_gives_its_end_for_validation(tmp_path: Path) -> None:
     assert train + valid == book
     assert valid.startswith("Line ")
     assert 0.02 <= len(valid) / len(book) < 0.022
+    assert prepared.summary().startswith("1 documents, ")  # though both splits hold a part of it
     (tmp_path / "line.txt").write_text("x " * 5000 + "\n" + "y " * 20_000)  # no line ends near the end
     line = DataConfig(data=(str(tmp_path / "line.txt"),), vocab_size=280)
     assert len(stored(prepare(line, tmp_path / "line"), "valid")[0]) == 1000

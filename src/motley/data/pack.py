@@ -89,7 +89,8 @@ def prepare(config: DataConfig, out: Path) -> Prepared:
                 writers[split].add(ids, characters, size)
                 writers[split].write_if_large()
                 bar.advance(size, tokens=f"{sum(writer.total['tokens'] for writer in writers.values()):,}")
-        _finish(folder, TEXT, tokenizer, writers, inputs, distinct.duplicates, distinct.empty)
+        divided = sum(writer.total["documents"] for writer in writers.values()) - distinct.kept
+        _finish(folder, TEXT, tokenizer, writers, inputs, distinct.duplicates, distinct.empty, divided=divided)
     return Prepared.load(out)
 
 
@@ -132,14 +133,14 @@ def _documents(config: DataConfig) -> Iterator[Document]:
 
 
 class _Distinct:
-    """The documents of a config that hold text, each once, as (text, hash); counts what it leaves out.
+    """The documents of a config that hold text, each once, as (text, hash); counts them and what it leaves out.
 
     Equal means equal text, apart from white space at both ends and the kind of line ends. Only hashes are
     kept.
     """
 
     def __init__(self, config: DataConfig) -> None:
-        self.config, self.duplicates, self.empty = config, 0, 0
+        self.config, self.kept, self.duplicates, self.empty = config, 0, 0, 0
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         seen: set[bytes] = set()
@@ -152,6 +153,7 @@ class _Distinct:
                 self.duplicates += 1
             else:
                 seen.add(digest)
+                self.kept += 1
                 yield document.text, digest
 
 
@@ -443,6 +445,7 @@ def _finish(
     duplicates: int,
     dropped: int,
     seq_len: int | None = None,
+    divided: int = 0,
 ) -> None:
     """Write the last shards, the tokenizer and the description."""
     tokenizer.save(folder)
@@ -460,4 +463,5 @@ def _finish(
         valid=valid,
         shards={split: writer.shards for split, writer in writers.items()},
         fingerprint=hashlib.sha256("".join(parts).encode()).hexdigest(),
+        divided=divided,
     ).write(inputs)

@@ -25,6 +25,7 @@ import numpy as np
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import TEMPORARY_MARK, read_json, write_json
+from motley.progress import note
 
 DATA_FILE = "data.json"
 FORMAT = 1  # of the folder; another number means the files cannot be read as described above
@@ -60,6 +61,7 @@ class Prepared:
         vocab_size, pad_id: of the tokenizer.
         duplicates: documents left out because an equal one came before.
         dropped: documents without text, or conversations longer than a row.
+        divided: documents of which the end is kept for validation, so that they count in both splits; 0 or 1.
         train, valid: what was kept.
         shards: for each split, name and number of tokens, documents and rows of each shard.
         fingerprint: hash over tokenizer and shards; equal ones are the same data.
@@ -76,6 +78,7 @@ class Prepared:
     valid: SplitStatistics
     shards: Mapping[Split, list[dict[str, Any]]]
     fingerprint: str
+    divided: int = 0
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -96,7 +99,7 @@ class Prepared:
         """One line for people."""
         noun, left_out = ("documents", "empty") if self.kind == TEXT else ("conversations", "too long")
         return (
-            f"{self.train.documents + self.valid.documents:,} {noun}, "
+            f"{self.train.documents + self.valid.documents - self.divided:,} {noun}, "
             f"{self.train.characters + self.valid.characters:,} characters, "
             f"{self.tokens:,} tokens ({self.valid.tokens:,} for validation), "
             f"{self.bytes_per_token:.2f} bytes per token, vocabulary of {self.vocab_size:,}; "
@@ -151,6 +154,7 @@ def find(out: Path, inputs: Mapping[str, Any] | None) -> Prepared | None:
         raise InputError(
             f"{out} was prepared from other inputs (different: {', '.join(changed)}); remove it or choose another place"
         )
+    note(f"{out} was prepared before and is kept; to read the sources again, a changed hub dataset say, remove it")
     return prepared
 
 
