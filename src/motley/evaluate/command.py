@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from motley.data.conversation import ConversationEncoder
+from motley.data.shards import TEXT
 from motley.data.tasks import FAMILIES, fresh_problems, seen_questions
 from motley.errors import InputError
 from motley.evaluate.problems import evaluate_problems
@@ -17,6 +18,7 @@ from motley.fleet.device import choose_device
 from motley.infer.opening import open_engine
 from motley.model import load
 from motley.model.find import find_model
+from motley.train.checks import check_data
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"model": str(config.model)}
     if config.data is not None:
         reader = find_model(config.text_model or config.model)
+        check_data(config.data, TEXT, reader)
         result["text"] = {
             "model": str(reader),
             **bits_per_byte(load(reader, device=choose_device(config.device)), config.data),

@@ -72,13 +72,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainingConfig):
-    """Train a new model on prepared text."""
+    """Train a model on text."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH|hf:NAME")] = ()
     """Text to train on: a folder made by `motley data`, or text files and folders (prepared first); none: the Python
     standard library on this machine."""
     model: str = "nano"
-    """A size (nano, micro, small, v2-lite, moonlight, v3) or the path of a config.json."""
+    """A new model: a size (nano, micro, small, v2-lite, moonlight, v3) or the path of a config.json. Or one to start
+    from: a run or a checkpoint folder, of which only the weights are taken."""
 
 
 @dataclass(frozen=True)

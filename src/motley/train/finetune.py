@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from motley.data.pack import DATA_FILE, pack_conversations
+from motley.data.shards import CONVERSATIONS
 from motley.data.sources import fingerprint_files, read_conversations
 from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
@@ -15,6 +16,7 @@ from motley.fleet.probe import Machine
 from motley.model import ModelConfig, load
 from motley.model.find import find_model
 from motley.progress import note
+from motley.train.checks import check_data, check_length
 from motley.train.config import FinetuneConfig
 from motley.train.loop import train
 from motley.train.memory import check_memory
@@ -38,12 +40,15 @@ def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str
     """Fine-tune config.model; goes on where the same command stopped. Returns what the run amounts to."""
     source = find_model(config.model)
     tokenizer = Tokenizer.load(source)
+    shape = ModelConfig.from_hf(read_json(source / "config.json"))
+    check_length(shape, config.seq_len)
     data = packed_conversations(config, tokenizer)
+    check_data(data, CONVERSATIONS, source)
     run = open_run(config.out, "sft", config, {"data": read_json(data / DATA_FILE).get("fingerprint")})
     if run.finished is not None:
         return run.finished
     device = choose_device(config.device)
-    check_memory(ModelConfig.from_hf(read_json(source / "config.json")), config.optimizer, device)
+    check_memory(shape, config.optimizer, device)
     model = load(source, device=device).float()
     model.compute_dtype = compute_dtype(config.precision, lambda: run.machine(device, machine))
     model.recompute = config.recompute

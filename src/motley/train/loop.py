@@ -150,9 +150,10 @@ def _update(
 
 def _stuck(run: Path, step: int, reason: str | None) -> InputError:
     good = checkpoints(run)
+    state, model = (str(good[-1]), f"--model {good[-1]}, ") if good else ("the untrained model", "")
     return InputError(
-        f"training stopped at step {step}: {reason}; the last good state is "
-        f"{good[-1] if good else 'the untrained model'}; try a lower --learning-rate and another --out"
+        f"training stopped at step {step}: {reason}; the last good state is {state}; to go on from it, give the "
+        f"command {model}a lower --learning-rate and another --out"
     )
 
 
