@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from motley.errors import InputError
 from motley.model import SIZES, ModelConfig, Transformer, load, save
 from motley.model.checkpoint import places
 from motley.model.find import find_model
+from motley.model.moe import Gate
 from motley.model.quantize import dequantize
+from motley.model.where import Where
 
 SHAPE = dataclasses.replace(
     SIZES["nano"], vocab_size=60, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
@@ -89,6 +92,48 @@ def test_saving_and_loading_keeps_every_bit(dtype: torch.dtype, tied: bool, tmp_
     assert same_weights(model, back)
     assert back.config == config
     assert load(tmp_path / "model", dtype=torch.float64).dtype == torch.float64
+
+
+def test_the_dtype_is_the_embeddings_whatever_a_layer_is_made_of(tmp_path: Path) -> None:
+    save(random_model(dtype=torch.bfloat16), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    wide = {name: tensor.float() for name, tensor in tensors.items() if ".self_attn." in name}
+    save_file({**tensors, **wide}, file, {"format": "pt"})
+    assert load(tmp_path / "model").dtype == torch.bfloat16
+
+
+class Averaging(torch.nn.Module):
+    """A layer without attention: each token sees the mean of those before it; its state is the sum so far."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.gate = Gate(config)  # routers are found wherever a block keeps them
+
+    def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Any:
+        return SimpleNamespace(sum=torch.zeros(batch, 1, self.mix.in_features, dtype=dtype, device=device))
+
+    def forward(self, x: torch.Tensor, where: Where, state: Any = None) -> tuple[torch.Tensor, None]:
+        total = x.cumsum(1) if state is None else state.sum + x.cumsum(1)
+        if state is not None:
+            state.sum = total[:, -1:]
+        return x + self.mix(total / (where.positions[..., None] + 1)), None
+
+
+@torch.no_grad()
+def test_another_kind_of_block_needs_no_other_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embedding, head, MTP, cache and checkpoint work with a block that has neither MLA nor an MLP."""
+    for module in ("motley.model.transformer", "motley.model.mtp"):
+        monkeypatch.setattr(f"{module}.make_block", Averaging)
+    model = random_model(dataclasses.replace(SHAPE, num_nextn_predict_layers=1))
+    assert len(model.gates()) == 4
+    cache = model.new_cache(2, 12)
+    pieces = [model(ids()[:, :5], cache=cache), model(ids()[:, 5:], cache=cache)]
+    assert torch.allclose(torch.cat(pieces, dim=1), model(ids()), atol=1e-5)
+    assert model.hidden(ids()).further[0].shape == (2, 12, 32)
+    save(model, tmp_path / "model")
+    assert same_weights(load(tmp_path / "model"), model)
 
 
 def test_shards_are_as_small_as_asked_and_the_index_is_right(tmp_path: Path) -> None:

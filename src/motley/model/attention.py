@@ -12,8 +12,6 @@ Absorbed form, for decoding (no key or value is ever expanded; one shared key of
     score = (W_UK^T q^C) · c + q^R · k^R        out = W_UV (sum of attention * c)
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,21 +21,9 @@ from motley.model.config import ModelConfig
 from motley.model.layers import Linear, RMSNorm
 from motley.model.rotary import rotate, softmax_scale
 from motley.model.softmax_attention import attend
+from motley.model.where import Where
 
 ABSORB_UP_TO = 8  # new tokens; beyond it, expanding the cache once costs less than the wider products of each query
-
-
-@dataclass(frozen=True)
-class Where:
-    """Where the tokens of this call stand; the same for all layers.
-
-    positions [batch, seq]; cos, sin [batch or 1, seq, 1, rope/2]; documents [batch, seq] or None.
-    """
-
-    positions: Tensor
-    cos: Tensor
-    sin: Tensor
-    documents: Tensor | None = None
 
 
 class LatentAttention(nn.Module):

@@ -1,20 +1,22 @@
 """One layer: attention, then experts (or a dense MLP), each with its norm before and its residual around.
 
-A further generation brings another block class with the same call; embedding, MoE, head, checkpoint and cache do not
-depend on MLA.
+A further generation brings another class with the same `forward` and `new_state`, and `make_block` chooses it;
+embedding, experts, head, checkpoint and cache do not ask which attention a block has.
 """
 
+import torch
 from torch import Tensor, nn
 
-from motley.model.attention import LatentAttention, Where
+from motley.model.attention import LatentAttention
 from motley.model.cache import LatentState
 from motley.model.config import ModelConfig
 from motley.model.layers import MLP, RMSNorm
 from motley.model.moe import MoE, Routing
+from motley.model.where import Where
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer number `layer` of the V2/V3 architecture."""
+    """Pre-norm transformer layer number `layer` of the V2/V3 architecture; parameter names are the published ones."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -23,11 +25,23 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config.hidden_size, config.intermediate_size)
 
+    def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LatentState:
+        """What decoding keeps of this layer, empty, for `batch` rows of at most `capacity` tokens."""
+        return self.self_attn.new_state(batch, capacity, dtype, device)
+
     def forward(self, x: Tensor, where: Where, state: LatentState | None = None) -> tuple[Tensor, Routing | None]:
-        """x [batch, seq, hidden] → the same shape, and what the router did (None in a dense layer)."""
+        """x [batch, seq, hidden] → the same shape, and what the router did (None in a dense layer).
+
+        `state` is what `new_state` made.
+        """
         x = x + self.self_attn(self.input_layernorm(x), where, state)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             y, routing = self.mlp(normed, None if where.documents is None else where.documents >= 0)
             return x + y, routing
         return x + self.mlp(normed), None
+
+
+def make_block(config: ModelConfig, layer: int) -> Block:
+    """Layer number `layer` of the architecture that `config` names; MTP's layers count on from num_hidden_layers."""
+    return Block(config, layer)

@@ -139,7 +139,7 @@ def load(
     headers = {file: read_header(file) for file in sorted(set(files.values()))}
     entries = {name: headers[file].get(name) for name, file in files.items()}
     _check_names(folder, files, entries, where, copies)
-    target = dtype or _own_dtype(entries, where)
+    target = dtype or _own_dtype(entries)
     device = torch.device(device or "cpu")
     _materialize(model, target, device)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -233,11 +233,11 @@ def _check_names(
             )
 
 
-def _own_dtype(entries: dict[str, Entry | None], where: dict[str, Place]) -> torch.dtype:
-    """The dtype most values of the checkpoint have; FP8 becomes bf16."""
-    entry = entries.get("model.layers.0.self_attn.o_proj.weight")
-    kind = entry.dtype if entry else "F32"
-    return torch.bfloat16 if kind == FP8 else FLOATS.get(kind, torch.float32)
+def _own_dtype(entries: dict[str, Entry | None]) -> torch.dtype:
+    """That of the embedding, which every architecture has and FP8 checkpoints keep in bf16."""
+    entry = entries["model.embed_tokens.weight"]
+    assert entry is not None
+    return FLOATS.get(entry.dtype, torch.bfloat16)
 
 
 def _materialize(model: Transformer, dtype: torch.dtype, device: torch.device) -> None:

@@ -8,11 +8,11 @@ The embedding comes first and h^0 is the main model's output after its final nor
 import torch
 from torch import Tensor, nn
 
-from motley.model.attention import Where
-from motley.model.block import Block
+from motley.model.block import make_block
 from motley.model.config import ModelConfig
 from motley.model.layers import Linear, RMSNorm
 from motley.model.moe import Routing
+from motley.model.where import Where
 
 
 class MTPModule(nn.Module):
@@ -23,7 +23,7 @@ class MTPModule(nn.Module):
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
-        self.block = Block(config, config.num_hidden_layers + depth)
+        self.block = make_block(config, config.num_hidden_layers + depth)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, embedded: Tensor, hidden: Tensor, where: Where) -> tuple[Tensor, Routing | None]:

@@ -7,14 +7,14 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from motley.model.attention import Where
-from motley.model.block import Block
+from motley.model.block import make_block
 from motley.model.cache import Cache
 from motley.model.config import ModelConfig
 from motley.model.layers import Linear, RMSNorm
-from motley.model.moe import Gate, MoE, Routing
+from motley.model.moe import Gate, Routing
 from motley.model.mtp import MTPModule
 from motley.model.rotary import Rotary
+from motley.model.where import Where
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(make_block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -91,13 +91,12 @@ class Transformer(nn.Module):
 
     def gates(self) -> list[Gate]:
         """The routers in the order of `Hidden.routings`."""
-        blocks = [*self.model.layers, *(module.block for module in self.mtp)]  # pyright: ignore[reportAttributeAccessIssue]
-        return [block.mlp.gate for block in blocks if isinstance(block.mlp, MoE)]  # pyright: ignore
+        return [module for module in self.modules() if isinstance(module, Gate)]
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of at most `capacity` tokens, in the dtype of the activations."""
         states = [
-            block.self_attn.new_state(batch, capacity, self.dtype, self.device)  # pyright: ignore
+            block.new_state(batch, capacity, self.dtype, self.device)  # pyright: ignore[reportCallIssue]
             for block in self.model.layers
         ]
         return Cache(states, batch, capacity, self.device)
