@@ -12,6 +12,7 @@ from motley.model import SIZES, Transformer
 from motley.train import loop
 from motley.train.config import PretrainConfig
 from motley.train.memory import check_memory, state_bytes
+from motley.train.metrics import read_metrics
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import pretrain
 
@@ -49,3 +50,17 @@ def test_running_out_of_memory_says_which_option_helps(tmp_path: Path, monkeypat
     )
     with pytest.raises(InputError, match=r"lower it .* --recompute"):
         pretrain(config)
+
+
+def test_the_memory_of_a_run_on_the_cpu_is_the_process_own_even_beside_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"line {n} of the text" for n in range(3000)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = PretrainConfig(
+        out=tmp_path, data=(str(tmp_path / "text.txt"),), steps=1, batch_rows=1, seq_len=32, device="cpu",
+        precision="fp32", valid_rows=1,
+    )  # fmt: skip
+    pretrain(config)
+    (step,) = (one for one in read_metrics(tmp_path) if one["kind"] == "train")
+    assert step["memory_bytes"] > state_bytes(dataclasses.replace(SIZES["nano"], vocab_size=300), "muon")

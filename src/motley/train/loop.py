@@ -109,7 +109,9 @@ def train(
             elapsed = time.perf_counter() - started
             at.seconds += elapsed
             where: dict[str, Any] = {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
-            metrics.write("train", **where, **_numbers(losses, norm, config, at.step, step_tokens / elapsed))
+            metrics.write(
+                "train", **where, **_numbers(losses, norm, config, at.step, step_tokens / elapsed, model.device)
+            )
             if reason:
                 metrics.write("event", **where, message=f"step skipped: {reason}")
             if guard.exhausted:
@@ -157,9 +159,12 @@ def _stuck(run: Path, step: int, reason: str | None) -> InputError:
     )
 
 
-def _numbers(losses: StepLosses, norm: float, config: TrainingConfig, step: int, rate: float) -> dict[str, Any]:
+def _numbers(
+    losses: StepLosses, norm: float, config: TrainingConfig, step: int, rate: float, device: torch.device
+) -> dict[str, Any]:
     scale = factor(step - 1, config.steps, config.schedule, config.warmup_steps, config.decay_share, config.final_share)
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
     return {
         "loss": losses.main, "mtp_loss": losses.mtp, "balance_loss": losses.balance,
         "learning_rate": config.learning_rate * scale, "grad_norm": norm, "tokens_per_second": rate,
