@@ -1,5 +1,6 @@
 """Settings of the training stages: the same names on the command line, in `config.json` and in Python."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -62,12 +63,22 @@ class TrainingConfig:
     """Checkpoints kept besides the best."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_rows", "micro_batch", "seq_len", "valid_every", "checkpoint_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+        positive = ("steps", "batch_rows", "micro_batch", "seq_len", "valid_every", "valid_rows", "checkpoint_every",
+                    "keep_last")  # fmt: skip
+        for name in positive:
+            self._demand(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "seed"):
+            self._demand(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("weight_decay", "mtp_weight", "balance_weight", "bias_speed"):
+            self._demand(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        for name in ("decay_share", "final_share"):
+            self._demand(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        self._demand("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
+        self._demand("clip", self.clip > 0, "above 0")
+
+    def _demand(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {what}")
 
 
 @dataclass(frozen=True)
