@@ -35,6 +35,7 @@ from motley.plan.cost import active_parameters, kv_cache_bytes_per_token, parame
 from motley.progress import note
 from motley.train.finetune import finetune
 from motley.train.pretrain import pretrain
+from motley.train.run import claimed
 
 JOURNEY_FILE = "journey.json"
 TEXT_BYTES = 32_000_000  # of one's own text; the standard library is not larger, and minutes of training need less
@@ -121,9 +122,10 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     if config.data:
         list_files(config.data)  # a path that cannot be read is said before anything is measured
     asked = {"data": list(config.data), "minutes": config.minutes, "seed": config.seed}
-    journey = Journey(config.out, asked)
-    machine, plan = _planned(journey, config, console)
-    facts = _stages(journey, config, machine, plan, console)
+    with claimed(config.out):
+        journey = Journey(config.out, asked)
+        machine, plan = _planned(journey, config, console)
+        facts = _stages(journey, config, machine, plan, console)
     console.print(times_table(journey.facts["stages"]))
     console.print(outcome(facts))
     if config.serve:

@@ -20,7 +20,7 @@ from motley.train.checks import check_data, check_length
 from motley.train.config import FinetuneConfig
 from motley.train.loop import train
 from motley.train.memory import check_memory
-from motley.train.run import open_run
+from motley.train.run import claimed, open_run
 
 
 def packed_conversations(config: FinetuneConfig, tokenizer: Tokenizer) -> Path:
@@ -38,6 +38,11 @@ def packed_conversations(config: FinetuneConfig, tokenizer: Tokenizer) -> Path:
 
 def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str, Any]:
     """Fine-tune config.model; goes on where the same command stopped. Returns what the run amounts to."""
+    with claimed(config.out):
+        return _finetune(config, machine)
+
+
+def _finetune(config: FinetuneConfig, machine: Machine | None) -> dict[str, Any]:
     source = find_model(config.model)
     tokenizer = Tokenizer.load(source)
     shape = ModelConfig.from_hf(read_json(source / "config.json"))

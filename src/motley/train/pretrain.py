@@ -20,7 +20,7 @@ from motley.train.checks import check_data, check_length
 from motley.train.config import PretrainConfig
 from motley.train.loop import train
 from motley.train.memory import check_memory
-from motley.train.run import open_run
+from motley.train.run import claimed, open_run
 
 
 def new_model_config(name: str, tokenizer: Tokenizer) -> ModelConfig:
@@ -56,6 +56,11 @@ def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str
 
     Returns what the run amounts to.
     """
+    with claimed(config.out):
+        return _pretrain(config, machine)
+
+
+def _pretrain(config: PretrainConfig, machine: Machine | None) -> dict[str, Any]:
     source = find_model(Path(config.model)) if config.model not in SIZES and Path(config.model).is_dir() else None
     data = prepared_data(config, source)
     check_data(data, TEXT, source)

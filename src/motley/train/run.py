@@ -3,9 +3,12 @@
 runs/NAME/config.json    the settings; the same command goes on, another one is refused
 runs/NAME/machine.json   what it began on, measured
 runs/NAME/result.json    written last: the stage is complete and is not repeated
+runs/NAME/lock           held by the process that is at work here; the file itself says nothing
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,15 @@ import torch
 from motley.errors import InputError
 from motley.files import read_json, remove_unfinished, write_json
 from motley.fleet.probe import Machine, probe
-from motley.progress import in_words
+from motley.progress import in_words, note
 from motley.train.config import TrainingConfig
 
-CONFIG_FILE, MACHINE_FILE, RESULT_FILE = "config.json", "machine.json", "result.json"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+CONFIG_FILE, MACHINE_FILE, RESULT_FILE, LOCK_FILE = "config.json", "machine.json", "result.json", "lock"
 FREE_TO_CHANGE = {  # these do not change what is learned
     "out", "micro_batch", "recompute", "device", "valid_every", "valid_rows", "checkpoint_every", "keep_last",
 }  # fmt: skip
@@ -47,6 +55,27 @@ class Run:
         machine = measured if measured is not None and measured.device == device.type else probe(device=device)
         write_json(file, dataclasses.asdict(machine))
         return machine
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold `folder` (made if missing) for this process. The system lets go of it however the process ends.
+
+    Raises InputError when another process holds it. Where files cannot be locked, that is said and nothing is held.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a") as file:
+        try:
+            if fcntl is None:
+                raise OSError("this system has no flock")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is at work in {folder}; wait until it ends, or choose another --out"
+            ) from None
+        except OSError as error:
+            note(f"{folder} cannot be locked ({error.strerror or error}): make sure nothing else writes to it")
+        yield
 
 
 def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str, Any]) -> Run:
