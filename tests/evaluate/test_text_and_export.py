@@ -114,3 +114,13 @@ def test_an_earlier_export_is_replaced(model_folder: Path, tmp_path: Path) -> No
     for _ in range(2):
         export(ExportConfig(model_folder, tmp_path / "out"))
     assert load(tmp_path / "out").config == load(model_folder).config
+
+
+def test_what_a_killed_export_to_the_same_place_left_is_removed_and_nothing_else(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out[1].writing-12345678").mkdir()
+    (tmp_path / "out[1].writing-12345678" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "other.writing-12345678").mkdir()
+    export(ExportConfig(model_folder, tmp_path / "out[1]"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.writing-12345678", "out[1]"]

@@ -1,6 +1,7 @@
 """Training that breaks ends in a sentence, keeps the last whole checkpoint, and is never taken for complete."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from motley.model import SIZES, load
 from motley.train.config import PretrainConfig
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import pretrain
-from motley.train.state import checkpoints
+from motley.train.state import checkpoints, prune, step_folder
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -105,3 +106,22 @@ def test_training_that_breaks_at_once_has_the_untrained_model_to_name(data: Path
     with pytest.raises(InputError, match="the last good state is the untrained model"):
         pretrain(settings(tmp_path, data, learning_rate=1e30))
     assert checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_half_deleted_by_a_killed_run_does_not_look_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        step_folder(tmp_path, step).mkdir(parents=True)
+        (step_folder(tmp_path, step) / "training.json").write_text("{}")
+
+    def die(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, 2, None)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    prune(tmp_path, 2, None)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2

@@ -1,6 +1,8 @@
 """`motley export`: a model for other tools."""
 
+import shutil
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,7 +10,7 @@ import tyro
 
 from motley.data.conversation import ConversationEncoder
 from motley.data.tokenizer import Tokenizer
-from motley.files import whole_folder, write_json
+from motley.files import TEMPORARY_MARK, whole_folder, write_json
 from motley.model import load
 from motley.model.checkpoint import check_replaceable, write_weights
 from motley.model.find import find_model
@@ -29,6 +31,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """Write config.out whole or not at all."""
     source = find_model(config.model)
     check_replaceable(config.out)
+    for unfinished in config.out.parent.glob(f"{escape(config.out.name)}{TEMPORARY_MARK}*"):
+        shutil.rmtree(unfinished)  # of an export to the same place that was killed
     model, tokenizer = load(source), Tokenizer.load(source)
     with whole_folder(config.out) as folder:
         write_weights(model, folder)

@@ -6,6 +6,7 @@
 Training state is safetensors and JSON, so that nothing here ever unpickles a file.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from motley.data.conversation import ConversationEncoder
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
-from motley.files import read_json, remove_unfinished, whole_folder, write_json
+from motley.files import read_json, remove_unfinished, temporary_name, whole_folder, write_json
 from motley.model import Transformer
 from motley.model.checkpoint import load, write_tensors, write_weights
 from motley.train.optimizer import Optimizer
@@ -83,4 +84,6 @@ def prune(run: Path, keep_last: int, best_step: int | None) -> None:
     best = None if best_step is None else step_folder(run, best_step)
     for folder in checkpoints(run)[:-keep_last]:
         if folder != best:
-            shutil.rmtree(folder)
+            going = temporary_name(folder)  # a kill in the middle must leave nothing that looks whole
+            os.replace(folder, going)
+            shutil.rmtree(going)
