@@ -1,5 +1,6 @@
 """The fleet file: what is right is read in SI units, what is wrong is named with its line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,51 @@ def test_sites_without_a_link_between_them_are_named():
         parse_fleet(text, "fleet.yaml")
 
 
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ("memory: 8000 GB", r"line 14: measured memory is 7.28 TiB, A100-80GB-SXM has 80.0 GiB; check the unit"),
+        ("memory: 96 GB", r"memory is 89.4 GiB, A100-80GB-SXM has 80.0 GiB"),
+        ("memory_bandwidth: 16 TB/s", r"line 14: measured memory bandwidth is 16 TB/s, A100-80GB-SXM has 2.039 TB/s"),
+        (
+            "matmul: {bf16: [[1, 8, 8, 8, 9.5], [1, 64, 64, 64, 290000000]]}",
+            r"line 14: measured a rate in bf16 is 290,000,000 GFLOP/s, A100-80GB-SXM computes at 312,000 GFLOP/s",
+        ),
+    ],
+)
+def test_what_no_such_chip_can_do_is_refused_with_both_values(measured: str, said: str):
+    text = GOOD.replace("chip: V100", "chip: A100").replace("memory: 30 GiB", measured)
+    with pytest.raises(InputError, match=said):
+        parse_fleet(text, "fleet.yaml")
+
+
+def test_what_is_a_little_more_than_the_sheet_is_believed():
+    text = GOOD.replace("memory: 30 GiB", "memory: 34 GiB\n      memory_bandwidth: 990 GB/s")
+    assert parse_fleet(text, "fleet.yaml").pools[1].measured.memory == 34 * 2**30
+
+
+def test_a_probe_of_a_cpu_may_be_many_times_the_sheets_one_core():
+    fleet = parse_fleet(fleet_text([replace(machine("AMD EPYC 9654", "cpu", None), matmul_rates=FAST)]), "probed")
+    assert fleet.pools[0].flops("bf16") == 5e14
+
+
+@pytest.mark.parametrize("nodes", ["99999999999", "130000"])
+def test_more_chips_than_anyone_has_are_too_many(nodes: str):
+    with pytest.raises(InputError, match=r"line 5: [\d,]+ chips are too many; there may be 1,000,000 in all"):
+        parse_fleet(GOOD.replace("nodes: 2", f"nodes: {nodes}").replace("chips_per_node: 4", "chips_per_node: 8"), "f")
+
+
+@pytest.mark.parametrize(
+    ("fp16", "bf16", "trains_in"), [(290_000, 280_000, "bf16"), (110_000, 20_000, "fp16"), (1, 2, "bf16")]
+)
+def test_fp16_must_be_clearly_faster_than_bf16_and_fp8_is_never_assumed(fp16: int, bf16: int, trains_in: str):
+    matmul = "".join(
+        f", {name}: [[1, 64, 64, 64, {rate}]]" for name, rate in (("fp16", fp16), ("bf16", bf16), ("fp8", 500_000))
+    )
+    text = GOOD.replace("chip: V100", "chip: H100").replace("memory: 30 GiB", f"matmul: {{{matmul[2:]}}}")
+    assert parse_fleet(text, "fleet.yaml").pools[1].best_precision == trains_in
+
+
 def test_bits_and_bytes_decimal_and_binary_are_told_apart():
     assert parse("8 Gb/s", RATES, "") == parse("1 GB/s", RATES, "") == 1e9
     assert parse("1 GiB", SIZES, "") == 2**30
@@ -108,6 +154,18 @@ def test_the_page_names_every_pool_and_link():
 def machine(name: str, device: str, memory: int | None) -> Machine:
     rates = (MatmulRate("bf16", 64, 64, 64, 100.0), MatmulRate("bf16", 64, 64, 64, 90.0, groups=8))
     return Machine(device, name, 8, 8, 2**35, 2**34, memory, rates, 50.0, "bf16")
+
+
+FAST = (MatmulRate("bf16", 64, 64, 64, 500_000.0),)
+
+
+def test_a_probed_chip_is_never_one_that_could_not_have_done_it():
+    """Whatever the device calls itself: the file that a probe writes can be read."""
+    unknown = replace(machine("NVIDIA H100 of another make", "cuda", 93 * 2**30), device_free_bytes=92 * 2**30)
+    pool = parse_fleet(fleet_text([unknown]), "probed").pools[0]
+    assert pool.sheet.memory_bytes >= 92 * 2**30 / 1.1
+    assert pool.measured.memory == 92 * 2**30
+    assert nearest_chip(replace(machine("Tesla T4", "cuda", 15 * 2**30), matmul_rates=FAST)).flops["bf16"] > 3e14
 
 
 def test_a_probe_writes_a_file_that_is_read_back(tmp_path: Path):

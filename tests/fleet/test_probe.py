@@ -11,7 +11,7 @@ from rich.console import Console
 
 from motley.errors import InputError
 from motley.fleet import Machine, MatmulRate, best_device, describe, probe
-from motley.fleet.probe import SKINNY, choose_dtype, cpu_quota, host_memory, usable_cores
+from motley.fleet.probe import SKINNY, choose_dtype, cpu_quota, fp8_product, host_memory, usable_cores
 from motley.fleet.show import machine_table
 
 
@@ -63,6 +63,23 @@ def test_large_and_skinny_products_are_measured_in_every_format(machine: Machine
 
 def test_a_machine_survives_json(machine: Machine):
     assert Machine.from_dict(json.loads(json.dumps(machine.to_dict()))) == machine
+
+
+def test_a_machine_from_before_free_memory_was_kept_is_read(machine: Machine):
+    value = machine.to_dict()
+    del value["device_free_bytes"]
+    assert Machine.from_dict(value).device_free_bytes is None
+
+
+def test_products_in_fp8_are_those_of_the_rounded_matrices():
+    """The CPU multiplies in fp8 too, only slowly: enough to see that the call and its layout are right."""
+    cpu = torch.device("cpu")
+    torch.manual_seed(1)
+    results = fp8_product(cpu, groups=3, rows=32, inner=64, columns=48)()
+    torch.manual_seed(1)
+    left = torch.randn(3, 32, 64).to(torch.float8_e4m3fn).float()
+    right = torch.randn(3, 48, 64).to(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(torch.stack(results).float(), left @ right.mT, rtol=0.01, atol=0.02)
 
 
 def test_a_file_that_is_no_machine_is_refused(machine: Machine):

@@ -14,7 +14,7 @@
 Whatever is wrong is named with its line. Rates and sizes carry their units.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,10 +24,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from motley.errors import InputError
 from motley.fleet.chips import PRECISIONS, Chip, find_chip
-from motley.fleet.units import Duration, Memory, Rate
+from motley.fleet.units import Duration, Memory, Rate, rate_text, size_text
 
 HOURS_BETWEEN_FAILURES = 50_000.0
 """Of one chip: Llama 3 (arXiv 2407.21783, 3.3.4) lost 419 times in 54 days on 16,384 H100: 50,700 chip-hours each."""
+FP16_GAIN = 1.3  # over bf16, to be worth loss scaling
+MOST_CHIPS = 1_000_000
+MOST_OF_MEMORY = 1.1  # that measured values of a GPU may be of the sheet's: beyond, it is a unit or another chip
+MOST_OF_RATES = 1.5
 LATENCY = {"inside a site": 5e-6, "between sites": 20e-3}  # where the file does not say
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -85,12 +89,18 @@ class Pool(_Entry):
 
     @property
     def best_precision(self) -> str:
-        """What it trains in unless told otherwise: what was measured to be fastest, or the sheet's widest 16 bits."""
+        """What it trains in unless told otherwise: what was measured to be fastest, or the sheet's widest 16 bits.
+
+        fp8 is asked for, never assumed; fp16 needs loss scaling and must be clearly faster than bf16 to be chosen.
+        """
         if self.precision:
             return self.precision
-        if self.measured.matmul:
-            return max(self.measured.matmul, key=self.flops)
-        return self.sheet.best_precision()
+        measured = {name: self.flops(name) for name in self.measured.matmul if name != "fp8"}
+        if not measured:
+            return self.sheet.best_precision()
+        fastest = max(measured, key=lambda name: measured[name])
+        near = fastest == "fp16" and FP16_GAIN * measured.get("bf16", 0.0) > measured["fp16"]
+        return "bf16" if near else fastest
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -204,6 +214,16 @@ def _check(fleet: Fleet, node: yaml.Node | None, where: str) -> None:
             line = _line(node, ("pools", index, "precision"))
             has = ", ".join(name for name in PRECISIONS if name in chip.flops)
             raise InputError(f"{where}, line {line}: {chip.name} has no {pool.precision}; it has {has}")
+        if chip.kind == "gpu":  # of a CPU the sheet lists one core, a probe measures the machine
+            for what, path in beyond_the_sheet(pool.measured, chip):
+                line = _line(node, ("pools", index, "measured", *path))
+                raise InputError(f"{where}, line {line}: measured {what}; check the unit and the chip's name")
+    if fleet.chips > MOST_CHIPS:
+        largest = max(range(len(fleet.pools)), key=lambda index: fleet.pools[index].chips)
+        line = _line(node, ("pools", largest, "nodes"))
+        raise InputError(
+            f"{where}, line {line}: {fleet.chips:,} chips are too many; there may be {MOST_CHIPS:,} in all"
+        )
     if fleet.sites:
         known = [site.name for site in fleet.sites]
         for index, pool in enumerate(fleet.pools):
@@ -226,6 +246,21 @@ def _check(fleet: Fleet, node: yaml.Node | None, where: str) -> None:
             raise InputError(
                 f"{where}: no link between the sites {one!r} and {other!r}; add one under `links:` with its bandwidth"
             )
+
+
+def beyond_the_sheet(measured: Measured, chip: Chip) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """What was measured that the chip cannot do: (both values in words, where it stands in `measured`)."""
+    if measured.memory and measured.memory > MOST_OF_MEMORY * chip.memory_bytes:
+        yield f"memory is {size_text(measured.memory)}, {chip.name} has {size_text(chip.memory_bytes)}", ("memory",)
+    if measured.memory_bandwidth and measured.memory_bandwidth > MOST_OF_RATES * chip.memory_bandwidth:
+        own, sheets = rate_text(measured.memory_bandwidth), rate_text(chip.memory_bandwidth)
+        yield f"memory bandwidth is {own}, {chip.name} has {sheets}", ("memory_bandwidth",)
+    for name, points in measured.matmul.items():
+        most = chip.flops.get(name, max(chip.flops.values())) / 1e9
+        for number, (*_, gflops) in enumerate(points):
+            if gflops > MOST_OF_RATES * most:
+                words = f"a rate in {name} is {gflops:,.0f} GFLOP/s, {chip.name} computes at {most:,.0f} GFLOP/s"
+                yield words, ("matmul", name, number)
 
 
 def _sentence(failed: ValidationError, node: yaml.Node | None, where: str) -> str:

@@ -31,7 +31,8 @@ SKINNY = (
 DECIDING = 4096 * 256 * 1024  # products smaller than SKINNY do not choose the number format
 LEAST_ROUNDS = 3
 BURST_SECONDS = 0.005  # a measurement shorter than this is repeated: clocks and kernel launches are not free
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+FP8_CAPABILITY = (8, 9)  # of NVIDIA's chips, from which on they multiply in fp8
 CGROUPS = Path("/sys/fs/cgroup")
 GIGA = 1e9
 
@@ -63,6 +64,7 @@ class Machine:
         matmul_rates: measured products, per number format and shape.
         bandwidth_gigabytes_per_second: reading plus writing while copying a large array.
         compute_dtype: number format to train in: "bf16" where it is clearly faster than fp32, else "fp32".
+        device_free_bytes: what of the accelerator's memory a process could use when the probe began.
     """
 
     device: str
@@ -75,6 +77,7 @@ class Machine:
     matmul_rates: tuple[MatmulRate, ...]
     bandwidth_gigabytes_per_second: float
     compute_dtype: str
+    device_free_bytes: int | None = None
 
     def peak_gflops(self, dtype: str | None = None) -> float:
         """The fastest product measured in `dtype` (default: the compute dtype), in GFLOP/s.
@@ -97,10 +100,10 @@ class Machine:
     def from_dict(cls, value: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises InputError where fields are missing or unknown."""
         names = {field.name for field in fields(cls)}
-        if set(value) != names:
-            wrong = ", ".join(sorted(names ^ set(value)))
+        if wrong := (names ^ set(value)) - {"device_free_bytes"}:  # younger than some files
             raise InputError(
-                f"not a machine as `motley fleet probe --json` writes it: fields missing or unknown: {wrong}"
+                f"not a machine as `motley fleet probe --json` writes it: fields missing or unknown: "
+                f"{', '.join(sorted(wrong))}"
             )
         rates = tuple(MatmulRate(**rate) for rate in value["matmul_rates"])
         return cls(**{**value, "matmul_rates": rates})
@@ -125,6 +128,7 @@ def probe(seconds: float = 3.0, device: torch.device | None = None, grid: bool =
     threads_before = torch.get_num_threads()
     threads = min(threads_before, cores)  # PyTorch does not know of container quotas
     torch.set_num_threads(threads)
+    free, own = device_memory(device)
     try:
         rates, bandwidth = _measure(device, seconds, grid)
     finally:
@@ -137,10 +141,11 @@ def probe(seconds: float = 3.0, device: torch.device | None = None, grid: bool =
         threads=threads,
         memory_bytes=total,
         available_memory_bytes=available,
-        device_memory_bytes=device_memory(device),
+        device_memory_bytes=own,
         matmul_rates=rates,
         bandwidth_gigabytes_per_second=round(bandwidth, 1),
         compute_dtype=choose_dtype(rates),
+        device_free_bytes=free,
     )
 
 
@@ -188,7 +193,7 @@ def _measure(device: torch.device, seconds: float, grid: bool) -> tuple[tuple[Ma
     """Rates of all products, and the copy bandwidth in GB/s."""
     on_cpu = device.type == "cpu"
     side = 2048 if on_cpu else 8192
-    formats = ["fp32", "bf16"] if on_cpu else list(DTYPES)
+    formats = formats_of(device)
     shapes = [(1, side, side, side), (1, *SKINNY)]
     if grid:
         shapes += [shape for shape in _grid(side) if shape not in shapes]
@@ -202,6 +207,17 @@ def _measure(device: torch.device, seconds: float, grid: bool) -> tuple[tuple[Ma
         for (dtype, groups, rows, inner, columns), taken in zip(keys, times, strict=False)
     )
     return rates, 2 * copy_bytes / times[-1] / GIGA
+
+
+def formats_of(device: torch.device) -> list[str]:
+    """Number formats whose products the device computes itself; emulated ones are left out."""
+    if device.type == "cpu":
+        return ["fp32", "bf16"]
+    if device.type != "cuda":
+        return ["fp32", "bf16", "fp16"]
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    fp8 = torch.version.hip is None and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    return ["fp32", *["bf16"] * bf16, "fp16", *["fp8"] * fp8]
 
 
 def _grid(side: int) -> list[tuple[int, int, int, int]]:
@@ -230,15 +246,15 @@ def _take_turns(actions: list[Callable[[], object]], device: torch.device, secon
 
 
 def _seconds_of(action: Callable[[], object], times: int, device: torch.device) -> float:
-    _wait_for(device)
+    wait_for(device)
     start = time.perf_counter()
     for _ in range(times):
         action()
-    _wait_for(device)
+    wait_for(device)
     return (time.perf_counter() - start) / times
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     """Accelerators compute behind our back: wait until the queue is empty."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -247,12 +263,31 @@ def _wait_for(device: torch.device) -> None:
 def _product(
     device: torch.device, dtype: str, groups: int, rows: int, inner: int, columns: int
 ) -> Callable[[], object]:
+    if dtype == "fp8":
+        return fp8_product(device, groups, rows, inner, columns)
     left = torch.randn(groups, rows, inner, device=device).to(DTYPES[dtype])
     right = torch.randn(groups, inner, columns, device=device).to(DTYPES[dtype])
     result = torch.empty(groups, rows, columns, device=device, dtype=DTYPES[dtype])
     if groups == 1:
         return lambda: torch.mm(left[0], right[0], out=result[0])
     return lambda: torch.bmm(left, right, out=result)
+
+
+def fp8_product(
+    device: torch.device, groups: int, rows: int, inner: int, columns: int
+) -> Callable[[], list[torch.Tensor]]:
+    """With one scale for each matrix and sums in fp32; the right one lies by columns, as the hardware wants it."""
+    scale = torch.ones((), device=device)
+    left = torch.randn(groups, rows, inner, device=device).to(DTYPES["fp8"])
+    right = torch.randn(groups, columns, inner, device=device).to(DTYPES["fp8"]).transpose(1, 2)
+
+    def multiply() -> list[torch.Tensor]:
+        return [
+            torch._scaled_mm(one, other, scale, scale, out_dtype=torch.bfloat16)  # type: ignore[attr-defined]
+            for one, other in zip(left, right, strict=True)
+        ]
+
+    return multiply
 
 
 def _copy(device: torch.device, size: int) -> Callable[[], object]:
@@ -276,11 +311,12 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def device_memory(device: torch.device) -> int | None:
-    """Total bytes of the accelerator's memory; None for devices that compute in host memory."""
+def device_memory(device: torch.device) -> tuple[int | None, int | None]:
+    """(free, total) bytes of the accelerator's memory; None for devices that compute in host memory."""
     if device.type in ("cpu", "mps"):
-        return None
-    return torch.accelerator.get_memory_info(device)[1]
+        return None, None
+    torch.empty(1, device=device)  # what every process needs is no longer free
+    return torch.accelerator.get_memory_info(device)
 
 
 def usable_cores(cgroups: Path = CGROUPS) -> int:

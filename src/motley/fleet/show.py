@@ -20,7 +20,10 @@ def machine_table(machine: Machine) -> Table:
     table.add_row("usable cores", f"{machine.cores} ({machine.threads} threads)")
     memory = f"{in_gigabytes(machine.memory_bytes)}, {in_gigabytes(machine.available_memory_bytes)} free"
     table.add_row("host memory", memory)
-    table.add_row("device memory", in_gigabytes(machine.device_memory_bytes), end_section=True)
+    own = in_gigabytes(machine.device_memory_bytes)
+    if machine.device_free_bytes is not None:
+        own += f", {in_gigabytes(machine.device_free_bytes)} free"
+    table.add_row("device memory", own, end_section=True)
     for rate in machine.matmul_rates:
         shape = (f"{rate.groups} x " if rate.groups > 1 else "") + f"{rate.rows} x {rate.inner} x {rate.columns}"
         table.add_row(f"product, {rate.dtype}, {shape}", in_flops(rate.gflops))

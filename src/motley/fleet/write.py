@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from datetime import date
 
 from motley.fleet.chips import Chip, chip_sheet
+from motley.fleet.inventory import Measured, beyond_the_sheet
 from motley.fleet.links import Links
 from motley.fleet.probe import Machine
 from motley.fleet.units import rate_text, size_text
 
-RESERVED = 0.06  # of an accelerator's memory: its context and what fragments
+RESERVED = 0.06  # of an accelerator's memory where nobody looked what is free: its context and what fragments
 
 
 def fleet_text(machines: Sequence[Machine], links: Links | None = None) -> str:
@@ -41,8 +42,7 @@ def fleet_text(machines: Sequence[Machine], links: Links | None = None) -> str:
             lines.append(f"    latency_outside: {outside[1] * 1e6:.0f} us")
         if machine.device == "cpu":
             lines.append("    price_per_hour: 0.05  # an estimate: put yours")
-        own = machine.device_memory_bytes
-        usable = own * (1 - RESERVED) if own else machine.available_memory_bytes / max(1, len(ranks) // nodes)
+        usable = usable_bytes(machine) or machine.available_memory_bytes / max(1, len(ranks) // nodes)
         lines += [
             "    measured:",
             f"      device: {_quoted(machine.name)}",
@@ -60,14 +60,17 @@ def fleet_text(machines: Sequence[Machine], links: Links | None = None) -> str:
         lines.append("# collectives over all ranks, as measured:")
         for collective in links.collectives:
             lines.append(
-                f"#   {collective.name:<10} {size_text(collective.message_bytes):>9} per rank: "
+                f"#   {collective.name:<14} {size_text(collective.message_bytes):>9} per rank: "
                 f"{1e3 * collective.seconds:.3g} ms"
             )
     return "\n".join(lines) + "\n"
 
 
 def nearest_chip(machine: Machine) -> Chip:
-    """The sheet's chip that shares most with the device's own name; memory decides between equals."""
+    """The sheet's chip that shares most with the device's own name; memory decides between equals.
+
+    Chips that could not have done what was measured are out, where any other is left.
+    """
     kind = "cpu" if machine.device == "cpu" else "gpu"
     words = set(re.findall(r"[a-z0-9]+", machine.name.lower()))
     memory = (machine.device_memory_bytes or 0) / 2**30
@@ -77,10 +80,31 @@ def nearest_chip(machine: Machine) -> Chip:
         return len(words & set(re.findall(r"[a-z0-9]+", names))), -abs(chip.memory_bytes / 2**30 - memory)
 
     candidates = [chip for chip in chip_sheet().values() if chip.kind == kind]
-    best = max(candidates, key=likeness)
+    able = [chip for chip in candidates if kind == "cpu" or not any(beyond_the_sheet(measured_by(machine), chip))]
+    best = max(able or candidates, key=likeness)
     if kind == "cpu" and likeness(best)[0] == 0:
         return next(chip for chip in candidates if chip.vendor == "any")
     return best
+
+
+def usable_bytes(machine: Machine) -> float | None:
+    """Of an accelerator's own memory; None where the device computes in host memory."""
+    if machine.device_free_bytes is not None:
+        return machine.device_free_bytes
+    return None if machine.device_memory_bytes is None else machine.device_memory_bytes * (1 - RESERVED)
+
+
+def measured_by(machine: Machine) -> Measured:
+    """What a probe measured as the fleet file knows it; memory is that of an accelerator of its own."""
+    matmul: dict[str, list[tuple[int, int, int, int, float]]] = {}
+    for rate in machine.matmul_rates:
+        point = (rate.groups, rate.rows, rate.inner, rate.columns, rate.gflops)
+        matmul.setdefault(rate.dtype, []).append(point)
+    return Measured.model_construct(
+        memory=usable_bytes(machine),
+        memory_bandwidth=machine.bandwidth_gigabytes_per_second * 1e9,
+        matmul=matmul,
+    )
 
 
 def _between(
