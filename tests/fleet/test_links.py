@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from motley.fleet import load_fleet
-from motley.fleet.links import _worth_measuring
+from motley.fleet.links import COLLECTIVES, MOST_HOSTS, pair_rounds
 
 
 @pytest.mark.slow(20)
@@ -35,8 +35,18 @@ def test_two_ranks_write_one_fleet(tmp_path: Path):
     fleet = load_fleet(out)
     assert fleet.chips == 2
     assert fleet.pools[0].link_inside is not None
-    assert "all_reduce" in out.read_text()
+    for collective in COLLECTIVES:
+        assert collective in out.read_text()
 
 
-def test_pairs_are_measured_inside_the_first_host_and_once_to_every_other():
-    assert _worth_measuring(["a", "a", "b", "b", "c"]) == [1, 2, 4]
+def test_pairs_are_measured_inside_every_host_at_once_and_then_to_every_other_host():
+    assert pair_rounds(["a", "a", "b", "b", "c", "b"]) == [[(0, 1), (2, 3)], [(2, 5)], [(0, 2)], [(0, 4)]]
+    assert pair_rounds(["a"]) == []
+
+
+def test_a_rank_is_in_one_pair_of_a_round_and_large_jobs_stay_short():
+    rounds = pair_rounds([f"host {rank // 8}" for rank in range(8 * 500)])
+    assert len(rounds) == 7 + MOST_HOSTS
+    for together in rounds:
+        ranks = [rank for pair in together for rank in pair]
+        assert len(ranks) == len(set(ranks))

@@ -1,26 +1,32 @@
 """Links between the ranks of a job, measured: latency, pairs, and the collectives that training uses.
 
-    pairs       rank 0 ↔ r, in turn: a tiny message there and back (latency), a large one (bandwidth)
-    collectives all ranks: all-reduce and all-gather at growing sizes
+    pairs         a tiny message there and back (latency), a large one (bandwidth)
+      inside      each host's first rank ↔ its second, then its third, ...: all hosts at the same time
+      outside     rank 0 ↔ the first rank of each other host, in turn
+    collectives   all ranks at growing sizes: all-reduce (gradients), all-gather and reduce-scatter (shards),
+                  all-to-all (experts)
 
+Messages lie where training keeps them: in the accelerators' memory where every rank has its own, else on the host.
 Run under torchrun; rank 0 gathers what every rank measured of itself and writes one fleet file.
 """
 
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from motley.fleet.probe import Machine
+from motley.fleet.probe import Machine, best_device, wait_for
 
 PING_BYTES, BULK_BYTES = 8, 16 * 2**20
 COLLECTIVE_BYTES = (2**16, 2**20, 2**24)
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 ROUNDS = 5
+MOST_HOSTS = 64  # paired with rank 0, so that a large job is measured in seconds too
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class PairRate:
 
 @dataclass(frozen=True)
 class CollectiveRate:
-    """One collective over all ranks: `message_bytes` per rank took `seconds`."""
+    """One collective over all ranks: `message_bytes` per rank (all its shards together) took `seconds`."""
 
     name: str
     message_bytes: int
@@ -60,70 +66,109 @@ def under_torchrun() -> bool:
 
 def measure_together(measure: Callable[[], Machine]) -> tuple[list[Machine], Links] | None:
     """Every rank measures itself, all at the same time as in training; then the links. Only rank 0 gets the result."""
-    dist.init_process_group("gloo")
+    device = _own_device()
+    backend = (
+        "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    )
+    dist.init_process_group(backend)
     try:
         rank, world = dist.get_rank(), dist.get_world_size()
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, (measure().to_dict(), socket.gethostname()))
         hosts = [host for _, host in gathered]
-        pairs = [_pair(rank, 0, other) for other in _worth_measuring(hosts)]
+        own = [_pair(rank, together, device) for together in pair_rounds(hosts)]
+        pairs: list[Any] = [None] * world
+        dist.all_gather_object(pairs, [pair for pair in own if pair is not None])
         collectives = [
-            CollectiveRate(name, size, _collective(name, size))
-            for name in ("all_reduce", "all_gather")
+            CollectiveRate(name, size, _collective(name, size, device))
+            for name in COLLECTIVES
             for size in COLLECTIVE_BYTES
         ]
         if rank != 0:
             return None
         machines = [Machine.from_dict(value) for value, _ in gathered]
-        known = tuple(pair for pair in pairs if pair is not None)
-        return machines, Links(tuple(hosts), known, tuple(collectives))
+        return machines, Links(tuple(hosts), tuple(pair for some in pairs for pair in some), tuple(collectives))
     finally:
         dist.destroy_process_group()
 
 
-def _worth_measuring(hosts: list[str]) -> list[int]:
-    """Ranks to pair with rank 0: all of its own host, and the first of each other one."""
-    firsts = {host: rank for rank, host in reversed(list(enumerate(hosts)))}
-    return [rank for rank in range(1, len(hosts)) if hosts[rank] == hosts[0] or firsts[hosts[rank]] == rank]
+def _own_device() -> torch.device:
+    """This rank's own accelerator, made the current one; the CPU where ranks of a host would have to share one."""
+    device = best_device()
+    if device.type == "cpu" or torch.accelerator.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.accelerator.set_device_index(index)
+    return torch.device(device.type, index)
 
 
-def _pair(rank: int, one: int, other: int) -> PairRate | None:
-    """There and back between two ranks; the others wait."""
+def pair_rounds(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """Pairs of ranks to measure, round after round; those of one round at the same time."""
+    ranks: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        ranks.setdefault(host, []).append(rank)
+    most = max(map(len, ranks.values()))
+    inside = [[(own[0], own[turn]) for own in ranks.values() if turn < len(own)] for turn in range(1, most)]
+    firsts = [own[0] for own in ranks.values()]
+    return inside + [[(firsts[0], other)] for other in firsts[1 : MOST_HOSTS + 1]]
+
+
+def _pair(rank: int, together: Sequence[tuple[int, int]], device: torch.device) -> PairRate | None:
+    """There and back between the two ranks of each pair; ranks in none wait. The first of a pair gets its rate."""
     result = None
-    if rank in (one, other):
-        peer = other if rank == one else one
-        ping = _there_and_back(rank == one, peer, PING_BYTES)
-        bulk = _there_and_back(rank == one, peer, BULK_BYTES)
-        result = PairRate(one, other, ping / 2, BULK_BYTES / max(bulk / 2 - ping / 2, 1e-9))
-    dist.barrier()
-    return result if rank == one else None
+    for one, other in together:
+        if rank in (one, other):
+            peer = other if rank == one else one
+            ping = _there_and_back(rank == one, peer, PING_BYTES, device)
+            bulk = _there_and_back(rank == one, peer, BULK_BYTES, device)
+            if rank == one:
+                result = PairRate(one, other, ping / 2, BULK_BYTES / max(bulk / 2 - ping / 2, 1e-9))
+    _meet()
+    return result
 
 
-def _there_and_back(first: bool, peer: int, size: int) -> float:
-    message = torch.zeros(size, dtype=torch.uint8)
-    taken = []
-    for _ in range(ROUNDS + 1):
-        started = time.perf_counter()
+def _there_and_back(first: bool, peer: int, size: int, device: torch.device) -> float:
+    message = torch.zeros(size, dtype=torch.uint8, device=device)
+
+    def exchange() -> None:
         if first:
             dist.send(message, peer)
             dist.recv(message, peer)
         else:
             dist.recv(message, peer)
             dist.send(message, peer)
-        taken.append(time.perf_counter() - started)
-    return sorted(taken[1:])[ROUNDS // 2]  # the first opens the connection
+
+    return _median_seconds(exchange, device, meet=False)
 
 
-def _collective(name: str, size: int) -> float:
-    message = torch.zeros(size // 4)
-    parts = [torch.empty_like(message) for _ in range(dist.get_world_size())]
+def _collective(name: str, size: int, device: torch.device) -> float:
+    """`size` bytes per rank; what is cut into a part for each rank is rounded up to equal parts."""
+    world = dist.get_world_size()
+    part = -(-size // (4 * world))
+    whole = torch.zeros(part * world, device=device)
+    piece = torch.zeros(part, device=device)
+    actions: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: dist.all_reduce(whole),
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, piece),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, whole),
+        "all_to_all": lambda: dist.all_to_all_single(torch.empty_like(whole), whole),
+    }
+    return _median_seconds(actions[name], device, meet=True)
+
+
+def _median_seconds(action: Callable[[], Any], device: torch.device, meet: bool) -> float:
+    """Of `ROUNDS` runs; one more before them opens the connections. With `meet` all ranks begin each one together."""
     taken = []
     for _ in range(ROUNDS + 1):
-        dist.barrier()
+        if meet:
+            _meet()
         started = time.perf_counter()
-        if name == "all_reduce":
-            dist.all_reduce(message)
-        else:
-            dist.all_gather(parts, message)
+        action()
+        wait_for(device)
         taken.append(time.perf_counter() - started)
     return sorted(taken[1:])[ROUNDS // 2]
+
+
+def _meet() -> None:
+    """All ranks wait for each other, over the host's network."""
+    dist.all_reduce(torch.zeros(1))
