@@ -1,6 +1,7 @@
 import random
 
 import pytest
+from test_tokenizer import deepseek_like
 
 from motley.data.conversation import AnswerSplitter, ConversationEncoder, Message
 from motley.data.tokenizer import (
@@ -9,6 +10,7 @@ from motley.data.tokenizer import (
     CONTROL_TOKENS,
     END_THINK,
     EOS,
+    FILL_IN_THE_MIDDLE,
     THINK,
     USER,
     Tokenizer,
@@ -142,9 +144,85 @@ def test_a_prompt_ends_with_the_user(encoder: ConversationEncoder) -> None:
         encoder.prompt([Message("user", "a"), Message("assistant", "b")])
 
 
-def test_transformers_chat_template_gives_the_encoders_ids(
-    encoder: ConversationEncoder, tokenizer: Tokenizer, tmp_path
-) -> None:
+def old_vocabulary(*names: str) -> Tokenizer:
+    """With the structure and the rules of a DeepSeek tokenizer, and only these control tokens besides begin and end."""
+    return Tokenizer(deepseek_like([BOS, EOS, *names]))
+
+
+VOCABULARIES = {"V3.1": (), "V3": (USER, ASSISTANT), "V2": (FILL_IN_THE_MIDDLE[0],)}
+
+
+@pytest.fixture(scope="module", params=VOCABULARIES)
+def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
+    return old_vocabulary(*VOCABULARIES[request.param]) if request.param != "V3.1" else tokenizer
+
+
+def test_vocabularies_before_r1_spell_what_they_lack() -> None:
+    question = [Message("system", "Be brief."), Message("user", "1 + 1?")]
+    thought, plain = Message("assistant", "2", "One and one."), Message("assistant", "2")
+    forms = {
+        "V3": (f"{BOS}Be brief.{USER}1 + 1?{ASSISTANT}<think>\n", "One and one.\n</think>\n\n2" + EOS,
+               f"{BOS}Be brief.{USER}1 + 1?{ASSISTANT}", "2" + EOS),
+        "V2": (f"{BOS}Be brief.\n\nUser: 1 + 1?\n\nAssistant: <think>\n", "One and one.\n</think>\n\n2" + EOS,
+               f"{BOS}Be brief.\n\nUser: 1 + 1?\n\nAssistant:", " 2" + EOS),
+    }  # fmt: skip
+    for name, (thinking_prompt, thinking_said, prompt, answer) in forms.items():
+        tokenizer = old_vocabulary(*VOCABULARIES[name])
+        encoder = ConversationEncoder(tokenizer)
+        assert tokenizer.decode(encoder.prompt(question)) == thinking_prompt
+        assert said(tokenizer, encoder, [*question, thought]) == thinking_said
+        assert tokenizer.decode(encoder.prompt(question, thinking=False)) == prompt
+        assert said(tokenizer, encoder, [*question, plain]) == answer
+
+
+def test_training_continues_exactly_what_a_prompt_begins_in_every_form(any_tokenizer: Tokenizer) -> None:
+    encoder = ConversationEncoder(any_tokenizer)
+    rng = random.Random(5)
+    for _ in range(200):
+        question = random_conversation(rng, last="user")
+        for reasoning in (None, "12 and 30"):
+            whole, prompt = (
+                encoder.encode([*question, Message("assistant", "42", reasoning)]),
+                encoder.prompt(question, thinking=reasoning is not None),
+            )
+            assert whole.ids[: len(prompt)] == prompt
+            assert all(whole.loss_mask[len(prompt) :])
+
+
+def test_control_tokens_typed_by_a_user_stay_ordinary_text_in_every_form(any_tokenizer: Tokenizer) -> None:
+    encoder = ConversationEncoder(any_tokenizer)
+    structure = [one for one in encoder.prompt([Message("user", "")]) if one in any_tokenizer.control_ids]
+    typed = f"a{EOS}{USER}b{ASSISTANT}{THINK}c{END_THINK}{BOS}"
+    ids = encoder.prompt([Message("user", typed)])
+    assert [one for one in ids if one in any_tokenizer.control_ids] == structure
+    assert typed in any_tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_an_answer_is_split_as_it_was_encoded_in_every_form(any_tokenizer: Tokenizer, thinking: bool) -> None:
+    encoder, question = ConversationEncoder(any_tokenizer), [Message("user", "?")]
+    for content, reasoning in (
+        ("It is 42 你好.\n\n\nReally.", "12 and 30 🎉\nmake <b> </ 42"),
+        ("x", ""),
+        ("", "a</thin"),
+    ):
+        answer = Message("assistant", content, reasoning if thinking else None)
+        ids = encoder.encode([*question, answer]).ids[len(encoder.prompt(question, thinking)) :]
+        splitter = AnswerSplitter(any_tokenizer, thinking)
+        deltas = [*(splitter.push(one) for one in ids), splitter.finish()]
+        assert "".join(delta[0] for delta in deltas) == (reasoning if thinking else "")
+        assert "".join(delta[1] for delta in deltas) == content
+
+
+def test_thinking_that_is_cut_short_is_shown_whole_in_every_form(any_tokenizer: Tokenizer) -> None:
+    splitter = AnswerSplitter(any_tokenizer)
+    deltas = [*(splitter.push(one) for one in any_tokenizer.encode("so\n</thin")), splitter.finish()]
+    assert "".join(delta[0] for delta in deltas) == "so\n</thin"
+    assert not any(delta[1] for delta in deltas)
+
+
+def test_transformers_chat_template_gives_the_encoders_ids(any_tokenizer: Tokenizer, tmp_path) -> None:
+    tokenizer, encoder = any_tokenizer, ConversationEncoder(any_tokenizer)
     transformers = pytest.importorskip("transformers")
     encoder.save(tmp_path, context_length=2048)
     other = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -167,13 +245,18 @@ def test_transformers_chat_template_gives_the_encoders_ids(
     rng = random.Random(2)
     for _ in range(200):
         whole = random_conversation(rng, last="assistant")
+        last = whole[-1]
+        if not tokenizer.has_thinking_tokens and last.reasoning_content is not None:
+            # where thinking is spelled, what follows `<think>↵` may join it if it begins with white space
+            whole[-1] = Message("assistant", last.content, f"so {last.reasoning_content}")
         assert theirs(whole) == encoder.encode(whole).ids
         question = random_conversation(rng, last="user")
         assert theirs(question, add_generation_prompt=True) == encoder.prompt(question)
         for thinking in (True, False):
             ids = theirs(question, add_generation_prompt=True, thinking=thinking)
             assert ids == encoder.prompt(question, thinking=thinking)
-    assert other("What is 12?").input_ids == [tokenizer.bos_id, *tokenizer.encode("What is 12?")]
+    if tokenizer.has_thinking_tokens:  # ours puts the begin token before plain text
+        assert other("What is 12?").input_ids == [tokenizer.bos_id, *tokenizer.encode("What is 12?")]
     assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == other.chat_template
 
 

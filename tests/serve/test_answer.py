@@ -1,13 +1,15 @@
 """Text is cut at a stop text exactly, wherever the tokens are cut; thinking is never cut by it."""
 
+import json
 import random
 
 import pytest
 
 from motley.data.conversation import Message
-from motley.data.tokenizer import Tokenizer, train_tokenizer
+from motley.data.stop import StopAtText
+from motley.data.tokenizer import END_THINK, THINK, Tokenizer, train_tokenizer
 from motley.infer.sampler import SamplingParams
-from motley.serve.answer import AnswerRequest, AnswerWriter, StopAtText
+from motley.serve.answer import AnswerRequest, AnswerWriter
 
 
 def cut_naively(text: str, stops: list[str]) -> str:
@@ -33,6 +35,15 @@ def test_a_stop_text_is_found_wherever_the_pieces_are_cut(seed: int) -> None:
         passed += stop.finish()
     assert passed == cut_naively(text, stops)
     assert stop.stopped == any(one in text for one in stops)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_what_stands_behind_a_stop_text_is_the_rest(size: int) -> None:
+    text, stop, at = "one END two", StopAtText(["END"]), 0
+    while not stop.stopped:
+        stop.push(text[at : at + size])
+        at += size
+    assert stop.rest == text[len("one END") : at]
 
 
 def test_text_that_cannot_begin_a_stop_text_is_not_held_back() -> None:
@@ -70,6 +81,17 @@ def test_thinking_and_answer_are_told_apart_and_counted(tokenizer: Tokenizer) ->
     assert writer.usage.prompt_tokens == 7
     assert writer.usage.completion_tokens == len(ids)
     assert writer.usage.reasoning_tokens == len(thought) + 1
+
+
+def test_thinking_that_is_spelled_in_ordinary_text_is_told_apart_too(tokenizer: Tokenizer) -> None:
+    definition = json.loads(tokenizer.definition)
+    definition["added_tokens"] = [one for one in definition["added_tokens"] if one["content"] not in (THINK, END_THINK)]
+    older = Tokenizer(json.dumps(definition))
+    ids = [*older.encode("one two\n</think>\n\nthree two"), older.eos_id]
+    reasoning, content, writer = written(older, ids, stop=("two",))
+    assert (reasoning, content, writer.finish_reason) == ("one two", "three ", "stop")
+    assert 0 < writer.usage.reasoning_tokens < writer.usage.completion_tokens
+    assert written(older, ids, thinking=False)[:2] == ("", "one two\n</think>\n\nthree two")
 
 
 def test_a_stop_text_cuts_the_answer_but_never_the_thinking(tokenizer: Tokenizer) -> None:

@@ -6,17 +6,25 @@ The text form is DeepSeek-V3.1's; B and E stand for the begin and end tokens:
     B system <｜User｜>question<｜Assistant｜></think>answer E                        not thinking
     ──────────────── given ───────────────────────┘└──── the model's own words: these carry the loss
 
-Reasoning belongs to the last message only: before a new question it is left out of the history. Every message
-is encoded by itself, and ordinary text never becomes a control token, so nothing typed by a user can end the
-turn, open another role or close the thinking.
+Reasoning belongs to the last message only: before a new question it is left out of the history. Ordinary text never
+becomes a control token, so nothing typed by a user can end the turn, open another role or close the thinking.
+
+Vocabularies older than DeepSeek-R1 lack some of these tokens. What a vocabulary lacks is spelled in ordinary text:
+thinking as R1 first spelled it, and where there are no speakers either, these as DeepSeek-V2 did (↵ is a line end):
+
+    B system <｜User｜>question<｜Assistant｜><think>↵reasoning↵</think>↵↵answer E     V3 (December 2024), thinking
+    B system <｜User｜>question<｜Assistant｜>answer E                                not thinking
+    B system↵↵User: question↵↵Assistant: answer E                                   V2; there a user can type a role
 """
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from motley.data.stop import StopAtText
 from motley.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER, Tokenizer
 from motley.errors import InputError
 from motley.files import write_json, write_text
@@ -54,18 +62,37 @@ def check_conversation(messages: Sequence[Message]) -> None:
             raise InputError(f"message {number} has reasoning_content, but only an assistant's message can")
 
 
-class ConversationEncoder:
-    """Turns messages into ids for one tokenizer.
+@dataclass(frozen=True)
+class Form:
+    """What stands around the parts of a conversation; a field is the name of a control token, or ordinary text.
 
-    Raises:
-        InputError: the tokenizer lacks one of the control tokens that conversations need.
+    `no_think` is given to the model in place of `think`; `answer` is what an answer without thinking begins with.
     """
 
+    system_end: str = ""
+    user: str = USER
+    user_end: str = ""
+    assistant: str = ASSISTANT
+    think: str = THINK
+    end_think: str = END_THINK
+    no_think: str = END_THINK
+    answer: str = ""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Form":
+        """The form for the control tokens that a vocabulary has."""
+        if not tokenizer.has_conversation_tokens:
+            return cls("\n\n", "User: ", "\n\n", "Assistant:", f" {THINK}\n", f"\n{END_THINK}\n\n", "", " ")
+        if not tokenizer.has_thinking_tokens:
+            return cls(think=f"{THINK}\n", end_think=f"\n{END_THINK}\n\n", no_think="")
+        return cls()
+
+
+class ConversationEncoder:
+    """Turns messages into ids for one tokenizer."""
+
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        # Read all of them now: better a clear error before a long run than within it.
-        self._user, self._assistant = tokenizer.user_id, tokenizer.assistant_id
-        self._think, self._end_think = tokenizer.think_id, tokenizer.end_think_id
+        self.tokenizer, self.form = tokenizer, Form.of(tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """A whole conversation for training.
@@ -80,11 +107,10 @@ class ConversationEncoder:
         check_conversation(messages)
         if not any(message.role == "assistant" for message in messages):
             raise InputError("the conversation has no assistant message, so there is nothing to learn from it")
-        ids, mask = self._history(messages)
-        return Encoded(ids, mask)
+        return self._encoded(self._parts(messages))
 
     def prompt(self, messages: Sequence[Message], thinking: bool = True) -> list[int]:
-        """The ids after which the model speaks; they end in `<think>`, or in `</think>` if not `thinking`.
+        """The ids after which the model speaks; they end in the form's `think`, or `no_think` if not `thinking`.
 
         Raises:
             InputError: not a conversation, or the last message is not a user's.
@@ -92,30 +118,42 @@ class ConversationEncoder:
         check_conversation(messages)
         if messages[-1].role != "user":
             raise InputError(f"the last message must be the user's, but it is the {messages[-1].role}'s")
-        ids, _ = self._history(messages)
-        return [*ids, self._assistant, self._think if thinking else self._end_think]
+        opening = [self.form.assistant, self.form.think if thinking else self.form.no_think]
+        return self._encoded([*self._parts(messages), *((self._mark(one), False) for one in opening)]).ids
 
-    def _history(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        ids, mask = [self.tokenizer.bos_id], [False]
+    def _mark(self, mark: str) -> str | int:
+        """The id of a control token, or the ordinary text that stands for one."""
+        known = self.tokenizer.control_id(mark)
+        return mark if known is None else known
 
-        def add(more: list[int], loss: bool) -> None:
-            ids.extend(more)
-            mask.extend([loss] * len(more))
-
+    def _parts(self, messages: Sequence[Message]) -> Iterator[tuple[str | int, bool]]:
+        """(text or id of a control token, whether it carries the loss), in order; what people wrote is always text."""
+        form, mark = self.form, self._mark
+        yield self.tokenizer.bos_id, False
         for number, message in enumerate(messages, start=1):
-            content = self.tokenizer.encode(message.content)
             if message.role == "system":
-                add(content, loss=False)
+                yield from ((message.content, False), (mark(form.system_end), False))
             elif message.role == "user":
-                add([self._user, *content], loss=False)
+                yield from ((mark(form.user), False), (message.content, False), (mark(form.user_end), False))
             elif message.reasoning_content is not None and number == len(messages):
-                add([self._assistant, self._think], loss=False)
-                add([*self.tokenizer.encode(message.reasoning_content), self._end_think], loss=True)
-                add([*content, self.tokenizer.eos_id], loss=True)
+                yield from ((mark(form.assistant), False), (mark(form.think), False))
+                yield from ((message.reasoning_content, True), (mark(form.end_think), True), (message.content, True))
+                yield self.tokenizer.eos_id, True
             else:
-                add([self._assistant, self._end_think], loss=False)
-                add([*content, self.tokenizer.eos_id], loss=message.reasoning_content is None)
-        return ids, mask
+                loss = message.reasoning_content is None
+                yield from ((mark(form.assistant), False), (mark(form.no_think), False))
+                yield from ((form.answer, loss), (message.content, loss), (self.tokenizer.eos_id, loss))
+
+    def _encoded(self, parts: Iterable[tuple[str | int, bool]]) -> Encoded:
+        """Ids of the parts: text between control tokens as one piece, cut where the loss begins or ends."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        for (is_text, loss), run in itertools.groupby(parts, key=lambda part: (isinstance(part[0], str), part[1])):
+            content = [part for part, _ in run]
+            more = self.tokenizer.encode("".join(map(str, content))) if is_text else [int(one) for one in content]
+            ids += more
+            mask += [loss] * len(more)
+        return Encoded(ids, mask)
 
     def chat_template(self) -> str:
         """The same form as a Jinja template for other tools, with a variable `thinking` (true by default).
@@ -123,23 +161,23 @@ class ConversationEncoder:
         Such tools render text first and then look for control tokens in all of it, so there a user *can* type
         `<｜User｜>` and be believed. For ordinary text both give the same ids.
         """
-        user, assistant, think, end_think = (
-            json.dumps(t, ensure_ascii=False) for t in (USER, ASSISTANT, THINK, END_THINK)
-        )
+        form = {name: json.dumps(mark, ensure_ascii=False) for name, mark in vars(self.form).items()}
         return (
             "{%- if thinking is not defined %}{% set thinking = true %}{% endif %}"
             "{{- bos_token }}"
             "{%- for message in messages %}"
-            "{%- if message['role'] == 'system' %}{{- message['content'] }}"
-            "{%- elif message['role'] == 'user' %}{{- " + user + " + message['content'] }}"
-            "{%- elif message['role'] == 'assistant' %}{{- " + assistant + " }}"
+            "{%- if message['role'] == 'system' %}{{- message['content'] + " + form["system_end"] + " }}"
+            "{%- elif message['role'] == 'user' %}"
+            "{{- " + form["user"] + " + message['content'] + " + form["user_end"] + " }}"
+            "{%- elif message['role'] == 'assistant' %}{{- " + form["assistant"] + " }}"
             "{%- if loop.last and message['reasoning_content'] is defined"
             " and message['reasoning_content'] is not none %}"
-            "{{- " + think + " + message['reasoning_content'] }}{%- endif %}"
-            "{{- " + end_think + " + message['content'] + eos_token }}"
+            "{{- " + form["think"] + " + message['reasoning_content'] + " + form["end_think"] + " }}"
+            "{%- else %}{{- " + form["no_think"] + " + " + form["answer"] + " }}{%- endif %}"
+            "{{- message['content'] + eos_token }}"
             "{%- endif %}{%- endfor %}"
             "{%- if add_generation_prompt %}"
-            "{{- " + assistant + " + (" + think + " if thinking else " + end_think + ") }}"
+            "{{- " + form["assistant"] + " + (" + form["think"] + " if thinking else " + form["no_think"] + ") }}"
             "{%- endif %}"
         )
 
@@ -170,24 +208,39 @@ class AnswerSplitter:
 
     Args:
         tokenizer: whose ids arrive.
-        thinking: the prompt ended in `<think>`, so the first tokens are reasoning.
+        thinking: the prompt ended in the form's `think`, so the first tokens are reasoning.
     """
 
     def __init__(self, tokenizer: Tokenizer, thinking: bool = True) -> None:
-        self._think, self._end_think = tokenizer.think_id, tokenizer.end_think_id
+        form, spelled = Form.of(tokenizer), not tokenizer.has_thinking_tokens
+        self._switches = {} if spelled else {tokenizer.think_id: True, tokenizer.end_think_id: False}
+        self._end_think = StopAtText([f"\n{END_THINK}", END_THINK] if spelled else [])
         self._decoder = tokenizer.stream_decoder()
+        self._lead = "\n" if spelled and thinking else form.answer  # white space of the form, before the content
         self.reasoning = thinking  # whether the next token is reasoning
 
     def push(self, token_id: int) -> tuple[str, str]:
         """(new reasoning, new content): whole characters only; control tokens give no text."""
         delta = self._sorted(self._decoder.push(token_id))  # a control token first completes what came before
-        if token_id in (self._think, self._end_think):
-            self.reasoning = token_id == self._think
+        self.reasoning = self._switches.get(token_id, self.reasoning)
         return delta
 
     def finish(self) -> tuple[str, str]:
-        """What is left of a character that was begun and not completed (U+FFFD), or nothing."""
-        return self._sorted(self._decoder.finish())
+        """What is left of a character that was begun and not completed (U+FFFD), or of a spelled end of thinking."""
+        reasoning, content = self._sorted(self._decoder.finish())
+        return (reasoning + self._end_think.finish() if self.reasoning else reasoning), content
 
     def _sorted(self, text: str) -> tuple[str, str]:
-        return (text, "") if self.reasoning else ("", text)
+        if not self.reasoning:
+            return "", self._content(text)
+        reasoning = self._end_think.push(text)
+        if not self._end_think.stopped:
+            return reasoning, ""
+        self.reasoning = False
+        return reasoning, self._content(self._end_think.rest)
+
+    def _content(self, text: str) -> str:
+        if self._lead:
+            text = text.lstrip(self._lead)
+            self._lead = "" if text else self._lead
+        return text

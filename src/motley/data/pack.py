@@ -318,7 +318,7 @@ def pack_conversations(
 
     Args:
         conversations: read once, in order, and not held in memory.
-        tokenizer: with the control tokens that conversations need.
+        tokenizer: turns the conversations into tokens.
         out: the folder.
         seq_len: places per row.
         valid_share: share of the conversations for validation, chosen by hash; at least one.

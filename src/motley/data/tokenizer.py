@@ -70,7 +70,7 @@ class Tokenizer:
         bos_id, eos_id, pad_id: begin of text, end of text, padding (a vocabulary without a padding token pads
             with `eos_id`, as DeepSeek-V2 does).
         user_id, assistant_id, think_id, end_think_id: conversation structure; reading one that the vocabulary
-            lacks (base models before R1 know no `<think>`) raises InputError.
+            lacks (those of models before R1 know no `<think>`) raises InputError.
     """
 
     def __init__(self, definition: str, origin: str = "tokenizer") -> None:
@@ -132,8 +132,16 @@ class Tokenizer:
 
     @property
     def has_conversation_tokens(self) -> bool:
-        """Whether the vocabulary knows conversations with thinking (base models before R1 do not)."""
-        return {USER, ASSISTANT, THINK, END_THINK} <= self._control.keys()
+        """Whether the vocabulary has tokens for the speakers; some published before R1 have none for thinking."""
+        return {USER, ASSISTANT} <= self._control.keys()
+
+    @property
+    def has_thinking_tokens(self) -> bool:
+        return {THINK, END_THINK} <= self._control.keys()
+
+    def control_id(self, token: str) -> int | None:
+        """The id of the control token of this name; None if it is ordinary text for this vocabulary."""
+        return self._control.get(token)
 
     @property
     def control_ids(self) -> frozenset[int]:
