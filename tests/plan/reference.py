@@ -24,7 +24,7 @@ from motley.plan.memory import (
     working_bytes,
 )
 from motley.plan.operators import VALUE_BYTES
-from motley.plan.search import apportion
+from motley.plan.partition import apportion
 from motley.plan.step import Held, bubble_seconds, exchange_seconds, items, tied_seconds, update_seconds
 
 

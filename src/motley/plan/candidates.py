@@ -7,6 +7,7 @@ and round numbers; what is left of a pool when they do not divide it stays idle,
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -15,11 +16,15 @@ from motley.fleet.inventory import Pool
 from motley.plan.engine import Engine
 from motley.plan.hardware import Hardware
 from motley.plan.job import Job
-from motley.plan.layout import Ints, Layouts
+from motley.plan.layout import SCHEDULES, Ints, Layouts
 
 TENSOR = (1, 2, 4, 8)
 CONTEXT = (1, 2, 4, 8, 16)
 PIPELINE = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
+DEEPEST = 64
+NEARLY_ALL = 0.97  # of a pool: a depth besides those of PIPELINE is tried if it leaves fewer chips idle than this
+CHUNKS = (2, 4, 8)  # of an interleaved stage
+MOST_EXPERT_RANKS = 320
 MICRO_BATCH = (1, 2, 4, 8, 16)
 LONG_CONTEXT = 16_384  # tokens from which context parallelism is considered
 SMALL_TEAM = 16  # tensor-parallel groups up to which every number of copies and stages is tried
@@ -48,14 +53,14 @@ def members_of(pools: Sequence[Pool], job: Job) -> tuple[Member, ...]:
 
 def candidates_of(members: tuple[Member, ...], job: Job) -> tuple[list[Layouts], Ints] | None:
     """(a Layouts for each member, [members, candidates] stages on it)."""
-    rows = list(_rows(members, job))
-    if not rows:
+    blocks = list(_blocks(members, job))
+    if not blocks:
         return None
-    table = np.array([row[: 8 + 2 * len(members)] for row in rows], np.int64)
-    cp, ep, dp, micro, recompute, schedule, zero, pp = table[:, :8].T
+    table = np.concatenate(blocks)
+    cp, dp, pp, ep, micro, recompute, schedule, chunks, zero = table[:, :9].T
     layouts = [
         Layouts.of(
-            tp=table[:, 8 + i],
+            tp=table[:, 9 + i],
             cp=cp,
             ep=ep,
             dp=dp,
@@ -64,32 +69,69 @@ def candidates_of(members: tuple[Member, ...], job: Job) -> tuple[list[Layouts],
             micro_batches=1,
             recompute=recompute,
             schedule=schedule,
-            chunks=1,
+            chunks=chunks,
             zero=zero,
         )
         for i in range(len(members))
     ]
-    return layouts, table[:, 8 + len(members) :].T.copy()
+    return layouts, table[:, 9 + len(members) :].T.copy()
 
 
-def _rows(members: tuple[Member, ...], job: Job) -> Iterator[tuple[int, ...]]:
+def _blocks(members: tuple[Member, ...], job: Job) -> Iterator[Ints]:
+    """Rows of degrees, a block for each way to place pipelines: what is fixed there beside a grid of what is free."""
     shape = job.shape
     heads = shape.blocks[0].heads
     contexts = CONTEXT if job.seq_len > LONG_CONTEXT else (1,)
     tensors = [[tp for tp in TENSOR if tp <= member.pool.per_node and heads % tp == 0] for member in members]
+    allowed = set.intersection(*(set(member.engine.schedules) for member in members))
     for cp, tps in product(contexts, product(*tensors)):
         groups = [
             member.pool.nodes * (member.pool.per_node // tp) // cp for member, tp in zip(members, tps, strict=True)
         ]
         for stages, dp in _pipelines(groups, shape.num_layers):
-            experts = [ep for ep in _expert_degrees(shape.experts) if (dp * cp) % ep == 0]
             pp = sum(stages)
-            schedules = (0,) if pp == 1 else (0, 1, 2) if pp % 2 == 0 and len(members) == 1 else (0, 1)
+            experts = tuple(ep for ep in _expert_degrees(shape.experts) if (dp * cp) % ep == 0)
+            micros = tuple(micro for micro in MICRO_BATCH if micro * dp <= job.global_batch)
+            if not micros:
+                continue
             # Sharding less than a schedule allows costs memory and gains nothing: 1 (with stages) or 2, and 3.
             zeros = (0,) if dp * cp == 1 else (2, 3) if pp == 1 else (1, 3)
-            micros = [micro for micro in MICRO_BATCH if micro * dp <= job.global_batch]
-            for ep, micro, recompute, schedule, zero in product(experts, micros, range(3), schedules, zeros):
-                yield (cp, ep, dp, micro, recompute, schedule, zero, pp, *tps, *stages)
+            schedules = _schedules(allowed, pp, len(members), shape.num_layers)
+            grid = _grid(experts, micros, schedules, zeros)
+            row = np.array([cp, dp, pp, *tps, *stages], np.int64)
+            block = np.empty((len(grid), 3 + grid.shape[1] + 2 * len(members)), np.int64)
+            block[:, :3], block[:, 3 : 3 + grid.shape[1]], block[:, 3 + grid.shape[1] :] = row[:3], grid, row[3:]
+            yield block
+
+
+@lru_cache(maxsize=512)
+def _grid(
+    experts: tuple[int, ...],
+    micros: tuple[int, ...],
+    schedules: tuple[tuple[int, int], ...],
+    zeros: tuple[int, ...],
+) -> Ints:
+    """[combinations, 6] of expert degree, micro-batch, recomputation, schedule, chunks, ZeRO stage."""
+    rows = [
+        (ep, micro, recompute, *schedule, zero)
+        for ep, micro, recompute, schedule, zero in product(experts, micros, range(3), schedules, zeros)
+    ]
+    return np.array(rows, np.int64)
+
+
+def _schedules(allowed: set[str], pp: int, members: int, layers: int) -> tuple[tuple[int, int], ...]:
+    """(schedule, chunks of a stage) that the engines run and the depth allows."""
+    plain = SCHEDULES.index("1f1b")
+    if pp == 1:
+        return ((plain, 1),)
+    found = [(plain, 1)]
+    if "interleaved" in allowed and members == 1:
+        found += [(plain, chunks) for chunks in CHUNKS if layers >= pp * chunks]
+    if "zero_bubble" in allowed:
+        found.append((SCHEDULES.index("zero_bubble"), 1))
+    if "dualpipe" in allowed and members == 1 and pp % 2 == 0:
+        found.append((SCHEDULES.index("dualpipe"), 1))
+    return tuple(found)
 
 
 def _pipelines(groups: Sequence[int], layers: int) -> Iterator[tuple[tuple[int, ...], int]]:
@@ -106,9 +148,9 @@ def _pipelines(groups: Sequence[int], layers: int) -> Iterator[tuple[tuple[int, 
                     yield stages, dp
         return
     if len(groups) == 1:
-        for pp in PIPELINE:
-            if pp <= min(groups[0], layers):
-                for dp in _copies(groups[0] // pp):
+        for pp in range(1, min(groups[0], layers, DEEPEST) + 1):
+            for dp in _copies(groups[0] // pp):
+                if pp in PIPELINE or pp * dp >= NEARLY_ALL * groups[0]:
                     yield (pp,), dp
         return
     seen = set()
@@ -116,7 +158,7 @@ def _pipelines(groups: Sequence[int], layers: int) -> Iterator[tuple[tuple[int, 
         most = [group // dp for group in groups]
         for scale in (1.0, 0.5, 0.25):
             stages = tuple(max(1, int(count * scale)) for count in most)
-            if sum(stages) <= min(layers, 64) and (stages, dp) not in seen:
+            if sum(stages) <= min(layers, DEEPEST) and (stages, dp) not in seen:
                 seen.add((stages, dp))
                 yield stages, dp
 
@@ -133,4 +175,4 @@ def _copies(most: int) -> list[int]:
 def _expert_degrees(experts: int) -> list[int]:
     if not experts:
         return [1]
-    return [ep for ep in (2**power for power in range(9)) if experts % ep == 0]
+    return [ep for ep in range(1, min(experts, MOST_EXPERT_RANKS) + 1) if experts % ep == 0]

@@ -22,6 +22,7 @@ ENGINES = (
     "motley-cpu",
     "megatron",
     "megatron-core",
+    "megatron-deepspeed",
     "megatron-unfused",
     "torchtitan",
     "torchtitan-eager",
@@ -30,9 +31,15 @@ ENGINES = (
 ALIASES = {
     "megatron-lm": "megatron",
     "megatron-class": "megatron",
-    "megatron-deepspeed": "megatron",
+    "deepspeed": "megatron-deepspeed",
     "mcore": "megatron-core",
+    "nemo": "megatron-core",
     "torchtitan-class": "torchtitan",
+    "fsdp": "torchtitan-eager",
+    "fsdp2": "torchtitan-eager",
+    "pytorch": "torchtitan-eager",
+    "our-runtime": "motley",
+    "ours": "motley",
 }
 
 
@@ -71,6 +78,7 @@ class Engine:
         muon: whether matrices are trained with Muon, whose products are costed besides.
         optimizer_seconds, step_seconds: fixed costs: per layer of the optimizer, per step.
         skew: share of a step lost in waiting for the slowest rank, per doubling of the nodes.
+        schedules: of pipelines that it can run: 1f1b, interleaved (1f1b of several chunks), zero_bubble, dualpipe.
         balanced_stages: whether pipelines are cut where the times balance (else: equal numbers of layers).
         recompute: what it does when the user does not say: "none", "selective" or "full".
         zero: the same for ZeRO.
@@ -116,6 +124,7 @@ class Engine:
     optimizer_seconds: float
     step_seconds: float
     skew: float
+    schedules: tuple[str, ...]
     balanced_stages: bool
     recompute: str
     zero: int
@@ -152,5 +161,5 @@ def engine_from(values: dict[str, Any]) -> Engine:
     names = {field.name for field in fields(Engine)}
     if set(values) != names:
         raise InputError(f"engine {values.get('name')}: fields missing or unknown: {sorted(names ^ set(values))}")
-    lists = {name: tuple(values[name]) for name in ("fitted", "expert_bytes")}
+    lists = {name: tuple(values[name]) for name in ("fitted", "expert_bytes", "schedules")}
     return Engine(**{**values, **lists, "measured": tuple(tuple(point) for point in values["measured"])})

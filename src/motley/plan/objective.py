@@ -9,7 +9,8 @@ from itertools import combinations
 from typing import Literal
 
 from motley.errors import InputError
-from motley.plan.search import Found, Searcher
+from motley.plan.found import Found
+from motley.plan.search import Searcher
 
 Objective = Literal["time", "cost", "chips"]
 ALL_SUBSETS = 6  # pools
@@ -27,10 +28,10 @@ def best_plan(searcher: Searcher, objective: Objective, deadline_seconds: float 
         raise InputError(
             "--objective chips needs --deadline-days: without one, the fewest chips that hold the model win"
         )
-    if deadline_seconds is not None and fastest.seconds > deadline_seconds:
+    if deadline_seconds is not None and fastest.expected_seconds > deadline_seconds:
         raise InputError(
             f"--deadline-days {deadline_seconds / 86400:g} cannot be met: all chips together need "
-            f"{fastest.seconds / 86400:,.1f} days without failures; allow more days, fewer tokens or more chips"
+            f"{fastest.expected_seconds / 86400:,.1f} days with failures; allow more days, fewer tokens or more chips"
         )
     if objective == "time":
         return searcher, fastest
@@ -39,7 +40,7 @@ def best_plan(searcher: Searcher, objective: Objective, deadline_seconds: float 
         return plan.cost if objective == "cost" else float(plan.chips)
 
     def allowed(plan: Found | None) -> bool:
-        return plan is not None and (deadline_seconds is None or plan.seconds <= deadline_seconds)
+        return plan is not None and (deadline_seconds is None or plan.expected_seconds <= deadline_seconds)
 
     best = min(_subsets(searcher, fastest, worth, allowed), key=worth)
     if deadline_seconds is None:

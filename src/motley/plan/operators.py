@@ -7,6 +7,7 @@
 All arguments of a layout are arrays; so are the results.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -46,6 +47,14 @@ class LayerSeconds:
 
     def __mul__(self, factor: Floats | float) -> "LayerSeconds":
         return LayerSeconds(*(getattr(self, f.name) * factor for f in fields(self)))
+
+
+def summed(values: Sequence[LayerSeconds]) -> LayerSeconds:
+    """All of `values` (at least one) added up."""
+    result = values[0]
+    for value in values[1:]:
+        result = result + value
+    return result
 
 
 def layer_seconds(

@@ -31,6 +31,8 @@ from motley.plan.place import Pieces, Placement
 from motley.plan.shape import Block
 from motley.plan.step import Held, Items, bubble_seconds, exchange_seconds, tied_seconds, update_seconds
 
+SPREAD_UNEVENNESS = 2.0  # states kept where there is room: the fullest chip updates so many times an even share
+
 
 @dataclass(frozen=True)
 class Options:
@@ -145,13 +147,13 @@ def lines_of(
             update[number] = np.where(here, updating, update[number])
             chips[place_] += here * own.tp * own.cp * own.dp
             if number < most - 1:
-                message = _border_seconds(member, own, job)
+                message = border_seconds(member, own, job)
                 after = pool_of[number + 1]
                 for next_, (neighbour, theirs) in enumerate(zip(members, layouts, strict=True)):
                     if next_ != place_:  # another kind of chip is another node: the slower end decides
                         both = np.maximum(
-                            _border_seconds(member, own, job, far=True),
-                            _border_seconds(neighbour, theirs, job, far=True),
+                            border_seconds(member, own, job, far=True),
+                            border_seconds(neighbour, theirs, job, far=True),
                         )
                         message = np.where(after == next_, both, message)
                 crossed = np.where(here & (number < pp - 1), message, 0.0)
@@ -161,6 +163,10 @@ def lines_of(
             network = member.hardware.network_per_chip * member.engine.network_efficiency
             wire = 2 * member.engine.gradient_bytes * parameters / network + 4 * member.hardware.latency
             cross[number] = np.where(here, wire, cross[number])
+            if not own_states:  # gradients go out to whoever holds the states, updated weights come back
+                away = (member.engine.gradient_bytes + VALUE_BYTES) * parameters / network + 2 * member.hardware.latency
+                once[number] = np.where(here, one + away, once[number])
+                update[number] = np.where(here, SPREAD_UNEVENNESS * updating, update[number])
     spare = _spare_bytes(members, layouts, costed, stage_of, pool_of, job)
     nodes = np.ones(len(index))
     skew = max(member.engine.skew for member in members)
@@ -190,7 +196,7 @@ def lines_of(
     )
 
 
-def _border_seconds(member: Member, layouts: Layouts, job: Job, far: bool = False) -> Floats:
+def border_seconds(member: Member, layouts: Layouts, job: Job, far: bool = False) -> Floats:
     """One message between neighbouring stages of this pool's chips; `far`: certainly to another node."""
     message = layouts.micro_batch * job.seq_len / layouts.cp * job.shape.hidden_size * VALUE_BYTES / layouts.tp
     leaves = (layouts.tp * layouts.cp * layouts.dp >= member.hardware.chips_per_node) | far

@@ -3,13 +3,14 @@
 The result is plain values: the plan file that the runtime takes, the table, the JSON and the picture all come from it.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from motley.fleet.inventory import Pool
 from motley.plan.candidates import Member
+from motley.plan.found import Chosen, Found, hours_between_failures
 from motley.plan.layout import RECOMPUTES, SCHEDULES, Layouts
 from motley.plan.memory import (
     FRAGMENTATION,
@@ -21,8 +22,7 @@ from motley.plan.memory import (
     working_bytes,
 )
 from motley.plan.options import Options, bubbles, busiest, held_at, stage_sums
-from motley.plan.search import Chosen, Found, Searcher
-from motley.plan.simulate import CHECKPOINT_SECONDS, RESTART_SECONDS, expected_goodput
+from motley.plan.search import Searcher
 from motley.plan.step import Held, items, update_seconds
 
 PLAN_VERSION = 1
@@ -36,10 +36,8 @@ def spelled_out(found: Found) -> dict[str, Any]:
     _spread_states(found, teams)
     pools = _pools(found, teams)
     split = _split(found, teams)
-    chips = found.chips
-    failing = sum(pool["chips"] / pool["hours_between_failures"] for pool in pools)
-    goodput, interval = expected_goodput(1 / failing if failing else math.inf, CHECKPOINT_SECONDS, RESTART_SECONDS)
-    seconds = found.seconds / goodput
+    goodput, interval = found.goodput
+    seconds = found.expected_seconds
     watts = sum(pool["chips"] * pool["power_watts"] for pool in pools)
     return {
         "plan_version": PLAN_VERSION,
@@ -59,9 +57,10 @@ def spelled_out(found: Found) -> dict[str, Any]:
         "days_without_failures": found.seconds / 86400,
         "goodput": goodput,
         "checkpoint_interval_seconds": interval,
-        "chips": chips,
-        "chip_hours": chips * seconds / 3600,
-        "cost": found.price_per_hour * seconds / 3600,
+        "chips": found.chips,
+        "chips_rented": sum(found.rented.values()),
+        "chip_hours": sum(found.rented.values()) * seconds / 3600,
+        "cost": found.cost,
         "energy_kwh": watts * seconds / JOULES_PER_KWH,
         "inner_steps": found.inner_steps,
         "outer_seconds_per_step": found.outer_seconds,
@@ -72,16 +71,20 @@ def spelled_out(found: Found) -> dict[str, Any]:
 
 
 def compared(searcher: Searcher, found: Found) -> dict[str, Any]:
-    """`mixed_efficiency`, and `comparison`: the even split, each pool alone, what each pool is worth."""
-    pools = [pool.name for pool in searcher.fleet.pools]
-    alone = {name: searcher.alone(name) for name in pools}
+    """`mixed_efficiency`, and `comparison`: the even split, each pool alone, what each pool is worth.
+
+    The mixed efficiency divides the plan's speed by what the pools it uses reach alone, added up. A pool that cannot
+    hold the model alone counts with the best share of its peak that any pool reaches (alone, or else in the plan).
+    """
+    pools = searcher.fleet.pools
+    names = [pool.name for pool in pools]
+    alone = {name: searcher.alone(name) for name in names}
     known = {name: plan for name, plan in alone.items() if plan is not None}
-    even = searcher.even() if len(pools) > 1 else None
+    even = searcher.even() if len(names) > 1 else None
     fastest = min(known, key=lambda name: known[name].step_seconds, default=None)
-    total = sum(plan.tokens_per_second for plan in known.values())
     worth = []
-    for name in pools if len(pools) > 1 else ():
-        rest = searcher.best([other for other in pools if other != name])
+    for name in names if len(names) > 1 else ():
+        rest = searcher.best([other for other in names if other != name])
         entry: dict[str, Any] = {
             "pool": name,
             "alone_tokens_per_second": known[name].tokens_per_second if name in known else None,
@@ -95,23 +98,33 @@ def compared(searcher: Searcher, found: Found) -> dict[str, Any]:
                 "cheaper": 1 - rest.cost / found.cost if found.cost else 0.0,
             }
         worth.append(entry)
+    used = [pool for pool in pools if found.used[pool.name]]
     comparison = {
         "even_split": None if even is None else _brief(even, found),
         "fastest_pool": None if fastest is None else {"pool": fastest, **_brief(known[fastest], found)},
         "alone": {name: _brief(plan, found) for name, plan in known.items()},
-        "pools_that_cannot_alone": [name for name in pools if name not in known],
+        "pools_that_cannot_alone": [pool.name for pool in used if pool.name not in known],
         "marginal_value": worth,
     }
-    efficiency = found.tokens_per_second / total if total else None
-    return {"mixed_efficiency": efficiency, "comparison": comparison}
+    return {"mixed_efficiency": _mixed_efficiency(searcher, found, used, known), "comparison": comparison}
+
+
+def _mixed_efficiency(searcher: Searcher, found: Found, used: Sequence[Pool], known: Mapping[str, Found]) -> float:
+    """The plan's speed over what the pools it uses reach alone, added up."""
+    job = searcher.job
+    peaks = {pool.name: pool.chips * pool.flops(job.precision_for(pool)) / job.flops_per_token for pool in used}
+    shares = [known[pool.name].tokens_per_second / peaks[pool.name] for pool in used if pool.name in known]
+    share = max(shares, default=found.tokens_per_second / sum(peaks.values()))
+    total = sum(known[pool.name].tokens_per_second if pool.name in known else share * peaks[pool.name] for pool in used)
+    return found.tokens_per_second / total
 
 
 def _brief(plan: Found, found: Found) -> dict[str, Any]:
     return {
         "step_seconds": plan.step_seconds,
         "tokens_per_second": plan.tokens_per_second,
-        "days_without_failures": plan.seconds / 86400,
-        "cost_without_failures": plan.cost,
+        "days": plan.expected_seconds / 86400,
+        "cost": plan.cost,
         "chips": plan.chips,
         "relative_speed": plan.tokens_per_second / found.tokens_per_second,
     }
@@ -119,13 +132,14 @@ def _brief(plan: Found, found: Found) -> dict[str, Any]:
 
 def _spread_states(found: Found, teams: Sequence[dict[str, Any]]) -> None:
     """Where some team's chips cannot hold its states, all states of its island lie where there is room."""
-    engine = found.job.engine_for(found.fleet.pools[0])
     for island in {team["island"] for team in teams}:
         together = [team for team in teams if team["island"] == island]
+        names = {name for team in together for name in team["pools"]}
+        engines = [found.job.engine_for(pool) for pool in found.fleet.pools if pool.name in names]
         if all(team["states"] == "own chips" for team in together):
             continue
         room = sum(team["spare_bytes"] for team in together)
-        filled = found.job.parameters * engine.state_bytes["optimizer"] / room
+        filled = found.job.parameters * max(engine.state_bytes["optimizer"] for engine in engines) / room
         for team in together:
             team["states"] = "spread by free memory"
             team["state_share"] = team["spare_bytes"] / room
@@ -275,9 +289,7 @@ def _pools(found: Found, teams: Sequence[dict[str, Any]]) -> list[dict[str, Any]
             "chips_idle": pool.chips - used,
             "price_per_hour": pool.price,
             "power_watts": pool.sheet.power_watts,
-            "hours_between_failures": _mean_hours(
-                pool.hours_between_failures, pool.hours_between_node_failures, pool.per_node
-            ),
+            "hours_between_failures": hours_between_failures(pool),
             "nodes": pool.nodes,
             "chips_per_node": pool.per_node,
             "availability": pool.availability,
@@ -302,11 +314,6 @@ def _pools(found: Found, teams: Sequence[dict[str, Any]]) -> list[dict[str, Any]
             }
         rows.append(row)
     return rows
-
-
-def _mean_hours(chip: float, node: float | None, per_node: int) -> float:
-    """Mean hours between failures per chip when whole nodes fail too."""
-    return 1 / (1 / chip + (1 / (node * per_node) if node else 0.0))
 
 
 def _flops_on(found: Found, team: dict[str, Any], pool: str) -> float:
@@ -352,5 +359,5 @@ def _notes(found: Found, teams: Sequence[dict[str, Any]]) -> list[str]:
         notes.append("availability below 1 is not in these figures: `motley plan simulate` replays it")
     idle = [pool.name for pool in found.fleet.pools if not any(pool.name in team["pools"] for team in teams)]
     if idle:
-        notes.append(f"left idle, because they would not make the step faster: {', '.join(idle)}")
+        notes.append(f"left out, because the plan is better at what was asked for without them: {', '.join(idle)}")
     return notes

@@ -13,6 +13,7 @@ from motley.progress import in_words
 
 WIDTH = 130
 BAR = 24
+MOST_REFUSED = 20  # rows of a file that could not be predicted, told one by one
 PARTS = ("compute", "communication", "bubble", "optimizer")
 
 
@@ -100,14 +101,12 @@ def comparison_lines(plan: Mapping[str, Any]) -> list[str]:
     compared, money = plan["comparison"], plan["currency"]
     lines = []
     if len(plan["pools"]) > 1:
-        if plan["mixed_efficiency"] is None:
-            lines.append("mixed efficiency: no pool can hold the model alone")
-        else:
-            cannot = compared["pools_that_cannot_alone"]
-            beside = f" ({', '.join(cannot)} could not hold the model alone)" if cannot else ""
-            lines.append(
-                f"mixed efficiency: {plan['mixed_efficiency']:.1%} of what the pools reach alone, added up{beside}"
-            )
+        cannot = compared["pools_that_cannot_alone"]
+        beside = f" ({', '.join(cannot)} cannot hold the model alone: the best share of the peak is assumed)"
+        lines.append(
+            f"mixed efficiency: {plan['mixed_efficiency']:.1%} of what the pools used reach alone, added up"
+            f"{beside if cannot else ''}"
+        )
         even = compared["even_split"]
         lines.append(
             "even split (every chip the same part): impossible, some pool cannot hold the model"
@@ -117,7 +116,7 @@ def comparison_lines(plan: Mapping[str, Any]) -> list[str]:
     if (fastest := compared["fastest_pool"]) and len(plan["pools"]) > 1:
         lines.append(
             f"fastest pool alone ({fastest['pool']}): {fastest['relative_speed']:.0%} of this plan's speed, "
-            f"{money}{fastest['cost_without_failures']:,.0f}"
+            f"{money}{fastest['cost']:,.0f}"
         )
     lines += [f"drop {entry['pool']}: {worth_text(entry)}" for entry in compared["marginal_value"]]
     return lines
@@ -155,29 +154,35 @@ def describe_text(result: Mapping[str, Any]) -> str:
 
 
 def evaluate_text(result: Mapping[str, Any]) -> str:
-    """Every row (the worst hundred of many), then the summary."""
-    rows = result["rows"]
-    shown = rows if len(rows) <= 100 else sorted(rows, key=lambda row: -abs(row.get("relative_error", 0.0)))[:40]
+    """Every row (the worst forty of many), those that could not be predicted, then the summary."""
+    predicted = [row for row in result["rows"] if "error" not in row]
+    refused = [row for row in result["rows"] if "error" in row]
+    shown = predicted
+    if len(predicted) > 100:
+        shown = sorted(predicted, key=lambda row: -abs(row.get("relative_error", 0.0)))[:40]
     table = Table(
-        "line", "model", "chips", "chip", "engine", "predicted", "measured", "error", "note", title_justify="left"
-    )
+        "line", "model", "chips", "chip", "engine", "memory", "predicted", "measured", "error", "note",
+        title_justify="left",
+    )  # fmt: skip
     for row in shown:
-        measured = seconds_text(row["measured_seconds"]) if "measured_seconds" in row else ""
-        error = f"{row['relative_error']:+.1%}" if "relative_error" in row else ""
         table.add_row(
             str(row["line"]),
             row["model"],
             f"{row['gpus']:,}",
             row["chip"],
             row["engine"],
+            f"{size_text(row['memory_bytes'])}{'' if row['fits'] else ', too much'}",
             seconds_text(row["predicted_seconds"]),
-            measured,
-            error,
+            seconds_text(row["measured_seconds"]) if "measured_seconds" in row else "",
+            f"{row['relative_error']:+.1%}" if "relative_error" in row else "",
             row.get("note", "")[:44],
         )
     parts: list[Table | str] = [table]
-    if len(shown) < len(rows):
-        parts.append(f"the {len(shown)} rows of {len(rows):,} that are furthest off; --json has all")
+    if len(shown) < len(predicted):
+        parts.append(f"the {len(shown)} rows of {len(predicted):,} that are furthest off; --json has all")
+    parts += [f"not predicted: {row['error']}" for row in refused[:MOST_REFUSED]]
+    if len(refused) > MOST_REFUSED:
+        parts.append(f"and {len(refused) - MOST_REFUSED:,} rows more that could not be predicted; --json has all")
     if result["measured_rows"]:
         models = Table("model", "rows", "mean error", "worst", "rank correlation", title_justify="left")
         for name, entry in result["models"].items():
@@ -188,9 +193,10 @@ def evaluate_text(result: Mapping[str, Any]) -> str:
                 f"{entry['worst_relative_error']:.1%}",
                 _correlation(entry["rank_correlation"]),
             )
+        without = f" ({len(refused):,} rows more could not be predicted)" if refused else ""
         parts += [
             models,
-            f"{result['measured_rows']:,} measured rows: mean error {result['mean_relative_error']:.2%}, "
+            f"{result['measured_rows']:,} measured rows{without}: mean error {result['mean_relative_error']:.2%}, "
             f"worst {result['worst_relative_error']:.1%}, worst decile {result['worst_decile_relative_error']:.1%}, "
             f"rank correlation {_correlation(result['rank_correlation'])}",
         ]

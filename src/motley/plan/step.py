@@ -22,6 +22,7 @@ from motley.plan.operators import (
     layer_seconds,
     mtp_seconds,
     muon_seconds,
+    summed,
 )
 from motley.plan.shape import Block, Shape
 from motley.plan.stages import balanced
@@ -61,7 +62,7 @@ class Held:
             self.expert_muon + other.expert_muon,
         )
 
-    def __mul__(self, factor: float) -> "Held":
+    def __mul__(self, factor: Floats | float) -> "Held":
         return Held(self.dense * factor, self.experts * factor, self.dense_muon * factor, self.expert_muon * factor)
 
 
@@ -137,7 +138,7 @@ def step_seconds(
 def _of_stages(
     shape: Shape, layouts: Layouts, hardware: Hardware, engine: Engine, pieces: Items, cut: list[slice], seq: int
 ) -> StepSeconds:
-    total = [_sum(list(pieces.seconds[part])) for part in cut]
+    total = [summed(pieces.seconds[part]) for part in cut]
     held = [sum(pieces.held[part], start=Held(0.0, 0.0)) for part in cut]
     if shape.tied and len(cut) == 1:
         held[0] = held[0] + Held(-float(shape.head.parameters), 0.0)
@@ -197,7 +198,7 @@ def bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
     pp = len(stages)
     if pp == 1:
         return np.zeros(len(layouts))
-    mean = _sum(stages) * (1 / pp)
+    mean = summed(stages) * (1 / pp)
     slowest = np.max([stage.total for stage in stages], axis=0)
     through = np.sum([stage.total for stage in stages], axis=0)
     whole = through - slowest  # (p-1)(F+B) when stages are equal
@@ -291,10 +292,3 @@ def update_seconds(held: Held, layouts: Layouts, hardware: Hardware, engine: Eng
     own = held.dense / dense_over + held.experts / experts_over
     muon = held.dense_muon / dense_over + held.expert_muon / experts_over
     return np.where(sharded, 1.0, twice) * (own / rate + muon)
-
-
-def _sum(values: list[LayerSeconds]) -> LayerSeconds:
-    result = values[0]
-    for value in values[1:]:
-        result = result + value
-    return result

@@ -1,6 +1,7 @@
 """All ways in which a team of pools can run whole copies of the model, costed at once (candidates.py, options.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,24 +11,28 @@ from motley.plan.candidates import Member, candidates_of, members_of
 from motley.plan.job import Job
 from motley.plan.layout import SCHEDULES, Floats, Ints, Layouts
 from motley.plan.memory import in_flight
-from motley.plan.operators import LayerSeconds
-from motley.plan.options import Options, items_at, joined, kinds_of, lines_of, pieces_of
+from motley.plan.operators import LayerSeconds, summed
+from motley.plan.options import Options, border_seconds, items_at, joined, kinds_of, lines_of, pieces_of
 from motley.plan.place import place
-from motley.plan.step import Items, items
+from motley.plan.step import Held, Items, exchange_seconds, items, update_seconds
 
-CHUNKS = (500, 1000, 2000, 4000)
+CHUNKS = (500, 1000, 2000, 4000)  # candidates placed at a time
+MANY_CHIPS, PATIENCE = 64, 1  # larger teams of several pools end after so many chunks in which nothing better was found
 
 
-def options_of(pools: Sequence[Pool], job: Job, share: float = 1.0) -> Options | None:
+def options_of(
+    pools: Sequence[Pool], job: Job, share: float = 1.0, to_beat: Callable[[int], float] = lambda sequences: np.inf
+) -> Options | None:
     """Every way worth considering; None where the model does not fit these pools at all.
 
     Args:
         pools: that form the team.
         job: what to train.
         share: of the batch that these pools will probably get beside others.
+        to_beat: sequences → seconds in which these pools can take them without forming this team.
 
     Candidates are costed with a lower bound (all stages equal) first and placed exactly in that order, until no bound
-    that is left can beat what was found, for the team's whole batch as for its likely share of it.
+    that is left can beat what is known, for the whole batch as for likely shares of it.
     """
     members = members_of(pools, job)
     candidates = candidates_of(members, job)
@@ -39,16 +44,19 @@ def options_of(pools: Sequence[Pool], job: Job, share: float = 1.0) -> Options |
         for own, member in zip(layouts, members, strict=True)
     ]
     found: list[Options] = []
-    shares = [job.global_batch, job.global_batch * share]
+    shares = [job.global_batch * part for part in (1.0, share**0.5, share, share / 2)]
     keep = np.flatnonzero(_could_fit(members, layouts, per_pool, costed, job))
     layouts, per_pool, costed = [own[keep] for own in layouts], per_pool[:, keep], [items_at(c, keep) for c in costed]
     if not len(keep):
         return None
-    bounds = _lower_bounds(members, layouts, per_pool, costed, shares)
+    bounds = _lower_bounds(members, layouts, per_pool, costed, shares, job)
     order = np.argsort((bounds / np.maximum(bounds.min(axis=1, keepdims=True), 1e-300)).min(axis=0), kind="stable")
-    best = np.full(len(shares), np.inf)
-    start, size = 0, 0
-    while start < len(order):
+    best = np.array([to_beat(max(1, round(part))) for part in shares])
+    start, size, in_vain = 0, 0, 0
+    patience = (
+        PATIENCE if len(members) > 1 and sum(member.pool.chips for member in members) > MANY_CHIPS else len(order)
+    )
+    while start < len(order) and in_vain < patience:
         chunk = order[start : start + CHUNKS[min(size, len(CHUNKS) - 1)]]
         if (bounds[:, order[start:]].min(axis=1) > best).all():
             break
@@ -59,10 +67,11 @@ def options_of(pools: Sequence[Pool], job: Job, share: float = 1.0) -> Options |
         if placed is None or not len(placed):
             continue
         found.append(placed)
-        for number, share in enumerate(shares):
-            times = placed.seconds(np.maximum(np.ceil(share / placed.grain), 1), crossing=False)
-            own = times[placed.own_states]
-            best[number] = min(best[number], own.min(initial=np.inf))
+        before = best.copy()
+        for number, part in enumerate(shares):
+            times = placed.seconds(np.maximum(np.ceil(part / placed.grain), 1), crossing=False)
+            best[number] = min(best[number], times[placed.own_states].min(initial=np.inf))
+        in_vain = 0 if (best < before).any() else in_vain + 1
     if not found:
         return None
     return joined(found)
@@ -83,20 +92,55 @@ def _could_fit(
 
 
 def _lower_bounds(
-    members: tuple[Member, ...], layouts: list[Layouts], per_pool: Ints, costed: list[Items], shares: Sequence[float]
+    members: tuple[Member, ...],
+    layouts: list[Layouts],
+    per_pool: Ints,
+    costed: list[Items],
+    shares: Sequence[float],
+    job: Job,
 ) -> Floats:
-    """[shares, candidates] seconds that no placement can beat: all work spread evenly over all stages."""
-    work = [np.sum([piece.total for piece in pieces.seconds], axis=0) for pieces in costed]
-    speed = np.sum([stages / own for stages, own in zip(per_pool, work, strict=True)], axis=0)
+    """[shares, candidates] seconds that no placement can beat: all work spread evenly over all stages.
+
+    The bubble grows and shrinks with the slowest stage, but never by more than the micro-batches gain from it; a team
+    of one pool also exchanges, updates and waits at least as much as its average stage.
+    """
+    first = layouts[0]
+    pp = first.pp
+    whole = [summed(pieces.seconds) for pieces in costed]
+    speed = np.sum([stages / own.total for stages, own in zip(per_pool, whole, strict=True)], axis=0)
     heaviest = np.min([np.max([piece.total for piece in _unique(pieces)], axis=0) for pieces in costed], axis=0)
-    dual = layouts[0].schedule == SCHEDULES.index("dualpipe")
+    dual = first.schedule == SCHEDULES.index("dualpipe")
     slow = np.maximum(1 / speed, np.where(dual, heaviest / 2, heaviest))
-    grain = layouts[0].dp * layouts[0].micro_batch
-    zero = np.full(len(slow), np.inf)
-    for member, own in zip(members, layouts, strict=True):
-        each = member.engine.step_seconds + np.zeros(len(own))
-        zero = np.minimum(zero, each)
-    return np.stack([np.maximum(np.ceil(share / grain), 1) * slow + zero for share in shares])
+    least = np.min([own.total for own in whole], axis=0)
+    weight = np.max([np.minimum(own.weight, own.total / 3) for own in whole], axis=0) / pp
+    filling = np.maximum(least - slow, 0.0)
+    mean = whole[0] * (1 / pp)
+    both = mean.total + mean.backward + mean.communication / 2 - 3 * weight
+    bubble = np.select(
+        [pp == 1, first.schedule == SCHEDULES.index("1f1b"), dual],
+        [np.zeros(len(first)), filling / first.chunks, np.maximum((pp / 2 - 1) * both, 0.0)],
+        np.maximum(filling - 2 * (pp - 1) * weight, 0.0),
+    )
+    fixed = bubble + max(member.engine.step_seconds for member in members)
+    once, hidden = np.zeros(len(first)), 0.0
+    if len(members) == 1:
+        member, pieces = members[0], costed[0]
+        held = sum(pieces.held, start=Held(0.0, 0.0)) * (1 / pp)
+        once, every = exchange_seconds(held, first, member.hardware, member.engine)
+        hidden = member.engine.hidden_gradients
+        fixed = fixed + update_seconds(held, first, member.hardware, member.engine)
+        nodes = np.maximum(first.chips / member.hardware.chips_per_node, 1)
+        slow = slow * (1 + member.engine.skew * np.log2(nodes)) + (1 - member.engine.hidden_shards) * every
+    for (member, own), (neighbour, theirs) in pairwise(zip(members, layouts, strict=True)):
+        ends = ((member, own), (neighbour, theirs))
+        border = np.maximum(*(border_seconds(end, one, job, far=True) for end, one in ends))
+        slow, fixed = np.maximum(slow, border), fixed + 2 * border
+    grain = first.dp * first.micro_batch
+    bounds = []
+    for share in shares:
+        running = np.maximum(np.ceil(share / grain), 1) * slow
+        bounds.append(fixed + running + once - hidden * np.minimum(once, running))
+    return np.stack(bounds)
 
 
 def _unique(pieces: Items) -> list[LayerSeconds]:

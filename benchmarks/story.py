@@ -1,0 +1,126 @@
+"""What DeepSeek-V3's 14.8 T tokens take on the fleets of the story, and when a lesser chip pays.
+
+    python benchmarks/story.py [--quick] [--json]
+
+First table: every fleet of examples/fleets/ that can hold the model, failures counted. Second: 2,000 A100s with 1,024
+chips of one other kind beside them: how many days that saves, what the run then costs, and below which rent of theirs
+it would be cheaper than without them. All of it is predicted, not run; the engine `motley` is not yet measured on
+accelerators.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from motley.errors import InputError
+from motley.fleet import Fleet, Pool, load_fleet
+from motley.plan.job import Job
+from motley.plan.known import find_shape
+from motley.plan.objective import best_plan
+from motley.plan.outcome import compared, spelled_out
+from motley.plan.search import Searcher
+
+FLEETS = Path(__file__).parents[1] / "examples/fleets"
+RUNS = (  # fleet, fp8, engine
+    ("h100-16000", False, "motley"),
+    ("h100-16000", True, "motley"),
+    ("h800-2048", True, "deepseek"),
+    ("a100-2048", False, "motley"),
+    ("story", False, "motley"),
+    ("three-sites", False, "motley"),
+    ("lab", False, "motley"),
+)
+TOKENS, SEQ_LEN, BATCH = 14.8e12, 4096, 15_360  # V3 report, 4.2
+LESSER = ("H100-80GB-SXM", "H20-96GB", "L40S-48GB", "RTX-4090", "A30-24GB", "A40-48GB", "L20-48GB", "V100-32GB-SXM")
+QUICK_LESSER = ("A40-48GB", "V100-32GB-SXM")
+ADDED = 1024
+
+
+def job(fp8: bool, engine: str) -> Job:
+    return Job(find_shape("v3"), TOKENS, SEQ_LEN, BATCH, engine, fp8)
+
+
+def fleet_row(name: str, fp8: bool, engine: str) -> dict[str, Any]:
+    fleet = load_fleet(FLEETS / f"{name}.yaml")
+    searcher = Searcher(fleet, job(fp8, engine))
+    row: dict[str, Any] = {"fleet": fleet.name, "engine": engine, "precision": "fp8" if fp8 else "16 bit"}
+    try:
+        chosen, found = best_plan(searcher, "time", None)
+    except InputError as refused:
+        return {**row, "refused": str(refused)}
+    plan = spelled_out(found) | compared(chosen, found)
+    even = plan["comparison"]["even_split"]
+    return {
+        **row,
+        **{key: plan[key] for key in ("chips", "days", "chip_hours", "cost", "energy_kwh", "goodput")},
+        "mixed_efficiency": plan["mixed_efficiency"] if len(fleet.pools) > 1 else None,
+        "even_split_speed": even["relative_speed"] if even else None,
+        "inner_steps": plan["inner_steps"],
+    }
+
+
+def beside_a100(chip: str | None) -> dict[str, Any]:
+    """2,000 A100s, alone or with `ADDED` other chips."""
+    pools = [Pool(name="a100", chip="A100-80GB-SXM", nodes=250)]
+    if chip:
+        pools.append(Pool(name=chip, chip=chip, nodes=ADDED // 8, chips_per_node=8))
+    fleet = Fleet(name=chip or "2000 A100", pools=tuple(pools))
+    searcher = Searcher(fleet, job(False, "motley"))
+    _, found = best_plan(searcher, "time", None)
+    plan = spelled_out(found) | compared(searcher, found)
+    used = sum(pool["chips"] for pool in plan["pools"] if pool["pool"] == chip)
+    hours = plan["days"] * 24
+    return {
+        "beside": chip,
+        "price_per_hour": pools[-1].price,
+        "days": plan["days"],
+        "cost": plan["cost"],
+        "cost_of_a100": plan["cost"] - used * hours * pools[-1].price if chip else plan["cost"],
+        "chip_hours": used * hours,
+        "mixed_efficiency": plan["mixed_efficiency"],
+        "used": used,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two lesser chips instead of eight")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    fleets = [fleet_row(*run) for run in RUNS]
+    base = beside_a100(None)
+    lesser = [beside_a100(chip) for chip in (QUICK_LESSER if arguments.quick else LESSER)]
+    if arguments.json:
+        print(json.dumps({"fleets": fleets, "a100_alone": base, "beside_a100": lesser}))
+        return
+    print(
+        "| Fleet | Engine, format | Chips used | Days | Chip-hours | Price | Energy | Mixed efficiency | Even split |"
+    )
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    for row in fleets:
+        name = f"| {row['fleet']} | {row['engine']}, {row['precision']} "
+        if "refused" in row:
+            print(f"{name}| | | | | | | {row['refused']} |")
+            continue
+        mixed = f"{row['mixed_efficiency']:.0%}" if row["mixed_efficiency"] else ""
+        even = f"{row['even_split_speed']:.0%}" if row["even_split_speed"] else ""
+        print(
+            f"{name}| {row['chips']:,} | {row['days']:.0f} | {row['chip_hours'] / 1e6:.2f} M | "
+            f"${row['cost'] / 1e6:.1f} M | {row['energy_kwh'] / 1e6:.1f} GWh | {mixed} | {even} |"
+        )
+    print(f"\n2,000 A100 alone: {base['days']:.0f} days, ${base['cost'] / 1e6:.1f} M\n")
+    print(f"| {ADDED:,} more | $ an hour each | Days | Days saved | Price of the run | Pays below | Mixed efficiency |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for row in lesser:
+        mixed = f"{row['mixed_efficiency']:.0%}" if row["mixed_efficiency"] else ""
+        worth = (base["cost"] - row["cost_of_a100"]) / row["chip_hours"] if row["used"] else 0.0
+        print(
+            f"| {row['beside']} | {row['price_per_hour']:.2f} | {row['days']:.0f} | "
+            f"{1 - row['days'] / base['days']:.1%} | ${row['cost'] / 1e6:.1f} M "
+            f"({row['cost'] / base['cost'] - 1:+.1%}) | ${worth:.2f} | {mixed if row['used'] else 'left out'} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
