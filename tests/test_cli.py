@@ -35,6 +35,24 @@ def test_an_unknown_command_is_named_with_those_there_are() -> None:
     assert "pretrain" in done.stderr
 
 
+def test_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status in ((["fleet"], 2), (["fleet", "--help"], 0), (["fleet", "-h"], 0)):
+        assert run(arguments) == status
+        said = capsys.readouterr()
+        assert [name for name in COMMANDS if f"  {name} " in said.out] == ["fleet probe", "fleet show", "fleet chips"]
+        assert said.err == ""
+    assert run(["fleet", "fly"]) == 2
+    assert "choose one of fleet probe, fleet show, fleet chips" in capsys.readouterr().err
+
+
+def test_a_command_that_is_a_group_too_names_the_commands_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(["plan", "--help"])
+    assert left.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "motley plan describe, motley plan evaluate, motley plan simulate" in said
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_exists_and_explains_itself(name: str) -> None:
     command = COMMANDS[name]

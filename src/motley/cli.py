@@ -94,16 +94,23 @@ COMMANDS: dict[str, Command] = {
 }  # fmt: skip
 
 
-def usage() -> str:
-    width = max(map(len, COMMANDS))
+def usage(group: str = "") -> str:
+    """What commands there are; of one group, such as `fleet`, those whose name begins with it."""
+    listed = inside(group) if group else list(COMMANDS)
+    width = max(map(len, listed))
     lines = [
         f"motley {__version__}: your own DeepSeek, on the chips you have",
         "",
-        "usage: motley COMMAND [OPTIONS]",
+        f"usage: motley {group} COMMAND [OPTIONS]" if group else "usage: motley COMMAND [OPTIONS]",
         "",
     ]
-    lines += [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", "motley COMMAND --help tells a command's options."])
+    lines += [f"  {name:<{width}}  {COMMANDS[name].summary}" for name in listed]
+    return "\n".join([*lines, "", f"motley {listed[0] if group else 'COMMAND'} --help tells a command's options."])
+
+
+def inside(group: str) -> list[str]:
+    """Names of the commands in a group: `fleet` → `fleet probe`, `fleet show`, ..."""
+    return [name for name in COMMANDS if name.startswith(f"{group} ")]
 
 
 def find(path: str) -> Any:
@@ -123,8 +130,11 @@ def run(arguments: Sequence[str]) -> int:
     name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
     command = COMMANDS.get(name)
     if command is None:
-        inside = [known for known in COMMANDS if known.startswith(f"{name} ")]
-        there_are = f"choose one of {', '.join(inside)}" if inside else f"there are {', '.join(COMMANDS)}"
+        group = inside(name)
+        if group and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+            print(usage(name))
+            return 2 if len(arguments) == 1 else 0
+        there_are = f"choose one of {', '.join(group)}" if group else f"there are {', '.join(COMMANDS)}"
         print(f"motley: there is no command {' '.join(arguments[:2])!r}; {there_are}", file=sys.stderr)
         return 2
     try:
@@ -157,9 +167,9 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[Any, b
         on = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print the result as one JSON object.")]
         fields.append(("json", on, dataclasses.field(default=False)))
     options = dataclasses.make_dataclass("Options", fields)
-    chosen = tyro.cli(
-        options, args=list(arguments), prog=f"motley {name}", description=command.summary.capitalize() + "."
-    )
+    beside = f" Beside it: motley {', motley '.join(group)}." if (group := inside(name)) else ""
+    description = f"{command.summary.capitalize()}.{beside}"
+    chosen = tyro.cli(options, args=list(arguments), prog=f"motley {name}", description=description)
     return chosen.config, getattr(chosen, "json", False)
 
 
