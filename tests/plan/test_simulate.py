@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 from motley.errors import InputError
+from motley.plan.replay_page import simulation_page
 from motley.plan.simulate import (
     LOSSES,
-    PoolRate,
+    Part,
     SimulateSettings,
+    Team,
     best_interval,
     expected_goodput,
-    pool_rates,
     replay,
     simulate_plan,
+    teams_of,
 )
 
 DAY = 86400.0
@@ -29,11 +31,24 @@ def plan(days: float = 30, hours: float = 50_000.0, nodes: int = 256, availabili
         "pools": [
             {
                 "pool": "a", "chips": chips, "nodes": nodes, "chips_per_node": 8, "hours_between_failures": hours,
-                "flops_share": 1.0, "availability": availability,
+                "flops_share": 1.0, "availability": availability, "memory_limit_bytes": 80e9,
             }
         ],
-        "teams": [{"pools": ["a"], "chips": {"a": chips}, "dp": chips // 16}],
+        "teams": [
+            {
+                "pools": ["a"], "chips": {"a": chips}, "share": 1.0, "dp": chips // 16, "cp": 1, "ep": 1, "zero": 1,
+                "stages": [{"chips": chips, "memory_bytes": {"weights": 2e9, "gradients": 2e9, "optimizer": 1e8}}],
+            }
+        ],
     }  # fmt: skip
+
+
+def team(copies: int, *parts: Part, state_bytes: float = 0.0) -> Team:
+    return Team(1.0, copies, state_bytes, parts)
+
+
+def part(chips: int, copies: int, work: float = 1.0, per_node: int = 8, memory_bytes: float = 80e9) -> Part:
+    return Part("a", chips, chips // copies, -(-chips // per_node), per_node, 1e5, 1.0, work, memory_bytes)
 
 
 def test_goodput_with_spares_is_what_young_and_daly_expect():
@@ -64,20 +79,22 @@ def test_youngs_formula():
 
 def test_lost_seconds_and_useful_ones_make_up_the_whole_run():
     settings = SimulateSettings(repair_hours=48, replan_seconds=120)
-    pools = pool_rates(plan(hours=20_000, availability=0.95))
+    teams = teams_of(plan(hours=20_000, availability=0.95))
     for seed in range(5):
-        run = replay(pools, 20 * DAY, 2000, settings, np.random.default_rng(seed))
+        run = replay(teams, 20 * DAY, 2000, settings, np.random.default_rng(seed))
         assert run["goodput"] + sum(run["lost"].values()) == pytest.approx(1, abs=1e-9)
         assert set(run["lost"]) == set(LOSSES)
         assert all(share > 0 for share in run["lost"].values())
-        times, done = zip(*run["timeline"], strict=True)
+        times, done, speed = zip(*run["timeline"], strict=True)
         assert list(times) == sorted(times)
         assert done[-1] == 1
+        assert all(0 <= value <= 1 + 1e-9 for value in speed)
+        assert len(run["failed"]) == run["failures"]
 
 
 def test_without_failures_nothing_is_lost():
     settings = SimulateSettings(stragglers_per_failure=0, checkpoint_interval_seconds=1e12)
-    run = replay(pool_rates(plan(hours=1e15)), 10 * DAY, float("inf"), settings, np.random.default_rng(0))
+    run = replay(teams_of(plan(hours=1e15)), 10 * DAY, float("inf"), settings, np.random.default_rng(0))
     assert (run["goodput"], run["failures"], run["days"]) == (1.0, 0, 10)
 
 
@@ -101,13 +118,75 @@ def test_more_failures_longer_repairs_and_slower_stragglers_cost_more():
     assert simulate_plan(plan(), SimulateSettings(runs=20, spare_share=0.05))["goodput"] > base
 
 
-def test_only_whole_copies_of_the_model_count():
-    pool = PoolRate("a", 64, 8, 8, 1e5, 1.0, replica_chips=16, availability=1.0)
-    assert pool.lacking(0, 0, 0.5) == 0
-    assert pool.lacking(1, 0, 0.5) == pytest.approx(0.25)  # one node of two that hold a copy
-    assert pool.lacking(2, 0, 0.5) == pytest.approx(0.25)  # the copy is formed again of what is left
-    assert pool.lacking(0, 1, 0.5) == pytest.approx(0.125)  # one copy of four at half speed
-    assert pool.lacking(9, 3, 0.5) == 1
+def test_a_team_that_loses_a_node_goes_on_with_the_copies_that_are_left():
+    many = team(40, part(640, 40))  # a copy is two nodes
+    assert many.speed([640], 0, CALM) == 1
+    assert many.speed([632], 0, CALM) == pytest.approx(39 / 40)
+    assert many.speed([624], 0, CALM) == pytest.approx(39 / 40)  # formed again of what is left
+    assert many.speed([640], 2, CALM) == pytest.approx((40 - 2 * 0.3) / 40)  # two slow chips slow two copies
+    assert many.speed([0], 3, CALM) == 0
+
+
+def test_a_team_without_a_whole_copy_works_on_with_what_is_left_if_the_state_fits():
+    alone = team(1, part(16, 1), state_bytes=600e9)
+    assert alone.speed([16], 0, CALM) == 1
+    assert alone.speed([8], 0, CALM) == pytest.approx(0.9 / 2)
+    assert alone.speed([8], 1, CALM) == pytest.approx(0.9 / 2 * 0.7)
+    assert team(1, part(16, 1), state_bytes=700e9).speed([8], 0, CALM) == 0  # 8 x 80 GB cannot hold it
+
+
+def test_pools_of_one_team_fail_together():
+    """A copy needs both pools: with half of the one, half of the copies work, or all is cut anew."""
+    mixed = team(4, part(16, 4, work=0.8, per_node=4), part(8, 4, work=0.2, per_node=2))
+    assert mixed.speed([8, 8], 0, CALM) == pytest.approx(0.9 * (0.8 / 2 + 0.2))
+    assert mixed.speed([16, 4], 0, CALM) == pytest.approx(0.9 * (0.8 + 0.2 / 2))
+    assert mixed.speed([16, 0], 0, CALM) == pytest.approx(0.9 * 0.8)
+    assert mixed.speed([0, 8], 0, CALM) == pytest.approx(0.9 * 0.2)
+
+
+def test_losing_more_is_never_faster():
+    random = np.random.default_rng(4)
+    for _ in range(300):
+        copies = int(random.choice([1, 2, 4]))
+        parts = [part(copies * int(random.integers(1, 9)), copies, work) for work in (0.3, 0.7)]
+        some = team(copies, *parts, state_bytes=random.uniform(0, 80e9 * sum(p.chips for p in parts)))
+        fewer = [int(random.integers(0, p.chips + 1)) for p in parts]
+        more = [int(random.integers(count, p.chips + 1)) for count, p in zip(fewer, parts, strict=True)]
+        slow = int(random.integers(0, 3))
+        assert some.speed(fewer, slow + 1, CALM) <= some.speed(more, slow, CALM) + 1e-12
+
+
+def test_the_state_is_that_of_the_smallest_set_of_chips_that_holds_every_expert():
+    values = plan()
+    values["teams"][0] |= {"ep": 4}
+    chips, copies = 2048, 128
+    assert teams_of(values)[0].state_bytes == pytest.approx(chips * (4e9 * 4 / copies + 1e8))
+    values["teams"][0] |= {"zero": 3}  # all is sharded: the team holds it once
+    assert teams_of(values)[0].state_bytes == pytest.approx(chips * 4.1e9)
+
+
+def test_a_team_of_one_copy_does_not_stand_still_through_a_repair():
+    """Two nodes hold the only copy. A repair of ten days costs about half of the speed while it lasts, not all."""
+    values = plan(days=200, hours=16 * 24 * 40, nodes=2)
+    slow_repair = SimulateSettings(stragglers_per_failure=0, repair_hours=240, runs=20)
+    values["teams"][0]["stages"][0]["memory_bytes"] = {"weights": 0, "gradients": 0, "optimizer": 30e9}
+    working = simulate_plan(values, slow_repair)
+    values["teams"][0]["stages"][0]["memory_bytes"]["optimizer"] = 60e9
+    standing = simulate_plan(values, slow_repair)
+    key = "missing and slow chips"
+    assert working["lost_share"][key] == pytest.approx(0.55 * 10 / 50, rel=0.15)  # 40 days between failures, 10 away
+    assert standing["lost_share"][key] > 1.5 * working["lost_share"][key]
+
+
+def test_the_day_by_day_picture_adds_up_to_the_whole_run():
+    for days in (3, 90, 700):
+        result = simulate_plan(plan(days=days, hours=20_000), SimulateSettings(runs=3))
+        drawn = result["timeline"]
+        width = np.diff(drawn["edges"])
+        assert len(width) == len(drawn["work"]) == len(drawn["speed"]) <= 160
+        assert (np.array(drawn["work"]) * width).sum() == pytest.approx(days, rel=1e-6)
+        assert all(0 <= day <= drawn["edges"][-1] for day in drawn["failures"])
+        assert sorted(run["days"] for run in result["runs"])[1] == pytest.approx(drawn["edges"][-1])
 
 
 @pytest.mark.parametrize(
@@ -117,6 +196,7 @@ def test_only_whole_copies_of_the_model_count():
         ({"checkpoint_seconds": 0}, "--checkpoint-seconds is 0; it must be above 0"),
         ({"spare_share": -1}, "--spare-share is -1; it must be 0 or more"),
         ({"straggler_speed": 2}, "--straggler-speed is 2"),
+        ({"replanned_speed": 0}, "--replanned-speed is 0; it must be above 0 and at most 1"),
         ({"checkpoint_interval_seconds": -5}, "--checkpoint-interval-seconds is -5"),
         ({"repair_hours": float("nan")}, "--repair-hours is nan"),
     ],
@@ -130,6 +210,22 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], said: s
 def test_a_file_that_is_no_plan_is_refused(broken: dict[str, Any]):
     with pytest.raises(InputError, match=r"this is no plan|uses no chips"):
         simulate_plan(broken, SimulateSettings())
+
+
+def test_the_pages_of_a_plan_and_its_replay_say_what_matters():
+    result = simulate_plan(plan(), SimulateSettings(runs=5))
+    page = simulation_page(result)
+    for words in (
+        "days until it is done",
+        "chips at work",
+        "useful work",
+        "failures",
+        "minutes between two checkpoints",
+    ):
+        assert words in page
+    assert "<script" not in page
+    calm = simulate_plan(plan(hours=1e15), SimulateSettings(runs=2, stragglers_per_failure=0))
+    assert "none in this replay" in simulation_page(calm)
 
 
 def test_a_run_that_loses_as_much_as_it_gains_is_refused_instead_of_going_on_for_ever():

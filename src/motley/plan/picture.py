@@ -7,9 +7,9 @@ from motley.fleet.picture import PALETTE, pool_colour
 from motley.fleet.units import size_text
 from motley.page import Html, element, facts_table, figure, in_count, list_section, whole_page
 from motley.plan.show import comparison_lines, seconds_text, stage_text, worth_text
-from motley.plan.timeline import timeline
+from motley.plan.step_picture import detail_caption, detail_svg, step_svg
 from motley.progress import in_words
-from motley.svg import LEFT, WIDTH, legend, rect, short, svg, text, tile
+from motley.svg import LEFT, WIDTH, fits, legend, line, rect, short, svg, text, tile, tiles
 
 PART_COLOURS = {
     "compute": "var(--first)",
@@ -21,36 +21,46 @@ PART_COLOURS = {
 MEMORY_COLOURS: Mapping[str, str] = dict(
     zip(("weights", "gradients", "optimizer", "activations", "buffers", "fragmentation"), PALETTE, strict=False)
 )
-GANTT_STAGES, GANTT_MICRO_BATCHES = 12, 16
+BOX_SIZE = 11  # of the words in a stage's box
+BADGE = (
+    "display:inline-block;border:1px solid var(--bad);color:var(--bad);border-radius:8px;"
+    "padding:5px 12px;margin-top:10px;font-size:14px;font-weight:600"
+)
 
 
 def plan_page(plan: Mapping[str, Any]) -> str:
     """HTML of the whole plan."""
     colours = {pool["pool"]: pool_colour(index) for index, pool in enumerate(plan["pools"])}
     money = plan["currency"]
-    tiles = [
+    cards = [
         tile("time", f"{plan['days']:,.1f} days", f"goodput {plan['goodput']:.1%} with failures counted"),
-        tile("price", f"{money}{short(plan['cost'])}", f"{short(plan['chip_hours'])} chip-hours"),
-        tile("speed", f"{short(plan['tokens_per_second'])} tokens/s", f"{plan['chips']:,} chips"),
+        tile("price", f"{money}{in_count(plan['cost'])}", f"{short(plan['chip_hours'])} chip-hours"),
+        tile("speed", f"{in_count(plan['tokens_per_second'])}\N{NO-BREAK SPACE}tokens/s", f"{plan['chips']:,} chips"),
         tile(
             "a step", seconds_text(plan["step_seconds"]), f"{plan['global_batch']:,} sequences of {plan['seq_len']:,}"
         ),
-        tile("energy", f"{plan['energy_kwh'] / 1000:,.0f} MWh", "all chips at their rated power"),
+        tile(
+            "energy",
+            f"{plan['energy_kwh'] / 1000:,.{0 if plan['energy_kwh'] > 1e5 else 1}f} MWh",
+            "all chips at their rated power",
+        ),
+        _sixth_card(plan),
     ]
-    if len(plan["pools"]) > 1 and plan["mixed_efficiency"] is not None:
-        tiles.append(tile("mixed efficiency", f"{plan['mixed_efficiency']:.0%}", "of all pools' own speeds added up"))
     title = f"{plan['model']} on {plan['fleet']}"
+    about = (
+        f"{in_count(plan['tokens'])} tokens \N{MIDDLE DOT} objective: {plan.get('objective', 'time')} "
+        f"\N{MIDDLE DOT} efficiencies of the engine {plan['engine']}"
+    )
     biggest = max(plan["teams"], key=lambda team: team["share"])
     body = [
         element(
             "header",
             element("p", "motley plan", class_="brand"),
             element("h1", title),
-            element(
-                "p", f"{in_count(plan['tokens'])} tokens, objective: {plan.get('objective', 'time')}", class_="muted"
-            ),
+            element("p", about, class_="muted"),
+            *(element("p", f"Assumed, not measured: {note}", style=BADGE) for note in assumed(plan)),
         ),
-        element("div", *tiles, class_="tiles"),
+        tiles(cards),
         element(
             "section",
             element("h2", "Against what else one could do"),
@@ -63,17 +73,27 @@ def plan_page(plan: Mapping[str, Any]) -> str:
             figure(
                 "Layers on chips",
                 _layout_svg(plan, colours),
-                "one row a team of pools; a box is a pipeline stage, its width the layers it holds",
+                "a row is a team of pools, a box a pipeline stage, its width the layers it holds; "
+                "chips: of all copies; exp.: experts of each layer on one chip",
             ),
         ),
         element(
             "section",
             element("h2", "One step"),
-            figure("Where the time of each team goes", _step_svg(plan)),
-            figure(
-                f"The pipeline of {' → '.join(biggest['pools'])}",
-                _gantt_svg(biggest, colours),
-                f"{biggest['schedule']}; dark: forward, lighter: backward, palest: gradients of weights",
+            element(
+                "div",
+                figure(
+                    "All teams, second by second",
+                    step_svg(plan, colours),
+                    "a line is a chip of one copy of the model at its micro-batches, exchange between them included",
+                ),
+                figure("Where the time of each team goes", _split_svg(plan)),
+                figure(
+                    f"The pipeline of {' → '.join(biggest['pools'])}",
+                    detail_svg(biggest, colours),
+                    detail_caption(biggest),
+                ),
+                style="display:grid;gap:16px",
             ),
         ),
         element(
@@ -117,7 +137,22 @@ def _comparison_svg(plan: Mapping[str, Any]) -> str:
     return svg(16 + 26 * len(rows), parts)
 
 
+def assumed(plan: Mapping[str, Any]) -> list[str]:
+    """Notes that say of an engine that it was not measured."""
+    return [note for note in plan["notes"] if note.startswith("engine ")]
+
+
+def _sixth_card(plan: Mapping[str, Any]) -> Html:
+    """Mixed efficiency; with one pool, or where no pool can hold the model alone, how well the chips are used."""
+    if len(plan["pools"]) > 1 and plan["mixed_efficiency"] is not None:
+        return tile("mixed efficiency", f"{plan['mixed_efficiency']:.0%}", "of all pools' own speeds added up")
+    used = [pool for pool in plan["pools"] if pool["chips"]]
+    span = [f"{value:.0%}" for value in sorted({pool["mfu"] for pool in used})]
+    return tile("MFU", span[0] if len(span) == 1 else f"{span[0]} to {span[-1]}", "useful FLOPs over the chips' peak")
+
+
 def _layout_svg(plan: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+    """A row a team, a box a stage. A box too narrow for its words bears a number, explained below the row."""
     parts: list[Html] = []
     y = 6.0
     for team in plan["teams"]:
@@ -133,19 +168,64 @@ def _layout_svg(plan: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         ]
         scale = (WIDTH - 20) / sum(weights)
         x = 10.0
-        for stage, weight in zip(team["stages"], weights, strict=True):
+        height = 17 + 14 * max(len(_box_lines(stage, weight * scale)) for stage, weight in _zip(team, weights))
+        numbered: list[str] = []
+        for stage, weight in _zip(team, weights):
             width = weight * scale
-            tip = _stage_tip(stage)
-            parts.append(rect(x, y, width, 40, colours[stage["pool"]], tip, 0.85))
-            if width > 54 and stage["layers"]:
-                parts.append(
-                    text(x + width / 2, y + 17, f"{stage['layers'][0]}–{stage['layers'][1]}", "middle", "#fff", 12)
-                )
-                ends = "emb " * stage["embedding"] + "MTP " * bool(stage["mtp"]) + "head" * stage["head"]
-                parts.append(text(x + width / 2, y + 32, ends or f"{stage['chips']} chips", "middle", "#fff", 11))
+            lines = _box_lines(stage, width)
+            if not lines:
+                numbered.append(f"{len(numbered) + 1}: {', '.join(_words(stage))}")
+                lines = [str(len(numbered))]
+            parts.append(rect(x, y, width, height, colours[stage["pool"]], _stage_tip(stage), 0.9))
+            first = y + height / 2 + 4 - 7 * (len(lines) - 1)
+            for number, words in enumerate(lines):
+                parts.append(text(x + width / 2, first + 14 * number, words, "middle", "#fff", BOX_SIZE))
             x += width
-        y += 56
+        y += height
+        for words in _wrapped(numbered):
+            parts.append(text(10, y + 16, words, colour="var(--muted)", size=12))
+            y += 16
+        y += 16
     return svg(y, parts)
+
+
+def _zip(team: Mapping[str, Any], weights: list[float]) -> list[tuple[Mapping[str, Any], float]]:
+    return list(zip(team["stages"], weights, strict=True))
+
+
+def _words(stage: Mapping[str, Any]) -> list[str]:
+    """What a stage holds, piece by piece."""
+    words = []
+    if stage["layers"]:
+        first, last = stage["layers"]
+        words = [f"layer {first}" if first == last else f"layers {first}–{last}"]
+    ends = [name for name in ("embedding", "mtp", "head") if stage[name]]
+    words += [" + ".join(ends).replace("mtp", "MTP")] if ends else []
+    words.append(f"{stage['chips']:,} chip{'s' * (stage['chips'] != 1)}")
+    if stage["experts_per_chip"] and (stage["layers"] or stage["mtp"]):
+        words.append(f"{stage['experts_per_chip']} experts a chip")
+    return words
+
+
+def _box_lines(stage: Mapping[str, Any], width: float) -> list[str]:
+    """The same as lines that fit a box, shortened where it must be; nothing where nothing fits."""
+    lines = _words(stage)
+    for long, short_one in (("", ""), ("layers ", ""), ("embedding", "emb."), ("experts a", "exp. a"), (" a chip", "")):
+        lines = [line.replace(long, short_one) if long else line for line in lines]
+        if all(fits(line, width - 4, BOX_SIZE) for line in lines):
+            return lines
+    return []
+
+
+def _wrapped(entries: list[str]) -> list[str]:
+    """Entries of a legend in lines of the picture's width."""
+    lines: list[str] = []
+    for entry in entries:
+        if lines and fits(f"{lines[-1]}    {entry}", WIDTH - 20, 12):
+            lines[-1] += f"\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}\N{NO-BREAK SPACE} {entry}"
+        else:
+            lines.append(entry)
+    return lines
 
 
 def _layers(stage: Mapping[str, Any]) -> int:
@@ -162,7 +242,7 @@ def _stage_tip(stage: Mapping[str, Any]) -> str:
     )
 
 
-def _step_svg(plan: Mapping[str, Any]) -> str:
+def _split_svg(plan: Mapping[str, Any]) -> str:
     parts: list[Html] = []
     scale = (WIDTH - LEFT - 20) / plan["step_seconds"]
     for number, team in enumerate(plan["teams"]):
@@ -176,31 +256,6 @@ def _step_svg(plan: Mapping[str, Any]) -> str:
             x += width
     bottom = 14 + 28 * len(plan["teams"])
     return svg(bottom + 20, [*parts, *legend(PART_COLOURS, bottom)])
-
-
-def _gantt_svg(team: Mapping[str, Any], colours: Mapping[str, str]) -> str:
-    """The team's schedule played through; of a stage's time a third each is F, B and W."""
-    thirds = [(stage["seconds_per_micro_batch"] / 3,) * 3 for stage in team["stages"]]
-    count = min(team["micro_batches"], max(GANTT_MICRO_BATCHES, 2 * team["pp"]))
-    rows = timeline(thirds, count, team["schedule"])
-    whole = max(work.end for row in rows for work in row)
-    scale = (WIDTH - LEFT - 20) / whole
-    opacity = {"F": 1.0, "B": 0.55, "W": 0.3}
-    names = {"F": "forward", "B": "backward", "W": "gradients of weights"}
-    parts: list[Html] = []
-    for number, row in enumerate(rows[:GANTT_STAGES]):
-        y = 6 + 22 * number
-        parts.append(text(LEFT - 10, y + 13, f"{team['stages'][number]['pool']} {number}", "end", size=12))
-        for work in row:
-            tip = f"{names[work.kind]} of micro-batch {work.micro_batch}, stage {work.stage}"
-            colour = colours[team["stages"][work.stage]["pool"]]
-            x, width = LEFT + work.start * scale, (work.end - work.start) * scale
-            parts.append(rect(x, y, width, 17, colour, tip, opacity[work.kind]))
-    more = len(rows) - GANTT_STAGES
-    bottom = 10 + 22 * min(len(rows), GANTT_STAGES)
-    if more > 0:
-        parts.append(text(LEFT, bottom + 12, f"and {more} more", colour="var(--muted)", size=12))
-    return svg(bottom + (18 if more > 0 else 4), parts)
 
 
 def _memory_svg(plan: Mapping[str, Any]) -> str:
@@ -222,12 +277,7 @@ def _memory_svg(plan: Mapping[str, Any]) -> str:
             parts.append(rect(x, y, size * scale, 20, colour, f"{name}: {size_text(size)}"))
             x += size * scale
         limit = LEFT + stage["memory_limit_bytes"] * scale
-        parts.append(
-            Html(
-                f'<line x1="{limit:.1f}" y1="{y - 3}" x2="{limit:.1f}" y2="{y + 23}" '
-                'stroke="var(--bad)" stroke-width="2"/>'
-            )
-        )
+        parts.append(line(limit, y - 3, limit, y + 23, "var(--bad)", 2))
         parts.append(text(limit + 6, y + 15, size_text(stage["memory_limit_bytes"]), size=12, colour="var(--muted)"))
     bottom = 14 + 30 * len(fullest)
     return svg(bottom + 20, [*parts, *legend(MEMORY_COLOURS, bottom)])
@@ -245,7 +295,7 @@ def _pool_table(plan: Mapping[str, Any], colours: Mapping[str, str]) -> Html:
         "precision",
         "MFU",
         "part of work",
-        "$ an hour",
+        f"{plan['currency']} an hour",
         "without it",
     )
     rows = [element("tr", *(element("th", name) for name in names))]
@@ -262,12 +312,16 @@ def _pool_table(plan: Mapping[str, Any], colours: Mapping[str, str]) -> Html:
             pool["precision"] if used else "",
             f"{pool['mfu']:.1%}" if used else "",
             f"{pool['flops_share']:.1%}" if used else "",
-            f"{pool['chips'] * pool['price_per_hour']:,.0f}",
+            _price(pool["chips"] * pool["price_per_hour"]),
             without,
         )
         dot = Html(f'<span style="color:{colours[pool["pool"]]}">\N{BLACK SQUARE}</span>')
         rows.append(element("tr", element("td", dot), *(element("td", cell) for cell in cells)))
     return element("table", *rows)
+
+
+def _price(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 100 else f"{amount:,.2f}"
 
 
 def _team_facts(team: Mapping[str, Any]) -> Html:

@@ -1,10 +1,17 @@
 """`motley plan simulate`: weeks of training replayed event by event, failures and stragglers included.
 
-    events    chip or node fails | node leaves with notice, joins | a chip becomes slow, recovers | checkpoint
-    on a failure the step in flight and everything since the last checkpoint is lost; the run restarts, and
-      with a spare node     it takes over: the same speed
-      without               the pool forms copies of the nodes it has left until the repair: the run goes on slower
-    goodput   = useful seconds at full speed / seconds that passed
+    a node fails     work since the last checkpoint is lost, the run restarts, the node is missing until its repair
+      a spare node     takes over: the same speed
+      no spare         re-plan, then go on with what is left of the team, the faster of:
+                         whole copies     [copy][copy][ x  ]        2/3 of the speed; the lost copy's rest idles
+                         all cut anew     [  one copy over 7/8 ]    0.9 x 7/8: no layout uses survivors perfectly
+                       but if what is left cannot hold the model's state, the team stands still until the repair
+    a node leaves    (a pool whose availability is below 1) with notice: no work is lost, re-plan as above
+    a node is back   re-plan if it was missed
+    a chip is slow   slows its copy alone, for some hours; the batch's shares adapt
+
+    speed of the run = sum over teams of share of the batch x speed of the team
+    goodput          = useful seconds at full speed / seconds that passed
 
 Failures are drawn per pool (exponential, the rate of all its chips together), so that the number of events grows with
 failures, not with chips or steps: months on 16,000 chips take well under a second a run.
@@ -21,8 +28,9 @@ import numpy as np
 from motley.errors import InputError
 
 CHECKPOINT_SECONDS = 60.0  # the run stands still while a snapshot is taken
-RESTART_SECONDS = 600.0  # noticing, re-planning, starting, reading the checkpoint
-REPLAN_SECONDS = 60.0  # announced changes of membership: shares again, states move
+RESTART_SECONDS = 600.0  # noticing, starting, reading the checkpoint
+REPLAN_SECONDS = 60.0  # changes of membership: shares again, states move
+REPLANNED_SPEED = 0.9  # plans without one pool reach 0.9 to 1 of what that pool's part of the work leaves (lab, story)
 REPAIR_HOURS = 24.0
 AWAY_HOURS = 12.0
 STRAGGLER_HOURS = 2.0
@@ -30,6 +38,8 @@ STRAGGLERS_PER_FAILURE = 1.0  # slow chips are about as frequent as dead ones (L
 STRAGGLER_SPEED = 0.7
 MOST_DAYS = 20_000
 MOST_EVENTS = 2_000_000
+MOST_BINS = 150  # of a run that is drawn
+SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}  # the ZeRO stage from which a chip holds only its part
 LOSSES = ("checkpoints", "work since the last checkpoint", "restarts", "re-plans", "missing and slow chips")
 
 
@@ -41,7 +51,8 @@ class SimulateSettings:
         checkpoint_seconds: standstill while one is written.
         checkpoint_interval_seconds: between two; None: the optimum by Young and Daly.
         restart_seconds: from a failure to the next step.
-        replan_seconds: standstill when a node joins, or leaves with notice.
+        replan_seconds: standstill when a node is missing from now on, or is back.
+        replanned_speed: of a team cut anew over what is left of it, against the part of its work that is left.
         repair_hours: until the node of a failed chip is back.
         away_hours: mean absence of a node of a pool whose availability is below 1.
         spare_share: nodes kept aside, as a share of each pool.
@@ -53,6 +64,7 @@ class SimulateSettings:
     checkpoint_interval_seconds: float | None = None
     restart_seconds: float = RESTART_SECONDS
     replan_seconds: float = REPLAN_SECONDS
+    replanned_speed: float = REPLANNED_SPEED
     repair_hours: float = REPAIR_HOURS
     away_hours: float = AWAY_HOURS
     spare_share: float = 0.0
@@ -69,8 +81,10 @@ class SimulateSettings:
         for name in ("spare_share", "stragglers_per_failure", "replan_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; it must be 0 or more")
-        if not 0 < self.straggler_speed <= 1:
-            raise InputError(f"--straggler-speed is {self.straggler_speed:g}; it must be above 0 and at most 1")
+        for name in ("straggler_speed", "replanned_speed"):
+            if not 0 < getattr(self, name) <= 1:
+                value = f"{getattr(self, name):g}"
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and at most 1")
         if self.checkpoint_interval_seconds is not None and not self.checkpoint_interval_seconds > 0:
             raise InputError(
                 f"--checkpoint-interval-seconds is {self.checkpoint_interval_seconds:g}; it must be above 0"
@@ -100,65 +114,109 @@ def expected_goodput(
 
 
 @dataclass(frozen=True)
-class PoolRate:
-    """How a pool matters to a run.
+class Part:
+    """A pool's chips in a team.
 
     Attributes:
-        chips: that the plan uses; of `nodes` with `per_node` chips each (nodes it leaves idle are spares).
+        pool: its name.
+        chips: of it in the team.
+        copy_chips: of it in one copy of the model.
+        nodes: that the team may use, with `per_node` chips each; those beyond its need are spares.
         hours_between_failures: of one chip, its part of failures of whole nodes included.
-        flops_share: its part of the work.
-        replica_chips: chips of it in one copy of the model.
         availability: share of the time that its nodes are there at all.
+        work: its part of the team's work.
+        memory_bytes: of one chip.
     """
 
-    name: str
+    pool: str
     chips: int
+    copy_chips: int
     nodes: int
     per_node: int
     hours_between_failures: float
-    flops_share: float
-    replica_chips: int
     availability: float
+    work: float
+    memory_bytes: float
 
-    def lacking(self, missing_nodes: int, slow_chips: int, straggler_speed: float) -> float:
-        """Share of the pool's speed that is lost: only whole copies count, a slow chip slows its copy alone."""
-        present = min(self.chips, max(self.nodes - missing_nodes, 0) * self.per_node)
-        working = present // self.replica_chips * self.replica_chips
-        hindered = min(slow_chips * self.replica_chips, working) * (1 - straggler_speed)
-        return 1 - (working - hindered) / self.chips
+    def present(self, missing_nodes: int) -> int:
+        """Chips that can work; the others lack their node."""
+        return min(self.chips, max(self.nodes - missing_nodes, 0) * self.per_node)
 
 
-def pool_rates(plan: Mapping[str, Any]) -> list[PoolRate]:
+@dataclass(frozen=True)
+class Team:
+    """Pools that run whole copies of the model together.
+
+    Attributes:
+        share: of the batch.
+        copies: of the model, data-parallel.
+        state_bytes: weights, gradients and optimizer states as the plan's smallest complete set of chips holds them:
+            one expert-parallel group through all stages.
+        parts: one for each pool.
+    """
+
+    share: float
+    copies: int
+    state_bytes: float
+    parts: tuple[Part, ...]
+
+    def speed(self, present: Sequence[int], slow_chips: int, settings: SimulateSettings) -> float:
+        """Share of the full speed that is left with `present` chips of each part, some of them slow."""
+        held = sum(part.memory_bytes * count for part, count in zip(self.parts, present, strict=True))
+        if held < self.state_bytes:
+            return 0.0
+        hindrance = 1 - settings.straggler_speed
+        copies = min(count // part.copy_chips for part, count in zip(self.parts, present, strict=True))
+        whole = (copies - hindrance * min(slow_chips, copies)) / self.copies
+        left = sum(part.work * count / part.chips for part, count in zip(self.parts, present, strict=True))
+        anew = settings.replanned_speed * left * (settings.straggler_speed if slow_chips else 1.0)
+        return max(whole, anew)
+
+
+def teams_of(plan: Mapping[str, Any]) -> list[Team]:
     """From a plan file. Raises InputError where it is none."""
     try:
-        rows = []
-        for pool in plan["pools"]:
-            if not pool["chips"]:
-                continue
-            teams = [team for team in plan["teams"] if pool["pool"] in team["pools"]]
-            rows.append(
-                PoolRate(
-                    name=pool["pool"],
-                    chips=pool["chips"],
-                    nodes=pool["nodes"],
-                    per_node=pool["chips_per_node"],
-                    hours_between_failures=pool["hours_between_failures"],
-                    flops_share=pool["flops_share"],
-                    replica_chips=max(team["chips"][pool["pool"]] // team["dp"] for team in teams),
-                    availability=pool["availability"],
-                )
-            )
-    except (KeyError, TypeError, ValueError) as problem:
+        pools = {pool["pool"]: pool for pool in plan["pools"]}
+        teams = [_team(team, [pools[name] for name in team["pools"]]) for team in plan["teams"]]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as problem:
         raise InputError(f"this is no plan as `motley plan --out` writes it: {problem!r} is missing or wrong") from None
-    if not rows:
+    if not teams:
         raise InputError("the plan uses no chips")
-    return rows
+    return teams
+
+
+def _team(team: Mapping[str, Any], pools: Sequence[Mapping[str, Any]]) -> Team:
+    ranks = team["dp"] * team["cp"]
+    work = sum(pool["flops_share"] for pool in pools)
+    parts = []
+    for pool in pools:
+        chips = team["chips"][pool["pool"]]
+        parts.append(
+            Part(
+                pool=pool["pool"],
+                chips=chips,
+                copy_chips=chips // team["dp"],
+                nodes=max(pool["nodes"] * chips // pool["chips"], -(-chips // pool["chips_per_node"])),
+                per_node=pool["chips_per_node"],
+                hours_between_failures=pool["hours_between_failures"],
+                availability=pool["availability"],
+                work=pool["flops_share"] / work,
+                memory_bytes=pool["memory_limit_bytes"],
+            )
+        )
+    state = sum(
+        stage["chips"] * stage["memory_bytes"][what] * (1 if team["zero"] >= level else team["ep"] / ranks)
+        for stage in team["stages"]
+        for what, level in SHARDED_FROM.items()
+    )
+    return Team(team["share"], team["dp"], state, tuple(parts))
 
 
 def simulate_plan(plan: Mapping[str, Any], settings: SimulateSettings) -> dict[str, Any]:
     """Replay the plan `settings.runs` times."""
-    pools = pool_rates(plan)
-    hours = 1 / sum(pool.chips / pool.hours_between_failures for pool in pools)
+    teams = teams_of(plan)
+    parts = [part for team in teams for part in team.parts]
+    hours = 1 / sum(part.chips / part.hours_between_failures for part in parts)
     interval = settings.checkpoint_interval_seconds or best_interval(hours, settings.checkpoint_seconds)
     useful = float(plan["steps"]) * float(plan["step_seconds"])
     if not 0 < useful < MOST_DAYS * 86400:
@@ -166,15 +224,16 @@ def simulate_plan(plan: Mapping[str, Any], settings: SimulateSettings) -> dict[s
             f"the plan takes {useful / 86400:,.0f} days without failures; the replay stops at {MOST_DAYS:,}"
         )
     runs = [
-        replay(pools, useful, interval, settings, np.random.default_rng([settings.seed, number]))
+        replay(teams, useful, interval, settings, np.random.default_rng([settings.seed, number]))
         for number in range(settings.runs)
     ]
     days = np.array([run["days"] for run in runs])
     expected, _ = expected_goodput(hours, settings.checkpoint_seconds, settings.restart_seconds, interval)
+    middle = runs[int(np.argsort(days, kind="stable")[len(days) // 2])]
     return {
         "model": plan["model"],
         "fleet": plan["fleet"],
-        "chips": sum(pool.chips for pool in pools),
+        "chips": sum(part.chips for part in parts),
         "hours_between_failures": hours,
         "checkpoint_interval_seconds": interval,
         "suggested_interval_seconds": best_interval(hours, settings.checkpoint_seconds),
@@ -186,10 +245,27 @@ def simulate_plan(plan: Mapping[str, Any], settings: SimulateSettings) -> dict[s
         "days_p50": float(np.quantile(days, 0.5)),
         "days_p95": float(np.quantile(days, 0.95)),
         "failures_mean": float(np.mean([run["failures"] for run in runs])),
-        "lost_share": {name: float(np.mean([run["lost"][name] for run in runs])) for name in runs[0]["lost"]},
+        "lost_share": {name: float(np.mean([run["lost"][name] for run in runs])) for name in LOSSES},
         "runs": [{key: run[key] for key in ("days", "goodput", "failures")} for run in runs],
-        "timeline": runs[0]["timeline"],
+        "timeline": by_day(middle, useful),
         "intervals": interval_curve(hours, settings),
+    }
+
+
+def by_day(run: Mapping[str, Any], useful: float) -> dict[str, Any]:
+    """A run to draw, in whole days (a twentieth of a short run): `edges` in days and, between two of them,
+    `work` done for good and `speed` of the chips that were there, both as a share of full speed; `failures` in days.
+    """
+    times, done, speed = (np.array(values) for values in zip(*run["timeline"], strict=True))
+    each = math.ceil(run["days"] / MOST_BINS) if run["days"] >= 20 else run["days"] / 20
+    edges = np.append(np.arange(0, run["days"] - 1e-9, each), run["days"])
+    at_speed = np.append(0.0, np.cumsum(speed[:-1] * np.diff(times)))
+    width = np.diff(edges)
+    return {
+        "edges": edges.tolist(),
+        "work": (np.diff(np.interp(edges, times, done)) * useful / 86400 / width).tolist(),
+        "speed": (np.diff(np.interp(edges, times, at_speed)) / width).tolist(),
+        "failures": run["failed"],
     }
 
 
@@ -208,55 +284,66 @@ def interval_curve(hours: float, settings: SimulateSettings) -> list[tuple[float
 
 
 def replay(
-    pools: Sequence[PoolRate], useful: float, interval: float, settings: SimulateSettings, random: np.random.Generator
+    teams: Sequence[Team], useful: float, interval: float, settings: SimulateSettings, random: np.random.Generator
 ) -> dict[str, Any]:
     """One run. Work is counted in seconds at full speed; `useful` of them are needed.
 
     Between events the run goes on at a constant speed and stops for `checkpoint_seconds` every `interval` of running.
-    A failure throws back to the last checkpoint and takes its node out until the repair. Nodes that leave with notice
-    or (re)join cost a re-plan. Of the nodes that are there, whole copies of the model are formed again.
+    `timeline` holds (days passed, share done, speed from here on), `failed` the days of the failures.
     """
-    spares = {pool.name: int(settings.spare_share * pool.nodes) for pool in pools}
-    missing = {pool.name: 0 for pool in pools}
-    slow = {pool.name: 0 for pool in pools}
-    mean_seconds = {}  # until the next event of a kind on a pool
-    for pool in pools:
-        failing = pool.hours_between_failures * 3600 / pool.chips
-        mean_seconds["failure", pool.name] = failing
+    parts = [(number, part) for number, team in enumerate(teams) for part in team.parts]
+    spares = [int(settings.spare_share * part.nodes) for _, part in parts]
+    missing, slow = [0] * len(parts), [0] * len(teams)
+    mean_seconds: dict[tuple[str, int], float] = {}  # until the next event of a kind on a part
+    for index, (_, part) in enumerate(parts):
+        failing = part.hours_between_failures * 3600 / part.chips
+        mean_seconds["failure", index] = failing
         if settings.stragglers_per_failure:
-            mean_seconds["straggler", pool.name] = failing / settings.stragglers_per_failure
-        if pool.availability < 1:  # so often that on average this share of the nodes is away
-            away = pool.nodes * (1 - pool.availability)
-            mean_seconds["leaves", pool.name] = settings.away_hours * 3600 / away
+            mean_seconds["straggler", index] = failing / settings.stragglers_per_failure
+        if part.availability < 1:  # so often that on average this share of the nodes is away
+            away = part.nodes * (1 - part.availability)
+            mean_seconds["leaves", index] = settings.away_hours * 3600 / away
     lost: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
-    events: list[tuple[float, int, str, str]] = []
+    events: list[tuple[float, int, str, int]] = []
     now, done, since = 0.0, 0.0, 0.0  # `since`: full-speed seconds not yet in a checkpoint
-    failures, number = 0, 0
-    timeline = [(0.0, 0.0)]
+    number = 0
+    failed: list[float] = []
+    timeline = [(0.0, 0.0, 1.0)]
 
-    def push(delay: float, kind: str, pool: str) -> None:
+    def push(delay: float, kind: str, index: int) -> None:
         nonlocal number
         number += 1
-        heapq.heappush(events, (now + delay, number, kind, pool))
+        heapq.heappush(events, (now + delay, number, kind, index))
 
     def pause(seconds: float, reason: str) -> None:
         nonlocal now
         now += seconds
         lost[reason] += seconds
 
-    for (kind, name), mean in mean_seconds.items():
-        push(random.exponential(mean), kind, name)
+    def present(index: int) -> int:
+        return parts[index][1].present(max(missing[index] - spares[index], 0))
+
+    def own_speed(number: int) -> float:
+        here = [present(index) for index, (team, _) in enumerate(parts) if team == number]
+        return teams[number].share * teams[number].speed(here, slow[number], settings)
+
+    def change(index: int, nodes: int) -> None:
+        """So many nodes are missing more; a re-plan if that changes what can work."""
+        before = present(index)
+        missing[index] += nodes
+        if present(index) != before:
+            pause(settings.replan_seconds, "re-plans")
+
+    for (kind, index), mean in mean_seconds.items():
+        push(random.exponential(mean), kind, index)
     running_share = 1 / (1 + settings.checkpoint_seconds / interval) if math.isfinite(interval) else 1.0
+    full = sum(team.share for team in teams)
+    speeds = [own_speed(number) / full for number in range(len(teams))]
     while done < useful:
-        speed = 1.0 - sum(
-            pool.flops_share
-            * pool.lacking(max(missing[pool.name] - spares[pool.name], 0), slow[pool.name], settings.straggler_speed)
-            for pool in pools
-        )
-        speed = max(speed, 0.0)
+        speed = sum(speeds)
         rate = speed * running_share
         finish = now + (useful - done) / rate if rate > 0 else math.inf
-        at, _, kind, name = events[0]
+        at, _, kind, index = events[0]
         passed = max(min(at, finish) - now, 0.0)  # an event during a pause waits for its end
         lost["checkpoints"] += passed * (1 - running_share)
         lost["missing and slow chips"] += passed * running_share * (1 - speed)
@@ -264,43 +351,45 @@ def replay(
         if finish <= at:
             break
         heapq.heappop(events)
+        timeline.append((now / 86400, done / useful, speed))
         since += passed * rate
         if math.isfinite(interval) and speed > 0:
             since %= interval * speed
+        team, part = parts[index]
         if kind == "failure":
-            failures += 1
-            thrown = min(since, done)
-            done, since = done - thrown, 0.0
-            lost["work since the last checkpoint"] += thrown
-            pause(settings.restart_seconds, "restarts")
-            missing[name] += 1
-            push(settings.repair_hours * 3600, "joins", name)
+            if random.random() * part.chips < present(index):  # what is not there cannot fail
+                failed.append(now / 86400)
+                thrown = min(since, done)
+                done, since = done - thrown, 0.0
+                lost["work since the last checkpoint"] += thrown
+                pause(settings.restart_seconds, "restarts")
+                change(index, 1)
+                push(settings.repair_hours * 3600, "joins", index)
         elif kind == "leaves":
-            pause(settings.replan_seconds, "re-plans")
-            missing[name] += 1
-            push(random.exponential(settings.away_hours * 3600), "joins", name)
+            change(index, 1)
+            push(random.exponential(settings.away_hours * 3600), "joins", index)
         elif kind == "joins":
-            pause(settings.replan_seconds, "re-plans")
-            missing[name] -= 1
+            change(index, -1)
         elif kind == "straggler":
-            slow[name] += 1
-            push(settings.straggler_hours * 3600, "recovers", name)
+            slow[team] += 1
+            push(settings.straggler_hours * 3600, "recovers", index)
         else:
-            slow[name] -= 1
-        if (kind, name) in mean_seconds:
-            push(random.exponential(mean_seconds[kind, name]), kind, name)
-        timeline.append((now / 86400, done / useful))
+            slow[team] -= 1
+        if (kind, index) in mean_seconds:
+            push(random.exponential(mean_seconds[kind, index]), kind, index)
+        speeds[team] = own_speed(team) / full
+        timeline.append((now / 86400, done / useful, sum(speeds)))
         if now > 10 * MOST_DAYS * 86400 or len(timeline) > MOST_EVENTS:
             raise InputError(
                 "with these failures the run hardly ever ends: nearly as much is lost as gained; "
                 "add spares, repair faster or checkpoint more often"
             )
-    timeline.append((now / 86400, 1.0))
-    each = max(1, len(timeline) // 400)
+    timeline.append((now / 86400, 1.0, sum(speeds)))
     return {
         "days": now / 86400,
         "goodput": useful / now,
-        "failures": failures,
+        "failures": len(failed),
+        "failed": failed,
         "lost": {name: seconds / now for name, seconds in lost.items()},
-        "timeline": [*timeline[::each], timeline[-1]],
+        "timeline": timeline,
     }

@@ -4,7 +4,8 @@
     zero_bubble   the backward pass in two: gradients of inputs (B) go on at once, those of weights (W) fill gaps
     dualpipe      half of the micro-batches enter at each end; a chip holds stages i and p-1-i (V3 report, 3.2.1)
 
-A free chip takes a backward pass that is ready, else a forward pass while activations have room, else a W.
+A free chip takes a backward pass that is ready, else a forward pass while activations have room, else a W. Stage i of
+p has room for p - i micro-batches of each direction; so a chip of DualPipe holds at most p + 1.
 """
 
 import heapq
@@ -14,12 +15,14 @@ from typing import Literal
 
 from motley.plan.layout import Schedule
 
+Kind = Literal["F", "B", "W"]
+
 
 @dataclass(frozen=True)
 class Work:
     """One box: `kind` of work on a micro-batch of a stage, from `start` to `end` seconds."""
 
-    kind: Literal["F", "B", "W"]
+    kind: Kind
     stage: int
     micro_batch: int
     start: float
@@ -35,33 +38,44 @@ def timeline(seconds: Sequence[tuple[float, float, float]], micro_batches: int, 
         schedule: how they are ordered.
     """
     pp, split = len(seconds), schedule != "1f1b"
-    mirrored = [micro >= (micro_batches + 1) // 2 and schedule == "dualpipe" for micro in range(micro_batches)]
-    room = [pp + 1 if schedule == "dualpipe" else pp - chip for chip in range(pp)]
-    waiting: list[list[tuple[str, int, int]]] = [[] for _ in range(pp)]  # ready (kind, micro-batch, stage) of a chip
+    half = (micro_batches + 1) // 2 if schedule == "dualpipe" else micro_batches  # from here on from the other end
     done: list[list[Work]] = [[] for _ in range(pp)]
-    flying, busy = [0] * pp, [False] * pp
-    ends: list[tuple[float, int, str, int, int]] = []  # (end, chip, kind, micro-batch, stage)
+    ready: list[dict[tuple[Kind, int], list[int]]] = [{} for _ in range(pp)]  # of a chip: (kind, stage) → micro-batches
+    flying: dict[tuple[int, bool], int] = {}  # (stage, from the other end) → micro-batches
+    busy = [False] * pp
+    ends: list[tuple[float, int, Kind, int, int]] = []  # (end, chip, kind, micro-batch, stage)
 
-    def chip_of(stage: int, micro: int) -> int:
-        return pp - 1 - stage if mirrored[micro] else stage
+    def add(kind: Kind, micro: int, stage: int) -> None:
+        chip = pp - 1 - stage if micro >= half else stage
+        heapq.heappush(ready[chip].setdefault((kind, stage), []), micro)
+
+    def urgency(choice: tuple[Kind, int]) -> tuple[int, int]:
+        """Backward before forward before W, late stages before early ones: both bring micro-batches to their end."""
+        return "BFW".index(choice[0]), -choice[1]
 
     def begin(chip: int, now: float) -> None:
         """Let a free chip take what is most urgent."""
-        choices = [work for work in waiting[chip] if work[0] != "F" or flying[chip] < room[chip]]
-        if busy[chip] or not choices:
+        if busy[chip]:
             return
-        work = min(choices, key=lambda work: ("BFW".index(work[0]), work[1]))
-        kind, micro, stage = work
-        waiting[chip].remove(work)
-        forward, inputs, weights = seconds[stage]
-        takes = {"F": forward, "B": inputs if split else inputs + weights, "W": weights}[kind]
-        flying[chip] += kind == "F"
-        busy[chip] = True
-        done[chip].append(Work(kind, stage, micro, now, now + takes))  # type: ignore[arg-type]
-        heapq.heappush(ends, (now + takes, chip, kind, micro, stage))
+        for kind, stage in sorted(ready[chip], key=urgency):
+            choices = ready[chip][kind, stage]
+            if not choices:
+                continue
+            micro = choices[0]
+            inside = flying.get((stage, micro >= half), 0)
+            if kind == "F" and inside >= pp - stage:
+                continue
+            heapq.heappop(choices)
+            flying[stage, micro >= half] = inside + (kind == "F")
+            forward, inputs, weights = seconds[stage]
+            takes = {"F": forward, "B": inputs if split else inputs + weights, "W": weights}[kind]
+            busy[chip] = True
+            done[chip].append(Work(kind, stage, micro, now, now + takes))
+            heapq.heappush(ends, (now + takes, chip, kind, micro, stage))
+            return
 
     for micro in range(micro_batches):
-        waiting[chip_of(0, micro)].append(("F", micro, 0))
+        add("F", micro, 0)
     for chip in range(pp):
         begin(chip, 0.0)
     while ends:
@@ -69,15 +83,16 @@ def timeline(seconds: Sequence[tuple[float, float, float]], micro_batches: int, 
         while ends and ends[0][0] == now:
             _, chip, kind, micro, stage = heapq.heappop(ends)
             busy[chip] = False
-            if kind == "F":
-                after = ("F", micro, stage + 1) if stage < pp - 1 else ("B", micro, stage)
-                waiting[chip_of(after[2], micro)].append(after)
+            if kind == "F" and stage < pp - 1:
+                add("F", micro, stage + 1)
+            elif kind == "F":
+                add("B", micro, stage)
             elif kind == "B":
-                flying[chip] -= 1
+                flying[stage, micro >= half] -= 1
                 if stage:
-                    waiting[chip_of(stage - 1, micro)].append(("B", micro, stage - 1))
+                    add("B", micro, stage - 1)
                 if split:
-                    waiting[chip].append(("W", micro, stage))
+                    add("W", micro, stage)
         for chip in range(pp):
             begin(chip, now)
     return done
