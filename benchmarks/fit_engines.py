@@ -64,6 +64,8 @@ START = Engine(
     optimizer_seconds=5e-5,
     step_seconds=1e-3,
     skew=0.0,
+    most_tensor=8,
+    most_context=16,
     schedules=("1f1b", "interleaved"),
     balanced_stages=False,
     recompute="full",
@@ -208,6 +210,8 @@ def motley(titan: Engine, core: Engine) -> Engine:
         description="motley's own runtime on accelerators. NOT MEASURED YET: torchtitan's constants are assumed.",
         hidden_gradients=core.hidden_gradients,
         hidden_experts=0.5,
+        most_tensor=1,  # what the runtime has
+        most_context=1,
         schedules=("1f1b", "zero_bubble"),
         balanced_stages=True,
         zero=1,

@@ -81,8 +81,12 @@ def _blocks(members: tuple[Member, ...], job: Job) -> Iterator[Ints]:
     """Rows of degrees, a block for each way to place pipelines: what is fixed there beside a grid of what is free."""
     shape = job.shape
     heads = shape.blocks[0].heads
-    contexts = CONTEXT if job.seq_len > LONG_CONTEXT else (1,)
-    tensors = [[tp for tp in TENSOR if tp <= member.pool.per_node and heads % tp == 0] for member in members]
+    most_context = min(member.engine.most_context for member in members)
+    contexts = [cp for cp in CONTEXT if cp <= most_context] if job.seq_len > LONG_CONTEXT else [1]
+    tensors = [
+        [tp for tp in TENSOR if tp <= min(member.pool.per_node, member.engine.most_tensor) and heads % tp == 0]
+        for member in members
+    ]
     allowed = set.intersection(*(set(member.engine.schedules) for member in members))
     for cp, tps in product(contexts, product(*tensors)):
         groups = [

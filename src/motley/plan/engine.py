@@ -78,6 +78,7 @@ class Engine:
         muon: whether matrices are trained with Muon, whose products are costed besides.
         optimizer_seconds, step_seconds: fixed costs: per layer of the optimizer, per step.
         skew: share of a step lost in waiting for the slowest rank, per doubling of the nodes.
+        most_tensor, most_context: largest degrees of tensor and context parallelism it can run.
         schedules: of pipelines that it can run: 1f1b, interleaved (1f1b of several chunks), zero_bubble, dualpipe.
         balanced_stages: whether pipelines are cut where the times balance (else: equal numbers of layers).
         recompute: what it does when the user does not say: "none", "selective" or "full".
@@ -124,6 +125,8 @@ class Engine:
     optimizer_seconds: float
     step_seconds: float
     skew: float
+    most_tensor: int
+    most_context: int
     schedules: tuple[str, ...]
     balanced_stages: bool
     recompute: str
