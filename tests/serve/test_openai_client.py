@@ -143,7 +143,14 @@ def test_control_tokens_typed_by_a_user_stay_text(client: openai.OpenAI) -> None
         ({"temperature": 3}, "temperature is 3"),
         ({"top_p": 0}, "top_p is 0"),
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"max_tokens": "many"}, "max_tokens: "),
+        ({"max_tokens": "5"}, "max_tokens: "),
+        ({"max_tokens": True}, "max_tokens: "),
+        ({"temperature": "1"}, "temperature: "),
+        ({"temperature": True}, "temperature: "),
+        ({"stream_options": {"include_usage": "yes"}, "stream": True}, "stream_options.include_usage: "),
+        ({"reasoning_effort": "banana"}, "reasoning_effort: "),
+        ({"extra_body": {"thinking": {"type": True}}}, "thinking.type: "),
+        ({"stop": [5]}, "stop"),
         ({"seed": 2**70}, "seed: "),
         ({"stop": [""]}, "stop must be"),
         ({"extra_body": {"top_k": 5}}, "top_k is not a parameter"),
@@ -162,8 +169,44 @@ def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, settings:
     assert "\n" not in refused.value.body["message"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("settings", "param", "code"),
+    [
+        ({"max_tokens": "5"}, "max_tokens", "invalid_type"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"reasoning_effort": "banana"}, "reasoning_effort", "invalid_value"),
+        ({"n": 2}, "n", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"extra_body": {"top_k": 5}}, "top_k", "unknown_parameter"),
+        ({"stop": [5]}, "stop", "invalid_type"),
+        ({"stop": [""]}, "stop", "invalid_value"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role", "missing_required_parameter"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content",
+         "unsupported_value"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "word " * 5000}]}, "messages", "context_length_exceeded"),
+    ],
+)  # fmt: skip
+def test_programs_are_told_which_parameter_and_why(
+    client: openai.OpenAI, settings: dict, param: str, code: str
+) -> None:
+    asked = {"model": "little", "messages": [{"role": "user", "content": "a"}], **settings}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**asked)
+    assert (refused.value.param, refused.value.code) == (param, code)
+
+
+def test_what_is_about_the_caller_is_accepted(client: openai.OpenAI) -> None:
+    about = {"user": "me", "safety_identifier": "5f2", "prompt_cache_key": "sums"}
+    assert ask(client, **about).choices[0].message.content == ANSWER
+    assert ask(client, reasoning_effort="high").choices[0].message.reasoning_content == THINKING
+
+
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="this server has 'little'"):
+    with pytest.raises(openai.NotFoundError, match="this server has 'little'") as refused:
         client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "a"}])
+    assert (refused.value.param, refused.value.code) == ("model", "model_not_found")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4")

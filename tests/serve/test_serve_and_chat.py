@@ -43,6 +43,21 @@ def test_serve_says_its_address_once_it_listens_and_ends_quietly_on_ctrl_c(think
     assert server.stderr.read() == ""
 
 
+def test_without_its_page_serve_says_where_the_api_is(thinking_model: Path, tmp_path: Path) -> None:
+    code = "import sys, pathlib, motley.serve.app as app; app.PAGES = pathlib.Path(sys.argv.pop(1))\n"
+    code += "from motley.cli import main; main()"
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), "serve", str(thinking_model), "--port", "0"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=30) == 0
+    assert re.search(r"^the API is at http://127\.0\.0\.1:\d+/v1; the page was not built", line), line
+    assert "talk to it at" not in line
+
+
 def test_a_port_that_is_taken_is_named_or_passed_over() -> None:
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]

@@ -33,7 +33,16 @@ from motley.infer.opening import open_engine
 from motley.model.find import find_model
 from motley.serve.about import read_about
 from motley.serve.guard import Guard, is_loopback
-from motley.serve.openai import ALIASES, ChatRequest, Reply, error_body, in_a_sentence, model_card
+from motley.serve.openai import (
+    ALIASES,
+    ChatRequest,
+    Refused,
+    Reply,
+    error_body,
+    in_a_sentence,
+    input_error_body,
+    model_card,
+)
 from motley.serve.worker import Busy, Event, Worker
 
 PAGES = Path(__file__).parent / "pages"
@@ -128,13 +137,19 @@ def create_app(
 
     def check_model(asked: str) -> None:
         if asked != name and asked not in ALIASES:
-            raise HTTPException(404, f"there is no model {asked!a} here; this server has {name!r}")
+            message = f"there is no model {asked!a} here; this server has {name!r}"
+            raise Refused(message, "model", "model_not_found", status=404)
 
-    if (PAGES / "index.html").is_file():
+    if has_page():
         app.mount("/", StaticFiles(directory=PAGES, html=True))
     add_error_handlers(app)
     app.add_middleware(Guard, local=local, api_key=api_key)
     return app
+
+
+def has_page() -> bool:
+    """Whether the page was built; without it only the API is served."""
+    return (PAGES / "index.html").is_file()
 
 
 async def unless_gone(request: Request, events: AsyncGenerator[Event, None], reply: Reply) -> dict[str, Any] | None:
@@ -163,19 +178,19 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(InputError)
     async def input_error(_: Request, error: InputError) -> Response:
-        code = "context_length_exceeded" if "reads at most" in str(error) else None
-        return reply(400, str(error), "invalid_request_error", code)
+        return JSONResponse(input_error_body(error), error.status if isinstance(error, Refused) else 400)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return reply(400, ascii_only(describe_validation(error.errors()[0])), "invalid_request_error")
+        message, param, code = describe_validation(error.errors()[0])
+        return JSONResponse(error_body(ascii_only(message), "invalid_request_error", code, param), 400)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         message = error.detail
         if message == "Not Found":
             message = f"there is nothing at {ascii_only(request.url.path)}"
-            if request.url.path == "/" and not (PAGES / "index.html").is_file():
+            if request.url.path == "/" and not has_page():
                 message = "the page was not built; install motley with its page, or use the API under /v1"
         if message == "Method Not Allowed":
             message = f"{request.url.path} does not take {request.method}"
@@ -191,15 +206,18 @@ def add_error_handlers(app: FastAPI) -> None:
         return reply(500, in_a_sentence(error), "server_error")
 
 
-def describe_validation(error: Any) -> str:
-    """pydantic's first complaint as a sentence: where, then what."""
+def describe_validation(error: Any) -> tuple[str, str | None, str | None]:
+    """pydantic's first complaint as a sentence (where, then what), and the param and code of OpenAI's error object."""
     if error["type"] == "json_invalid":
-        return f"the body is not valid JSON: {error.get('ctx', {}).get('error', '')}"
-    steps = [step for step in error["loc"] if step != "body"]
+        return f"the body is not valid JSON: {error.get('ctx', {}).get('error', '')}", None, None
+    steps = [step for step in error["loc"] if step not in ("body", "str") and not str(step).startswith("list[")]
     where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
+    param = ascii_only(where) or None
     if error["type"] == "extra_forbidden":
-        return f"{where} is not a parameter this server knows; leave it out"
-    return f"{where or 'the body'}: {error['msg']}"
+        return f"{where} is not a parameter this server knows; leave it out", param, "unknown_parameter"
+    code = {"missing": "missing_required_parameter"}.get(error["type"])
+    code = code or ("invalid_type" if error["type"].endswith("_type") else "invalid_value")
+    return f"{where or 'the body'}: {error['msg']}", param, code
 
 
 def ascii_only(text: str) -> str:
@@ -232,14 +250,14 @@ def listen(host: str, port: int, other_ports: int = 0) -> socket.socket:
 class Server(uvicorn.Server):
     """Says where it is once it really listens."""
 
-    def __init__(self, config: uvicorn.Config, address: str) -> None:
+    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
         super().__init__(config)
-        self._address = address
+        self._greeting = greeting
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            sys.stdout.write(f"talk to it at {self._address}   (Ctrl-C stops)\n")
+            sys.stdout.write(f"{self._greeting}   (Ctrl-C stops)\n")
             sys.stdout.flush()
 
 
@@ -256,13 +274,12 @@ def serve(config: ServeConfig, other_ports: int = 0) -> None:
     with listening:
         engine = open_engine(config.model, config.device)
         app = create_app(engine, read_about(find_model(config.model), engine), local, api_key, config.max_waiting)
-        if not (PAGES / "index.html").is_file():
-            sys.stderr.write(
-                "motley serve: the page was not built, only the API is served; `python hatch_build.py` builds it\n"
-            )
         name, port = listening.getsockname()[:2]
-        shown = f"[{name}]" if ":" in name else name
-        address = f"http://{shown}:{port}/" + (f"?key={api_key}" if api_key else "")
+        address = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
+        if has_page():
+            greeting = f"talk to it at {address}" + (f"?key={api_key}" if api_key else "")
+        else:
+            greeting = f"the API is at {address}v1; the page was not built, `python hatch_build.py` builds it"
         settings = uvicorn.Config(
             app,
             log_level="warning",
@@ -271,6 +288,6 @@ def serve(config: ServeConfig, other_ports: int = 0) -> None:
             server_header=False,
         )
         try:
-            Server(settings, address).run(sockets=[listening])
+            Server(settings, greeting).run(sockets=[listening])
         except KeyboardInterrupt:  # the way to stop it
             sys.stdout.write("\n")

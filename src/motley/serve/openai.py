@@ -29,7 +29,21 @@ ALIASES = {
 log = logging.getLogger(__name__)
 
 
-class Strict(BaseModel):
+class Refused(InputError):
+    """A request that cannot be answered, with what OpenAI's error object tells programs."""
+
+    def __init__(self, message: str, param: str, code: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
+
+
+class Typed(BaseModel):
+    """Takes values as they are: "5" and true are no numbers."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Strict(Typed):
     """Refuses what it does not know, unless it is null: clients send back whole answers, empty fields and all."""
 
     model_config = ConfigDict(extra="forbid")
@@ -42,7 +56,7 @@ class Strict(BaseModel):
         return {name: value for name, value in values.items() if value is not None}
 
 
-class Part(BaseModel):
+class Part(Typed):
     """A part of a message's content."""
 
     type: str
@@ -60,18 +74,21 @@ class ChatMessage(Strict):
         if isinstance(self.content, list):
             other = next((part.type for part in self.content if part.type != "text"), None)
             if other is not None:
-                raise InputError(f"{where}.content holds a part of type {other!r}; this model reads text only")
+                raise Refused(
+                    f"{where}.content holds a part of type {other!r}; this model reads text only",
+                    f"{where}.content", "unsupported_value",
+                )  # fmt: skip
             content = "".join(part.text or "" for part in self.content)
         else:
             content = self.content or ""
         return Message("system" if self.role == "developer" else self.role, content)
 
 
-class Thinking(BaseModel):
+class Thinking(Typed):
     type: Literal["enabled", "disabled"]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Typed):
     include_usage: bool = False
 
 
@@ -89,7 +106,8 @@ class ChatRequest(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
     thinking: Thinking | None = None
-    reasoning_effort: str | None = None  # "none" turns thinking off; there are no degrees of it here
+    # "none" turns thinking off; there are no degrees of it here
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     n: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -102,13 +120,15 @@ class ChatRequest(Strict):
     logit_bias: dict[str, float] | None = None
     # about the caller or the bill, not about the answer
     user: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
 
     def refuse_what_is_missing(self) -> None:
-        """Raises InputError naming the first thing asked for that this server cannot do."""
+        """Raises Refused naming the first thing asked for that this server cannot do."""
         form = (self.response_format or {}).get("type")
         wants = {
             f"n = {self.n}": self.n not in (None, 1),
@@ -121,14 +141,18 @@ class ChatRequest(Strict):
         }  # fmt: skip
         for name, wanted in wants.items():
             if wanted:
-                raise InputError(f"{name} is not supported by this server yet; leave it out")
+                raise Refused(
+                    f"{name} is not supported by this server yet; leave it out",
+                    name.split()[0],
+                    "unsupported_parameter",
+                )
 
     def request(self) -> AnswerRequest:
         """What is asked, free of the dialect. Raises InputError."""
         self.refuse_what_is_missing()
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MOST_STOPS or "" in stops:
-            raise InputError(f"stop must be at most {MOST_STOPS} texts, none of them empty")
+            raise Refused(f"stop must be at most {MOST_STOPS} texts, none of them empty", "stop", "invalid_value")
         given = {"temperature": self.temperature, "top_p": self.top_p}
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         params = SamplingParams(
@@ -232,6 +256,18 @@ def in_a_sentence(error: Exception) -> str:
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def input_error_body(error: InputError) -> dict[str, Any]:
+    """For what a request holds and cannot be; sentences about a setting begin with its name."""
+    message, first = str(error), str(error).split()[0]
+    if isinstance(error, Refused):
+        param, code = error.param, error.code
+    elif "reads at most" in message:
+        param, code = "messages", "context_length_exceeded"
+    else:
+        param, code = first if first in ChatRequest.model_fields else "messages", "invalid_value"
+    return error_body(message, "invalid_request_error", code, param)
 
 
 def model_card(name: str, created: int, context_length: int) -> dict[str, Any]:
