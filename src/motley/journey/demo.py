@@ -143,7 +143,7 @@ def _planned(journey: Journey, config: DemoConfig, console: Console) -> tuple[Ma
     started = time.monotonic()
     with console.status("measuring this machine"):
         machine = probe()
-        plan = make_plan(machine, config.minutes, config.seed)
+        plan = make_plan(machine, config.minutes, config.seed, time.monotonic() - started)
     seconds = time.monotonic() - started
     stages = [{"name": "probe", "title": "Measure and plan", "predicted_seconds": seconds, "seconds": seconds,
                "spent": seconds, "folder": None, "result": {}}]  # fmt: skip

@@ -1,11 +1,13 @@
 """What the demo will do on this machine, and how long each stage should take.
 
-time for the journey  −  data, problems, evaluation, report (measured on one machine, scaled by speed)
+time for the journey  −  measuring and trying (spent already)
+                      −  data, problems, evaluation, report (measured on one machine, scaled by speed)
                       =  training, split between pretraining and fine-tuning
 steps of each         =  its time / seconds of one real step, tried on this machine
 """
 
 import dataclasses
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,12 @@ class DemoPlan:
         return cls(**values | {"pretrain": PretrainConfig(**first), "finetune": FinetuneConfig(**second)})
 
 
-def make_plan(machine: Machine, minutes: float, seed: int) -> DemoPlan:
-    """Fit the journey into `minutes`. Raises InputError when this machine needs more for anything worth while."""
+def make_plan(machine: Machine, minutes: float, seed: int, spent: float = 0.0) -> DemoPlan:
+    """Fit the journey into `minutes`, of which measuring took `spent` seconds and the trial here takes some more.
+
+    Raises InputError when this machine needs more for anything worth while.
+    """
+    started = time.monotonic() - spent
     size = "nano" if machine.device == "cpu" else "micro"
     first = PretrainConfig(model=size, batch_rows=16, seq_len=256, micro_batch=16, learning_rate=4e-3, seed=seed)
     second = FinetuneConfig(batch_rows=8, seq_len=256, micro_batch=8, learning_rate=3e-3, seed=seed)
@@ -80,7 +86,7 @@ def make_plan(machine: Machine, minutes: float, seed: int) -> DemoPlan:
 
     slower = MEASURED_FP32_GFLOPS / machine.peak_gflops("fp32") if device.type == "cpu" else 1.0
     seconds = {name: value * max(slower, 0.5) for name, value in MEASURED_SECONDS.items()}
-    training = 60 * minutes - sum(seconds.values()) - 2 * FIXED_SECONDS
+    training = 60 * minutes - (time.monotonic() - started) - sum(seconds.values()) - 2 * FIXED_SECONDS
     first_steps = int(PRETRAINING_SHARE * training / (first_step * OVERHEAD))
     second_steps = int((1 - PRETRAINING_SHARE) * training / (second_step * OVERHEAD))
     if min(first_steps, second_steps) < FEWEST_STEPS:
