@@ -1,92 +1,96 @@
-"""Which network is meant: a published shape by name, or a Hugging Face `config.json`.
+"""Which network is meant: a published shape by any of its usual names, or a Hugging Face `config.json`.
 
-Published shapes are those that measurements are quoted for, by name, with the values of their papers and config.json.
+The published shapes are data (`models.yaml`). `deepseek-ai/DeepSeek-V3-Base`, `Llama 2 (70B)`, `GPT-3 175B`: owner,
+capitals, dashes and endings that do not change the shape are nothing.
 """
 
+import difflib
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from motley.errors import InputError
 from motley.files import read_json
 from motley.model import SIZES, ModelConfig
-from motley.plan.shape import Shape, deepseek, from_hf, gpt, llama
+from motley.plan.hf import from_hf
+from motley.plan.shape import Config, Gpt, Llama, Shape, shape_of
 
-V2 = ModelConfig(  # deepseek-ai/DeepSeek-V2, config.json
-    model_type="deepseek_v2",
-    vocab_size=102400,
-    hidden_size=5120,
-    intermediate_size=12288,
-    moe_intermediate_size=1536,
-    num_hidden_layers=60,
-    num_attention_heads=128,
-    n_routed_experts=160,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-    n_group=8,
-    topk_group=3,
-    routed_scaling_factor=16.0,
-    norm_topk_prob=False,
-    scoring_func="softmax",
-    topk_method="group_limited_greedy",
-    first_k_dense_replace=1,
-    num_nextn_predict_layers=0,
-)
-
-_LLAMA_1 = "Llama (arXiv 2302.13971), table 2"
-_LLAMA_3 = "Llama 3 (arXiv 2407.21783), table 3"
-_MEGATRON = "Megatron (arXiv 2205.05198), table 3"
+SAME_SHAPE = r"hf|base|instruct|chat|it|model|meta|lm|pretrain(ed)?|fp8|bf16|fp16|0324|0528|0711|0905|v[01]\.\d"
 
 
+@cache
 def known_shapes() -> dict[str, Shape]:
-    """Name → shape."""
-    shapes = [
-        *(deepseek(config, name, "motley.model.SIZES") for name, config in SIZES.items()),
-        deepseek(V2, "v2", "deepseek-ai/DeepSeek-V2, config.json"),
-        gpt(6144, 48, 64, 2048, 51200, "gpt-22b", _MEGATRON),
-        gpt(12288, 96, 96, 2048, 51200, "gpt3-175b", _MEGATRON),
-        gpt(20480, 105, 128, 2048, 51200, "mt-nlg-530b", _MEGATRON),
-        gpt(25600, 128, 160, 2048, 51200, "gpt-1t", _MEGATRON),
-        gpt(1024, 24, 16, 2048, 50272, "opt-350m", "facebook/opt-350m, with a full-width embedding", ffn=4096),
-        gpt(2560, 32, 20, 2048, 50257, "gpt-neo-2.7b", "EleutherAI/gpt-neo-2.7B, config.json"),
-        llama(4096, 32, 32, 32, 11008, 2048, 32000, "llama-7b", _LLAMA_1),
-        llama(5120, 40, 40, 40, 13824, 2048, 32000, "llama-13b", _LLAMA_1),
-        llama(6656, 60, 52, 52, 17920, 2048, 32000, "llama-33b", _LLAMA_1),
-        llama(8192, 80, 64, 64, 22016, 2048, 32000, "llama-65b", _LLAMA_1),
-        llama(8192, 80, 64, 8, 28672, 4096, 32000, "llama-2-70b", "Llama 2 (arXiv 2307.09288)"),
-        llama(4096, 32, 32, 8, 14336, 8192, 128256, "llama-3-8b", _LLAMA_3),
-        llama(8192, 80, 64, 8, 28672, 8192, 128256, "llama-3-70b", _LLAMA_3),
-        llama(16384, 126, 128, 8, 53248, 8192, 128256, "llama-3-405b", _LLAMA_3),
-        llama(
-            4096,
-            32,
-            32,
-            8,
-            14336,
-            32768,
-            32000,
-            "mixtral-8x7b",
-            "Mixtral (arXiv 2401.04088), table 1",
-            experts=8,
-            chosen=2,
-        ),
-    ]
-    return {shape.name: shape for shape in shapes}
+    """Name → shape: motley's own sizes and the published networks."""
+    own = {name: shape_of(config, name, "motley.model.SIZES") for name, config in SIZES.items()}
+    return own | {name: shape_of(config, name, source) for name, source, config in _published()}
+
+
+def _published() -> Iterator[tuple[str, str, Config]]:
+    """(name, source, configuration) of every row of `models.yaml`."""
+    table = model_table()
+    for kind, family in (("gpt", Gpt), ("llama", Llama)):
+        for source, rows in table[kind].items():
+            for name, row in rows.items():
+                further = row[-1] if isinstance(row[-1], dict) else {}
+                sizes = row[:-2] if further else row[:-1]
+                yield name, source, family(*sizes, **further)
+    for source, rows in table["deepseek"].items():
+        for name, row in rows.items():
+            fields = {key: value for key, value in row.items() if key != "published"}
+            yield name, source, ModelConfig.from_hf(fields, source)
+
+
+@cache
+def model_table() -> dict[str, Any]:
+    """`models.yaml` as it stands."""
+    return yaml.safe_load(files("motley.plan").joinpath("models.yaml").read_text("utf-8"))
+
+
+@cache
+def _names() -> dict[str, Shape]:
+    """Plain name → shape, other names included."""
+    known = known_shapes()
+    others = {_plain(other): known[name] for name, own in model_table()["also called"].items() for other in own}
+    return {_plain(name): shape for name, shape in known.items()} | others
+
+
+def _plain(name: str) -> str:
+    """`meta-llama/Llama-2-70b-hf` → `llama270b`; points stay, for OPT-1.3B is not OPT-13B."""
+    name = name.lower().rstrip("/").rpartition("/")[2].replace("_", "-")
+    name = re.sub(r"(llama-?3|qwen-?2)-(\d)-(?=\d)", r"\1.\2-", name)  # llama-3-1-8b
+    return "".join(word for word in re.findall(r"[a-z0-9.]+", name) if not re.fullmatch(SAME_SHAPE, word))
+
+
+def known_shape(model: str) -> Shape | None:
+    """The published shape with this name, if there is one."""
+    return _names().get(_plain(model))
 
 
 def find_shape(model: str, base: Path = Path()) -> Shape:
     """The shape that `model` names: a known name, a `config.json` (relative to `base`), or a folder that holds one.
 
-    Raises InputError saying what was looked for.
+    What exists as a file goes before a name that is only like a known one. Raises InputError with the nearest names.
     """
-    if (known := known_shapes()).get(model.lower()):
-        return known[model.lower()]
     path = base / model
+    exact = known_shapes().get(model)
+    if exact or not path.exists():
+        if (shape := exact or known_shape(model)) is None:
+            near = difflib.get_close_matches(_plain(model), _names(), n=6, cutoff=0.5)
+            nearest = list(dict.fromkeys(_names()[name].name for name in near)) or list(known_shapes())
+            raise InputError(
+                f"there is no model {model!r}; nearest of {len(known_shapes())} known ones: {', '.join(nearest[:6])}; "
+                f"a Hugging Face config.json (or its folder) may be named too"
+            )
+        return shape
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        raise InputError(
-            f"there is no model {model!r}: name one of {', '.join(known)}, "
-            f"or a Hugging Face config.json (or its folder)"
-        )
+        raise InputError(f"model {model!r} is a folder without a config.json")
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} is no config.json: it holds {type(values).__name__}, not an object")

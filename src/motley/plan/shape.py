@@ -3,18 +3,73 @@
     Shape = embedding, blocks (each: products, attention, experts), MTP blocks, head
 
 Everything later (parameters, FLOPs, memory, time, messages) is summed from these operators, so that no number is
-written down twice. Shapes come from motley's own `ModelConfig` or from a Hugging Face `config.json`.
+written down twice. A shape is made from its family's configuration: motley's own `ModelConfig`, `Gpt` or `Llama`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from motley.errors import InputError
 from motley.model import ModelConfig
 
 Split = Literal["column", "row", "none"]
-FAMILIES = "deepseek_v2, deepseek_v3, kimi_k2, llama, mistral, mixtral, qwen2, gpt2, opt"
+
+
+@dataclass(frozen=True)
+class Gpt:
+    """GPT-2, GPT-3, OPT, BLOOM, GPT-NeoX: full attention, a GELU or ReLU MLP, biases.
+
+    Attributes:
+        context: the longest sequence.
+        intermediate_size: inner width of the MLP; None: four times the hidden size.
+        embedding_size: width of the word embedding; None: the hidden size (OPT-350M's is narrower).
+        learned_positions: a table of positions (else rotary or ALiBi, which have no parameters).
+        embedding_norm: a norm right behind the embedding (BLOOM).
+        tied: the head is the word embedding.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    context: int
+    vocabulary: int
+    intermediate_size: int | None = None
+    embedding_size: int | None = None
+    learned_positions: bool = True
+    embedding_norm: bool = False
+    tied: bool = True
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Llama, Mistral, Qwen: grouped-query attention, a gated MLP; with `experts`, Mixtral and Qwen3's MoE.
+
+    Attributes:
+        intermediate_size: inner width of the MLP, or of one expert.
+        context: the longest sequence.
+        head_dim: None: hidden size over heads.
+        experts, chosen: routed experts of every layer, and how many of them see a token.
+        qk_norm: norms of queries and keys (Qwen3).
+        qkv_bias: biases of queries, keys and values (Qwen2).
+        tied: the head is the word embedding.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate_size: int
+    context: int
+    vocabulary: int
+    head_dim: int | None = None
+    experts: int = 0
+    chosen: int = 0
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    tied: bool = False
+
+
+Config = ModelConfig | Gpt | Llama
 
 
 @dataclass(frozen=True)
@@ -100,6 +155,7 @@ class Shape:
         embedding_parameters: tables looked up, not multiplied (word and learned position embeddings).
         tied: the head is the word embedding.
         source: where the numbers come from.
+        config: what it was made from.
     """
 
     name: str
@@ -112,6 +168,7 @@ class Shape:
     tied: bool
     max_context: int
     source: str
+    config: Config
 
     @property
     def num_layers(self) -> int:
@@ -165,6 +222,7 @@ def deepseek(config: ModelConfig, name: str = "deepseek", source: str = "motley.
         tied=config.tie_word_embeddings,
         max_context=config.max_position_embeddings,
         source=source,
+        config=config,
     )
 
 
@@ -217,21 +275,11 @@ def _deepseek_block(config: ModelConfig, moe: bool) -> Block:
 # ------------------------------------------------------------------------------------- other families
 
 
-def gpt(
-    hidden: int,
-    layers: int,
-    heads: int,
-    context: int,
-    vocabulary: int,
-    name: str,
-    source: str,
-    ffn: int | None = None,
-    embedding_size: int | None = None,
-) -> Shape:
-    """GPT-2, GPT-3 and OPT: full attention, a GELU or ReLU MLP, biases, learned positions, a tied head."""
+def gpt(config: Gpt, name: str = "gpt", source: str = "") -> Shape:
+    """The layers of `Gpt`."""
+    hidden, heads = config.hidden_size, config.heads
     _divides(heads, hidden, name)
-    wide, narrow = ffn or 4 * hidden, embedding_size or hidden
-    head_dim = hidden // heads
+    wide, narrow = config.intermediate_size or 4 * hidden, config.embedding_size or hidden
     block = Block(
         matmuls=(
             Matmul("attention projections", hidden, 3 * hidden, "column"),
@@ -240,45 +288,48 @@ def gpt(
             Matmul("dense MLPs", wide, hidden, "row"),
         ),
         heads=heads,
-        qk_dim=head_dim,
-        v_dim=head_dim,
+        qk_dim=hidden // heads,
+        v_dim=hidden // heads,
         extras=4 * hidden + (3 * hidden + hidden + wide + hidden),  # two norms; four biases
         kv_numbers=2 * hidden,
         gated=False,
     )
-    tables = narrow * vocabulary + context * hidden + (2 * narrow * hidden if narrow != hidden else 0)
-    return Shape(name, "gpt", hidden, vocabulary, ((block, layers),), (), tables, True, context, source)
+    tables = narrow * config.vocabulary + (2 * narrow * hidden if narrow != hidden else 0)
+    tables += config.context * hidden * config.learned_positions + 2 * hidden * config.embedding_norm
+    return Shape(
+        name=name,
+        family="gpt",
+        hidden_size=hidden,
+        vocab_size=config.vocabulary,
+        runs=((block, config.layers),),
+        mtp=(),
+        embedding_parameters=tables,
+        tied=config.tied,
+        max_context=config.context,
+        source=source,
+        config=config,
+    )
 
 
-def llama(
-    hidden: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    ffn: int,
-    context: int,
-    vocabulary: int,
-    name: str,
-    source: str,
-    head_dim: int | None = None,
-    experts: int = 0,
-    chosen: int = 0,
-    tied: bool = False,
-) -> Shape:
-    """Llama, Mistral, Qwen2 (grouped-query attention, SwiGLU); with `experts`, Mixtral."""
-    if head_dim is None:
+def llama(config: Llama, name: str = "llama", source: str = "") -> Shape:
+    """The layers of `Llama`."""
+    hidden, heads, kv_heads, ffn = config.hidden_size, config.heads, config.kv_heads, config.intermediate_size
+    if config.head_dim is None:
         _divides(heads, hidden, name)
-        head_dim = hidden // heads
+    head_dim = config.head_dim or hidden // heads
     if heads % kv_heads:
         raise InputError(f"{name}: {heads} attention heads cannot share {kv_heads} key-value heads equally")
+    if config.experts and not 1 <= config.chosen <= config.experts:
+        raise InputError(f"{name}: a token cannot choose {config.chosen} of {config.experts} experts")
+    queries_keys_values = (heads + 2 * kv_heads) * head_dim
     rows = [
-        Matmul("attention projections", hidden, (heads + 2 * kv_heads) * head_dim, "column"),
+        Matmul("attention projections", hidden, queries_keys_values, "column"),
         Matmul("attention projections", heads * head_dim, hidden, "row"),
     ]
-    if experts:
-        rows.append(Matmul("routers", hidden, experts, "none"))
-        rows.append(Matmul("routed experts", hidden, 2 * ffn, "column", experts, chosen))
-        rows.append(Matmul("routed experts", ffn, hidden, "row", experts, chosen))
+    if config.experts:
+        rows.append(Matmul("routers", hidden, config.experts, "none"))
+        rows.append(Matmul("routed experts", hidden, 2 * ffn, "column", config.experts, config.chosen))
+        rows.append(Matmul("routed experts", ffn, hidden, "row", config.experts, config.chosen))
     else:
         rows.append(Matmul("dense MLPs", hidden, 2 * ffn, "column"))
         rows.append(Matmul("dense MLPs", ffn, hidden, "row"))
@@ -287,13 +338,25 @@ def llama(
         heads=heads,
         qk_dim=head_dim,
         v_dim=head_dim,
-        extras=2 * hidden,
+        extras=2 * hidden + 2 * head_dim * config.qk_norm + queries_keys_values * config.qkv_bias,
         kv_numbers=2 * kv_heads * head_dim,
         gated=True,
-        experts=experts,
-        chosen=chosen,
+        experts=config.experts,
+        chosen=config.chosen,
     )
-    return Shape(name, "llama", hidden, vocabulary, ((block, layers),), (), vocabulary * hidden, tied, context, source)
+    return Shape(
+        name=name,
+        family="llama",
+        hidden_size=hidden,
+        vocab_size=config.vocabulary,
+        runs=((block, config.layers),),
+        mtp=(),
+        embedding_parameters=config.vocabulary * hidden,
+        tied=config.tied,
+        max_context=config.context,
+        source=source,
+        config=config,
+    )
 
 
 def _divides(heads: int, hidden: int, name: str) -> None:
@@ -301,58 +364,13 @@ def _divides(heads: int, hidden: int, name: str) -> None:
         raise InputError(f"{name}: hidden size {hidden} cannot be cut into {heads} equal attention heads")
 
 
-# --------------------------------------------------------------------------------------------- reading
-
-
-def from_hf(values: Mapping[str, Any], name: str, source: str) -> Shape:
-    """Read a Hugging Face `config.json`. Raises InputError for families whose cost is not known here."""
-    kind = str(values.get("model_type"))
-    try:
-        if kind in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
-            return deepseek(ModelConfig.from_hf(values), name, source)
-        if kind == "gpt2":
-            return gpt(
-                values["n_embd"],
-                values["n_layer"],
-                values["n_head"],
-                values.get("n_positions", 1024),
-                values["vocab_size"],
-                name,
-                source,
-                ffn=values.get("n_inner"),
-            )
-        if kind == "opt":
-            return gpt(
-                values["hidden_size"],
-                values["num_hidden_layers"],
-                values["num_attention_heads"],
-                values.get("max_position_embeddings", 2048),
-                values["vocab_size"],
-                name,
-                source,
-                ffn=values.get("ffn_dim"),
-                embedding_size=values.get("word_embed_proj_dim"),
-            )
-        if kind in ("llama", "mistral", "mixtral", "qwen2"):
-            heads = values["num_attention_heads"]
-            return llama(
-                values["hidden_size"],
-                values["num_hidden_layers"],
-                heads,
-                values.get("num_key_value_heads") or heads,
-                values["intermediate_size"],
-                values.get("max_position_embeddings", 4096),
-                values["vocab_size"],
-                name,
-                source,
-                head_dim=values.get("head_dim"),
-                experts=values.get("num_local_experts") or 0,
-                chosen=values.get("num_experts_per_tok") or 0,
-                tied=bool(values.get("tie_word_embeddings")),
-            )
-    except KeyError as missing:
-        raise InputError(f"{source}: a config.json of model_type {kind} needs the field {missing}") from None
-    raise InputError(f"{source}: model_type {kind!r} is not known here; known: {FAMILIES}")
+def shape_of(config: Config, name: str, source: str) -> Shape:
+    """The network that a configuration of any family describes."""
+    if isinstance(config, Gpt):
+        return gpt(config, name, source)
+    if isinstance(config, Llama):
+        return llama(config, name, source)
+    return deepseek(config, name, source)
 
 
 def without_mtp(shape: Shape) -> Shape:
