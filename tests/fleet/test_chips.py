@@ -73,3 +73,26 @@ def test_names_are_found_in_any_spelling_and_near_ones_are_offered():
     assert find_chip("nvidia a100_80gb") is find_chip("A100-80GB-SXM")
     with pytest.raises(InputError, match=r"no chip 'H1000'.*nearest: .*H100"):
         find_chip("H1000")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("a100-sxm4-80gb", "A100-80GB-SXM"), ("NVIDIA A100-SXM4-80GB", "A100-80GB-SXM"), ("A100 SXM4", "A100-80GB-SXM"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB-SXM"), ("A100 40 GB", "A100-40GB-SXM"), ("H800 SXM", "H800-80GB-SXM"),
+        ("NVIDIA H100 80GB HBM3", "H100-80GB-SXM"), ("NVIDIA H100 PCIe", "H100-80GB-PCIe"),
+        ("V100-SXM2-32GB", "V100-32GB-SXM"), ("Tesla V100-SXM2-16GB", "V100-16GB-SXM"), ("V100-SXM2", "V100-32GB-SXM"),
+        ("NVIDIA GeForce RTX 2080 Ti", "RTX-2080-Ti"), ("AMD Instinct MI300X OAM", "MI300X"),
+        ("B200 192GB", "B200-180GB-SXM"),
+    ],
+)  # fmt: skip
+def test_a_chip_is_found_as_drivers_and_people_write_it(said: str, meant: str):
+    assert find_chip(said).name == meant
+
+
+@pytest.mark.parametrize(
+    "name", ["A1000", "RTX 6000", "H100 NVL", "A100 PCIe 40GB", "rtx", "80GB", "sxm", "nvidia", ""]
+)
+def test_a_chip_that_is_only_like_one_of_the_sheet_is_not_taken_for_it(name: str):
+    with pytest.raises(InputError, match=r"there is no chip .* nearest: "):
+        find_chip(name)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from motley.errors import InputError
 from motley.model import SIZES
+from motley.plan.command import DescribeConfig, describe
 from motley.plan.describe import describe_model
 from motley.plan.known import find_shape
 from motley.plan.shape import deepseek
@@ -41,3 +43,11 @@ def test_a_sizes_name_and_its_configuration_are_the_same_model():
         describe_model(find_shape("nano"), 512)["parameters"]
         == describe_model(deepseek(SIZES["nano"]), 512)["parameters"]
     )
+
+
+def test_a_sequence_is_as_long_as_the_model_can_see():
+    assert describe(DescribeConfig("gpt2"))["context_length"] == 1024
+    assert describe(DescribeConfig("v3"))["context_length"] == 4096
+    assert describe(DescribeConfig("v3", seq_len=100_000))["context_length"] == 100_000
+    with pytest.raises(InputError, match="--seq-len 2048 is longer than the context of gpt2-small, 1024"):
+        describe(DescribeConfig("gpt2", seq_len=2048))

@@ -20,6 +20,7 @@ from motley.plan.outcome import compared, spelled_out
 from motley.plan.picture import plan_page
 from motley.plan.replay_page import simulation_page
 from motley.plan.search import Searcher
+from motley.plan.shape import Shape
 from motley.plan.show import describe_text, evaluate_text, plan_text, simulate_text
 from motley.plan.simulate import SimulateSettings, simulate_plan
 from motley.progress import Progress, note
@@ -32,7 +33,8 @@ class PlanConfig:
     """Find the best way to train a model on a fleet."""
 
     model: Model
-    """A size (nano, micro, small, v2-lite, moonlight, v3), a known model, or a Hugging Face config.json."""
+    """A size (nano, micro, small, v2-lite, moonlight, v3), a published model by its usual name (Llama-3-70B, GPT-3
+    175B, deepseek-ai/DeepSeek-V3), or a Hugging Face config.json."""
     fleet: Path = Path("fleet.yaml")
     """The fleet file (`motley fleet probe` writes one; examples/fleets/ has more)."""
     tokens: str = "100B"
@@ -65,11 +67,11 @@ class DescribeConfig:
     """Say what a model is: parameters, FLOPs, cache, memory."""
 
     model: Model
-    seq_len: int = 4096
-    """Tokens in a sequence, for the attention's part."""
+    seq_len: int | None = None
+    """Tokens in a sequence, for the attention's part; default 4096, or the model's context if that is less."""
 
     def __post_init__(self) -> None:
-        if self.seq_len < 1:
+        if self.seq_len is not None and self.seq_len < 1:
             raise InputError(f"--seq-len is {self.seq_len}; it must be at least 1")
 
 
@@ -94,9 +96,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     shape = find_shape(config.model)
     fleet = load_fleet(config.fleet)
     tokens = parse_tokens(config.tokens)
-    seq_len = config.seq_len or min(4096, shape.max_context)
-    if seq_len > shape.max_context:
-        raise InputError(f"--seq-len {seq_len} is longer than the context of {shape.name}, {shape.max_context}")
+    seq_len = _within_context(config.seq_len, shape)
     batch = config.global_batch or default_batch(shape, tokens, seq_len)
     if batch * seq_len > tokens:
         raise InputError(
@@ -122,7 +122,8 @@ def plan_summary(result: dict[str, Any]) -> str:
 
 
 def describe(config: DescribeConfig) -> dict[str, Any]:
-    return describe_model(find_shape(config.model), config.seq_len)
+    shape = find_shape(config.model)
+    return describe_model(shape, _within_context(config.seq_len, shape))
 
 
 def describe_summary(result: dict[str, Any]) -> str:
@@ -131,8 +132,8 @@ def describe_summary(result: dict[str, Any]) -> str:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     result = evaluate_cases(config.cases)
-    if result["ignored_columns"]:
-        note("columns not used: " + ", ".join(result["ignored_columns"]))
+    for said in result["notes"]:
+        note(said)
     return result
 
 
@@ -166,6 +167,13 @@ def parse_tokens(text: str) -> float:
     if not 0 < tokens < 1e18 or (text[-1:].isalpha() and scale == 1.0):
         raise InputError(f"--tokens is {text!r}; write a number above 0 such as 14.8T, 100B or 3_000_000")
     return tokens
+
+
+def _within_context(seq_len: int | None, shape: Shape) -> int:
+    """The length asked for, or what training usually takes; refused where the model cannot see so far."""
+    if seq_len is not None and seq_len > shape.max_context:
+        raise InputError(f"--seq-len {seq_len} is longer than the context of {shape.name}, {shape.max_context}")
+    return seq_len or min(4096, shape.max_context)
 
 
 def _engine(name: str) -> None:

@@ -171,7 +171,7 @@ def evaluate_text(result: Mapping[str, Any]) -> str:
             f"{row['gpus']:,}",
             row["chip"],
             row["engine"],
-            f"{size_text(row['memory_bytes'])}{'' if row['fits'] else ', too much'}",
+            f"{size_text(row['memory_bytes'])}{'' if row['fits'] else ' !'}",
             seconds_text(row["predicted_seconds"]),
             seconds_text(row["measured_seconds"]) if "measured_seconds" in row else "",
             f"{row['relative_error']:+.1%}" if "relative_error" in row else "",
@@ -180,6 +180,8 @@ def evaluate_text(result: Mapping[str, Any]) -> str:
     parts: list[Table | str] = [table]
     if len(shown) < len(predicted):
         parts.append(f"the {len(shown)} rows of {len(predicted):,} that are furthest off; --json has all")
+    if over := sum(not row["fits"] for row in predicted):
+        parts.append(f"! estimated to need more memory than the chip has: {over:,} rows")
     parts += [f"not predicted: {row['error']}" for row in refused[:MOST_REFUSED]]
     if len(refused) > MOST_REFUSED:
         parts.append(f"and {len(refused) - MOST_REFUSED:,} rows more that could not be predicted; --json has all")
