@@ -106,6 +106,20 @@ def test_reports_are_one_json_object(tmp_path: Path) -> None:
     assert json.loads(fleet.stdout)["machines"][0]["device"]
 
 
+def test_the_demo_says_its_result_before_it_serves_and_with_json_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"report": "runs/demo/report.html", "model": "runs/demo/export"}
+    monkeypatch.setattr("motley.journey.demo.demo", lambda _: result)
+    monkeypatch.setattr("motley.serve.app.serve", lambda config, other_ports: print(f"talk to {config.model}"))
+    assert run(["demo", "--out", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert run(["demo", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [f"talk to {tmp_path}/export"]
+    assert run(["demo", "--out", str(tmp_path), "--no-serve"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_a_failure_of_the_system_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").mkdir()  # where a run keeps a file
     (tmp_path / "text.txt").write_text("\n".join(f"line {n} of the text" for n in range(3000)))

@@ -25,12 +25,15 @@ class Command:
     config: str
     report: str | None = None
     """Turns the result into text; None: the command speaks for itself."""
+    after: str | None = None
+    """What goes on once the result is printed, with the same config; not with --json, whose reader wants no more."""
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "the whole journey on this machine: train a small model and talk to it",
         "motley.journey.demo:demo", "motley.journey.demo:DemoConfig", "motley.journey.demo:summary",
+        "motley.journey.demo:serve_model",
     ),
     "fleet probe": Command(
         "measure this machine (under torchrun: every machine of a job), write a fleet file",
@@ -141,7 +144,9 @@ def run(arguments: Sequence[str]) -> int:
         config, as_json = parse(name, command, arguments[len(name.split()) :])
         result = find(command.function)(config)
         if command.report is not None and result is not None:
-            print(json.dumps(result, ensure_ascii=False) if as_json else find(command.report)(result))
+            print(json.dumps(result, ensure_ascii=False) if as_json else find(command.report)(result), flush=True)
+        if command.after is not None and not as_json:
+            find(command.after)(config)
     except InputError as error:
         print(f"motley {name}: {error}", file=sys.stderr)
         return 2

@@ -53,7 +53,7 @@ class DemoConfig:
     minutes: float = 7.5
     """Time for the whole journey, serving apart; the plan fits into it."""
     serve: bool = True
-    """Start the server at the end."""
+    """Start the server at the end; not with --json, nor from Python."""
     port: int = 8321
     """Of the server; if it is taken, one of the next is."""
     seed: int = 0
@@ -117,7 +117,7 @@ class Journey:
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
-    """Run, or go on with, the whole journey; returns what it amounts to."""
+    """Run, or go on with, the whole journey up to the report; returns what it amounts to."""
     console = Console(stderr=True)
     if config.data:
         list_files(config.data)  # a path that cannot be read is said before anything is measured
@@ -128,8 +128,6 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         facts = _stages(journey, config, machine, plan, console)
     console.print(times_table(journey.facts["stages"]))
     console.print(outcome(facts))
-    if config.serve:
-        _serve(config, console)
     return facts
 
 
@@ -230,11 +228,13 @@ def _times(stages: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _serve(config: DemoConfig, console: Console) -> None:
+def serve_model(config: DemoConfig) -> None:
+    """Serve what the journey made, if that is asked for, until it is stopped."""
     from motley.serve.app import ServeConfig, serve
 
-    console.print("The same command starts the server again at once.")
-    serve(ServeConfig(model=config.out / "export", port=config.port), other_ports=20)
+    if config.serve:
+        Console(stderr=True).print("The same command starts the server again at once.")
+        serve(ServeConfig(model=config.out / "export", port=config.port), other_ports=20)
 
 
 def summary(result: dict[str, Any]) -> str:
