@@ -1,6 +1,7 @@
 """The command line: every command says what it does, refuses in one sentence, and reports as JSON where it reports."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,21 @@ def test_a_reader_that_goes_away_is_no_error_message() -> None:
     command = f"{sys.executable} -m motley --help | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+def test_every_command_that_the_documents_name_exists() -> None:
+    root = Path(__file__).parents[1]
+    named = 0
+    for file in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = file.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        lines = [line for block in blocks for line in block.splitlines() if line.startswith("motley ")]
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        lines += re.findall(r"`(motley [a-z][^`]*)`", prose)
+        for line in lines:
+            words = line.split()
+            assert words[1] in COMMANDS or " ".join(words[1:3]) in COMMANDS or words[1].startswith("-"), (
+                f"{file.name} names a command that does not exist: {line}"
+            )
+            named += 1
+    assert named > 20
