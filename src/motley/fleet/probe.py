@@ -165,7 +165,9 @@ def describe(machine: Machine) -> str:
 
 
 def in_flops(gflops: float) -> str:
-    """`849.6` → `850 GFLOP/s`; thousands become TFLOP/s."""
+    """`849.6` → `850 GFLOP/s`; thousands become TFLOP/s, millions PFLOP/s."""
+    if gflops >= 1e6:
+        return f"{gflops / 1e6:,.4g} PFLOP/s"
     return f"{gflops / 1000:,.1f} TFLOP/s" if gflops >= 1000 else f"{gflops:,.0f} GFLOP/s"
 
 

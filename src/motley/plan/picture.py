@@ -61,12 +61,7 @@ def plan_page(plan: Mapping[str, Any]) -> str:
             *(element("p", f"Assumed, not measured: {note}", style=BADGE) for note in assumed(plan)),
         ),
         tiles(cards),
-        element(
-            "section",
-            element("h2", "Against what else one could do"),
-            figure("Speed, tokens per second", _comparison_svg(plan)),
-            element("ul", *(element("li", line) for line in comparison_lines(plan))),
-        ),
+        *([_comparison_section(plan)] if len(plan["pools"]) > 1 else []),
         element(
             "section",
             element("h2", "Who holds what"),
@@ -113,17 +108,25 @@ def plan_page(plan: Mapping[str, Any]) -> str:
     return whole_page(f"{title}: plan", body)
 
 
+def _comparison_section(plan: Mapping[str, Any]) -> Html:
+    return element(
+        "section",
+        element("h2", "Against what else one could do"),
+        figure("Speed, tokens per second", _comparison_svg(plan)),
+        element("ul", *(element("li", words) for words in comparison_lines(plan))),
+    )
+
+
 def _comparison_svg(plan: Mapping[str, Any]) -> str:
     compared = plan["comparison"]
     rows = [("this plan", plan["tokens_per_second"], "var(--first)")]
     if compared["even_split"]:
         rows.append(("even split", compared["even_split"]["tokens_per_second"], "var(--second)"))
-    elif len(plan["pools"]) > 1:
+    else:
         rows.append(("even split", 0.0, "var(--second)"))
     for name in (pool["pool"] for pool in plan["pools"]):
         alone = compared["alone"].get(name)
-        if len(plan["pools"]) > 1:
-            rows.append((f"{name} alone", alone["tokens_per_second"] if alone else 0.0, "var(--third)"))
+        rows.append((f"{name} alone", alone["tokens_per_second"] if alone else 0.0, "var(--third)"))
     most = max(value for _, value, _ in rows)
     parts: list[Html] = []
     for number, (name, value, colour) in enumerate(rows):
@@ -158,8 +161,8 @@ def _layout_svg(plan: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     for team in plan["teams"]:
         island = f"island {team['island'] + 1} · " if plan["inner_steps"] else ""
         label = (
-            f"{island}{' → '.join(team['pools'])}: {team['dp']} cop{'ies' if team['dp'] > 1 else 'y'}, "
-            f"{team['share']:.1%} of the batch, {team['micro_batches']} micro-batches of {team['micro_batch']}"
+            f"{island}{' → '.join(team['pools'])}: {team['dp']:,} cop{'ies' if team['dp'] > 1 else 'y'}, "
+            f"{team['share']:.1%} of the batch, {_batches(team)}"
         )
         parts.append(text(10, y + 14, label))
         y += 22
@@ -320,6 +323,11 @@ def _pool_table(plan: Mapping[str, Any], colours: Mapping[str, str]) -> Html:
     return element("table", *rows)
 
 
+def _batches(team: Mapping[str, Any]) -> str:
+    count, size = team["micro_batches"], team["micro_batch"]
+    return f"{count:,} micro-batch{'es' * (count > 1)} of {size:,} sequence{'s' * (size > 1)}"
+
+
 def _price(amount: float) -> str:
     return f"{amount:,.0f}" if amount >= 100 else f"{amount:,.2f}"
 
@@ -333,7 +341,7 @@ def _team_facts(team: Mapping[str, Any]) -> Html:
         ("ZeRO", f"{team['zero']}, optimizer states: {team['states']}"),
         (
             "batch",
-            f"{team['sequences']:,} sequences in {team['micro_batches']} micro-batches of {team['micro_batch']} a copy",
+            f"{team['sequences']:,} sequences, on every copy {_batches(team)}",
         ),
     ]
     return element("div", element("h3", " → ".join(team["pools"])), facts_table(facts))
