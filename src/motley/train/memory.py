@@ -19,7 +19,7 @@ def state_bytes(config: ModelConfig, optimizer: OptimizerName) -> int:
 
 def check_memory(config: ModelConfig, optimizer: OptimizerName, device: torch.device) -> None:
     """Raises InputError when `device` cannot hold the training state of such a model."""
-    held = device_memory(device) or host_memory()[0]
+    held = device_memory(device)[1] or host_memory()[0]
     needed = state_bytes(config, optimizer)
     if needed > held:
         raise InputError(
