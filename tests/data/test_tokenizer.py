@@ -216,6 +216,7 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
         (b'{"added_tokens": [{}], "model": {}}', "no tokenizer.json"),
         (b'{"added_tokens": [], "model": {"type": "nonsense"}}', "not a tokenizer that can be read"),
         (b"\xff\xfe", "not valid UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
         (None, "does not exist"),
     ],
 )

@@ -21,7 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from motley.errors import InputError
-from motley.files import write_text
+from motley.files import GIT_LFS, write_text
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -275,6 +275,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
 
 
 def _parse(definition: str, origin: str) -> dict[str, Any]:
+    if definition.startswith(GIT_LFS):
+        raise InputError(f"{origin} is a git-lfs pointer, not the file itself: run `git lfs pull` in that repository")
     try:
         content = json.loads(definition)
     except (ValueError, RecursionError) as error:
