@@ -30,7 +30,7 @@ from motley.errors import InputError
 CHECKPOINT_SECONDS = 60.0  # the run stands still while a snapshot is taken
 RESTART_SECONDS = 600.0  # noticing, starting, reading the checkpoint
 REPLAN_SECONDS = 60.0  # changes of membership: shares again, states move
-REPLANNED_SPEED = 0.9  # plans without one pool reach 0.9 to 1 of what that pool's part of the work leaves (lab, story)
+REPLANNED_SPEED = 0.9  # the planner itself finds 0.87 to 0.99 of what a missing pool's part leaves (docs/plan.md)
 REPAIR_HOURS = 24.0
 AWAY_HOURS = 12.0
 STRAGGLER_HOURS = 2.0
@@ -56,8 +56,11 @@ class SimulateSettings:
         repair_hours: until the node of a failed chip is back.
         away_hours: mean absence of a node of a pool whose availability is below 1.
         spare_share: nodes kept aside, as a share of each pool.
-        straggler_hours, stragglers_per_failure, straggler_speed: slow chips; shares adapt, so one costs what it lacks.
+        straggler_hours: how long a chip is slow.
+        stragglers_per_failure: chips that become slow for each one that fails.
+        straggler_speed: of a slow chip's copy, against its full speed; shares adapt, so the others do not wait.
         runs: replays, with different seeds.
+        seed: of the first replay.
     """
 
     checkpoint_seconds: float = CHECKPOINT_SECONDS
