@@ -35,15 +35,17 @@ class Progress:
         total: amount of work in `unit`, or None if unknown.
         unit: plural noun; the rate is shown in units per second.
         done: amount already done before this process started (a resumed run); not counted in the rate.
+        shown: False keeps silent (one of many workers speaks).
     """
 
-    def __init__(self, title: str, total: float | None, unit: str, done: float = 0) -> None:
+    def __init__(self, title: str, total: float | None, unit: str, done: float = 0, shown: bool = True) -> None:
+        self.shown = shown
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self._done_before = done
         self._values = ""
         self._started = self._last_line = time.monotonic()
         self._rich: RichProgress | None = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             self._rich = RichProgress(
                 TextColumn("{task.description:<14}"),
                 BarColumn(bar_width=None),
@@ -80,6 +82,8 @@ class Progress:
         return f"{(self.done - self._done_before) / elapsed:,.0f} {self.unit}/s"
 
     def _line(self, finished: bool = False) -> None:
+        if not self.shown:
+            return
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._started
         parts = [f"{self.title}:"]

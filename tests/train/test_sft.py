@@ -22,7 +22,7 @@ from motley.model import SIZES, Transformer, load, save
 from motley.train.config import FinetuneConfig
 from motley.train.finetune import finetune
 from motley.train.step import LossWeights, accumulate
-from motley.train.validate import validate
+from motley.train.validate import loss_of, validate
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 CONVERSATIONS = [
@@ -107,7 +107,7 @@ def test_held_out_loss_and_bits_per_byte_are_those_of_whole_logits(
     folder = pack_conversations(CONVERSATIONS * 20, tokenizer, tmp_path / "packed", seq_len=64).folder
     stream = TokenStream(folder, "valid", 64, shuffle=False)
     model, spelled = load(base), tokenizer.token_bytes()
-    reading = validate(model, stream, 100, spelled, confined=True)
+    reading = validate(loss_of(model, confined=True), stream, 100, spelled)
     batch = stream.rows(0, stream.rows_per_epoch)
     with torch.no_grad():
         logits = model(batch.input_ids, batch.documents)

@@ -6,7 +6,7 @@ from typing import Any
 from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.model import Transformer
-from motley.train.validate import validate
+from motley.train.validate import loss_of, validate
 
 SEQ_LEN = 512
 
@@ -17,6 +17,6 @@ def bits_per_byte(model: Transformer, data: Path, rows: int = 512) -> dict[str, 
     Bits per byte compare across tokenizers: total nats of all tokens / ln 2 / bytes of the text they stand for.
     """
     stream = TokenStream(data, "valid", min(SEQ_LEN, model.config.max_position_embeddings), shuffle=False)
-    result = validate(model, stream, rows, Tokenizer.load(data).token_bytes(), confined=False)
+    result = validate(loss_of(model, confined=False), stream, rows, Tokenizer.load(data).token_bytes())
     return {"nats_per_token": result.nats_per_token, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens,
             "bytes": result.bytes, "rows": min(rows, stream.rows_per_epoch)}  # fmt: skip

@@ -1,6 +1,7 @@
 """The chip sheet as values: what data sheets promise for each chip, every cell with its source (`chips.yaml`)."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +16,10 @@ Precision = Literal["bf16", "fp16", "fp8", "fp32"]
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp16", "fp8", "fp32")
 ESTIMATE = "E"
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
+SAID_ANYWAY = {  # words of vendors' names that tell no chip from another
+    *("nvidia", "tesla", "geforce", "amd", "instinct", "intel", "huawei", "iluvatar", "google"),
+    *("gpu", "oam", "hgx", "dgx", "nvlink", "hbm2", "hbm2e", "hbm3", "hbm3e"),
+}
 _NUMBERS = (*PRECISIONS, "sustained", "memory", "bandwidth", "link", "pair", "network", "node", "power", "price")
 
 
@@ -79,20 +84,44 @@ def chip_sources() -> dict[str, str]:
 
 
 def find_chip(name: str) -> Chip:
-    """The chip called `name` (any case, aliases too). Raises InputError offering the nearest names."""
-    sheet = chip_sheet()
-    known = {_plain(alias): chip for chip in sheet.values() for alias in (chip.name, *chip.aliases)}
-    if (chip := known.get(_plain(name))) is not None:
-        return chip
-    near = difflib.get_close_matches(_plain(name), known, n=4, cutoff=0.4)
-    nearest = list(dict.fromkeys(known[key].name for key in near)) or list(sheet)[:4]
+    """The chip called `name` as sheet, drivers or people write it: `A100`, `NVIDIA A100-SXM4-80GB`, `h800 sxm`.
+
+    Memory and form (SXM, PCIe) may be left out: then the usual one is meant, else the first of the sheet. Raises
+    InputError offering the nearest names.
+    """
+    sheet, words = chip_sheet(), _words(name)
+    known = {_words(alias): chip for chip in sheet.values() for alias in (chip.name, *chip.aliases)}
+    if words in known:
+        return known[words]
+    usual = known.get(frozenset(word for word in words if not _is_form(word)))  # V100 means that with 32 GB
+    for chip in (*([usual] if usual else []), *sheet.values()):
+        unsaid, unknown = _words(chip.name) - words, words - _words(chip.name)
+        if all(map(_is_form, unsaid)) and all(_is_memory_of(chip, word) for word in unknown) and words - unknown:
+            return chip
+    plain = {alias.lower(): chip for chip in sheet.values() for alias in (chip.name, *chip.aliases)}
+    near = difflib.get_close_matches(name.lower(), plain, n=4, cutoff=0.4)
+    nearest = list(dict.fromkeys(plain[key].name for key in near)) or list(sheet)[:4]
     raise InputError(
         f"there is no chip {name!r} on the sheet; nearest: {', '.join(nearest)} (all: `motley fleet chips`)"
     )
 
 
-def _plain(name: str) -> str:
-    return name.lower().replace(" ", "-").replace("_", "-").removeprefix("nvidia-")
+def _words(name: str) -> frozenset[str]:
+    """`NVIDIA A100-SXM4-80GB` → {a100, sxm, 80gb}: what tells chips apart."""
+    text = re.sub(r"(\d+)[\s_-]*(?:gib|gb|g)\b", r" \1gb ", name.lower())
+    text = re.sub(r"(\d)[\s_-]*ti\b", r"\1ti", text)
+    text = re.sub(r"\bsxm\d", "sxm", text)
+    return frozenset(re.findall(r"[a-z0-9]+", text)) - SAID_ANYWAY
+
+
+def _is_form(word: str) -> bool:
+    return word in ("sxm", "pcie") or re.fullmatch(r"\d+gb", word) is not None
+
+
+def _is_memory_of(chip: Chip, word: str) -> bool:
+    """Whether `word` is the chip's memory as another counts it (192GB where the sheet has 180)."""
+    found = re.fullmatch(r"(\d+)gb", word)
+    return found is not None and abs(int(found[1]) * GIB / chip.memory_bytes - 1) < 0.1
 
 
 def _chip(name: str, row: dict[str, Any]) -> Chip:

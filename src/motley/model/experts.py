@@ -11,12 +11,15 @@ from a small set. A filling row copies token 0 and weighs nothing, so neither va
 `moe_reference` is what one reads; `Experts.forward` is what runs; a test holds them equal.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from motley.model.layers import add_gradient
 
 PAD = 64  # rows, on a CPU
 
@@ -74,6 +77,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
+        self.later: list[Callable[[], None]] | None = None  # as in Linear
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, hidden], chosen [tokens, k], weights fp32 [tokens, k] → [tokens, hidden]."""
@@ -87,10 +91,29 @@ class Experts(nn.Module):
         out = self._grouped(inner, self.down_proj, layout.ends)
         return _Combine.apply(out, layout.token_of_row, layout.row_of_slot, k)  # pyright: ignore[reportReturnType]
 
-    @staticmethod
-    def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def _grouped(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """rows [rows, in] sorted by expert, weight [experts, out, in] → [rows, out]."""
+        if self.later is not None and torch.is_grad_enabled():
+            return _LaterGrouped.apply(rows, weight, ends, self.later)  # pyright: ignore[reportReturnType]
         return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
+
+
+class _LaterGrouped(torch.autograd.Function):
+    """A grouped product whose backward pass leaves the gradient of the weights for later."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, ends: Tensor, later: list[Callable[[], None]]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(rows, ends)
+        ctx.weight, ctx.later = weight, later
+        return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (rows, ends), weight = ctx.saved_tensors, ctx.weight
+        grad = grad.contiguous()
+        ctx.later.append(lambda: add_gradient(weight, F.grouped_mm(grad.t(), rows, offs=ends)))
+        return F.grouped_mm(grad, weight.to(grad.dtype), offs=ends), None, None, None
 
 
 def _gather_sum(rows: Tensor, row_of_slot: Tensor, k: int) -> Tensor:

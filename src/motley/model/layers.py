@@ -1,5 +1,7 @@
 """The three layers everything else is made of: Linear, RMSNorm and the gated MLP."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,14 +9,44 @@ from torch.autograd.function import once_differentiable
 
 
 class Linear(nn.Linear):
-    """A linear map that computes in the dtype of its input; the weight itself stays in its own (fp32 in training)."""
+    """A linear map that computes in the dtype of its input; the weight itself stays in its own (fp32 in training).
+
+    `later`, if set, receives what is left to do for the weight's gradient after each backward pass (zero-bubble
+    pipelines do it when there is time); None: everything at once.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)
+        self.later: list[Callable[[], None]] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.later is not None and self.bias is None and torch.is_grad_enabled():
+            return _LaterLinear.apply(input, self.weight, self.later)  # pyright: ignore[reportReturnType]
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+def add_gradient(weight: Tensor, gradient: Tensor) -> None:
+    """Accumulate into weight.grad as autograd would."""
+    gradient = gradient.to(weight.dtype)
+    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
+
+class _LaterLinear(torch.autograd.Function):
+    """A linear map whose backward pass makes the gradient of its input and leaves the weight's for later."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, later: list[Callable[[], None]]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.later = weight, later
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        ctx.later.append(lambda: add_gradient(weight, grad.flatten(0, -2).t() @ x.flatten(0, -2)))
+        return grad @ weight.to(grad.dtype), None, None
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

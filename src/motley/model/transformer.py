@@ -82,12 +82,12 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations."""
-        return self.compute_dtype or self.model.embed_tokens.weight.dtype
+        return self.compute_dtype or next(self.parameters()).dtype
 
     def gates(self) -> list[Gate]:
         """The routers in the order of `Hidden.routings`."""
@@ -124,36 +124,49 @@ class Transformer(nn.Module):
     def hidden(self, input_ids: Tensor, documents: Tensor | None = None, mtp: bool = True) -> Hidden:
         """Everything a training step needs short of the head; `mtp=False` leaves the MTP modules out."""
         main, routings = self._trunk(input_ids, documents, None)
+        if not mtp:
+            return Hidden(main, [], routings)
+        further, more = self.further(main, input_ids, documents)
+        return Hidden(main, further, routings + more)
+
+    def further(
+        self, main: Tensor, input_ids: Tensor, documents: Tensor | None
+    ) -> tuple[list[Tensor], list[Routing]]:
+        """What the MTP modules make of `main`, and what their routers did."""
         further: list[Tensor] = []
-        where = self._where(input_ids, documents, None)
+        routings: list[Routing] = []
+        where = self.where(input_ids, documents)
         state = main
-        for depth, module in enumerate(self.mtp if mtp else [], start=1):
+        for depth, module in enumerate(self.mtp, start=1):
             # Token i + depth beside position i; what rolls around the end of the row only reaches the last positions.
             shifted = torch.roll(input_ids, -depth, dims=1)
-            state, routing = self._run(module, self._embed(shifted), state, where)
+            state, routing = self.run(module, self.embed(shifted), state, where)
             further.append(state)
             routings += [] if routing is None else [routing]
-        return Hidden(main, further, routings)
+        return further, routings
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[batch, seq] → [batch, seq, hidden] in the dtype of the activations."""
         return self.model.embed_tokens(input_ids).to(self.dtype)
 
-    def _where(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None) -> Where:
+    def where(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None = None) -> Where:
+        """What every block is told about the tokens of one call."""
         seq = input_ids.shape[1]
         positions = torch.arange(seq, device=input_ids.device)[None] if cache is None else cache.positions(seq)
         cos, sin = self.rotary(positions, self.dtype)
         return Where(positions, cos, sin, documents)
 
-    def _run(self, module: nn.Module, *inputs: Any) -> tuple[Tensor, Routing | None]:
+    def run(self, module: nn.Module, *inputs: Any) -> tuple[Tensor, Routing | None]:
+        """A block or an MTP module, keeping its activations or only its input."""
         if self.recompute and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(module, *inputs, use_reentrant=False)  # pyright: ignore
         return module(*inputs)
 
     def _trunk(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None) -> tuple[Tensor, list[Routing]]:
-        where = self._where(input_ids, documents, cache)
-        x = self._embed(input_ids)
+        where = self.where(input_ids, documents, cache)
+        x = self.embed(input_ids)
         routings: list[Routing] = []
         for index, block in enumerate(self.model.layers):
-            x, routing = self._run(block, x, where, cache.layers[index] if cache else None)
+            x, routing = self.run(block, x, where, cache.layers[index] if cache else None)
             routings += [] if routing is None else [routing]
         return self.model.norm(x), routings

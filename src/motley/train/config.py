@@ -52,6 +52,13 @@ class TrainingConfig:
     recompute: bool = False
     """Activation checkpointing: less memory, about a third more computing."""
     device: str = "auto"
+    plan: Path | None = None
+    """A plan file (`motley plan`) that says who holds and computes what; without one every worker of a crew (torchrun)
+    holds the whole model and takes rows in proportion to its measured speed."""
+    zero: Literal[0, 1, 2] = 1
+    """Without a plan: 0 every worker keeps the whole optimizer state, 1 they share it, 2 the summed gradient too."""
+    emulated_speeds: str = ""
+    """Pretend that the workers of this crew are unequal: one relative speed each, such as 1:2:4:1."""
     seed: int = 0
     valid_every: int = 100
     """Steps between validations; the last step always validates."""

@@ -1,5 +1,6 @@
 """`motley sft`: a model learns from conversations; only what the assistant says counts."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,16 @@ from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json
-from motley.fleet.device import choose_device, compute_dtype
 from motley.fleet.probe import Machine
 from motley.model import ModelConfig, load
 from motley.model.find import find_model
 from motley.progress import note
 from motley.train.checks import check_data, check_length
 from motley.train.config import FinetuneConfig
+from motley.train.crew import Crew
 from motley.train.loop import train
-from motley.train.memory import check_memory
-from motley.train.run import claimed, open_run
+from motley.train.run import Run, claimed, open_run
+from motley.train.start import employ, led, meet
 
 
 def packed_conversations(config: FinetuneConfig, tokenizer: Tokenizer) -> Path:
@@ -36,27 +37,35 @@ def packed_conversations(config: FinetuneConfig, tokenizer: Tokenizer) -> Path:
     return packed.folder
 
 
-def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str, Any]:
-    """Fine-tune config.model; goes on where the same command stopped. Returns what the run amounts to."""
-    with claimed(config.out):
-        return _finetune(config, machine)
+def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str, Any] | None:
+    """Fine-tune config.model; goes on where the same command stopped.
+
+    Returns what the run amounts to; None on workers that do not lead.
+    """
+    crew = meet(config)
+    try:
+        with claimed(config.out) if crew.leads else nullcontext():
+            return _finetune(config, crew, machine)
+    finally:
+        crew.leave()
 
 
-def _finetune(config: FinetuneConfig, machine: Machine | None) -> dict[str, Any]:
+def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None) -> dict[str, Any] | None:
     source = find_model(config.model)
     tokenizer = Tokenizer.load(source)
     shape = ModelConfig.from_hf(read_json(source / "config.json"))
-    check_length(shape, config.seq_len)
-    data = packed_conversations(config, tokenizer)
-    check_data(data, CONVERSATIONS, source)
-    run = open_run(config.out, "sft", config, {"data": read_json(data / DATA_FILE).get("fingerprint")})
+
+    def prepare_run() -> tuple[Path, Run]:
+        data = packed_conversations(config, tokenizer)
+        check_length(shape, config.seq_len)
+        check_data(data, CONVERSATIONS, source)
+        return data, open_run(config.out, "sft", config, {"data": read_json(data / DATA_FILE).get("fingerprint")})
+
+    data, run = led(crew, prepare_run)
     if run.finished is not None:
         return run.finished
-    device = choose_device(config.device)
-    check_memory(shape, config.optimizer, device)
-    model = load(source, device=device).float()
-    model.compute_dtype = compute_dtype(config.precision, lambda: run.machine(device, machine))
-    model.recompute = config.recompute
+    worker = employ(config, shape, crew, run, data, machine, lambda device: load(source, device=device).float())
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
-    return run.finish(asdict(train(model, rows, held_out, tokenizer, config, "fine-tuning")))
+    at = train(worker, rows, held_out, tokenizer, "fine-tuning")
+    return run.finish(asdict(at)) if crew.leads else None

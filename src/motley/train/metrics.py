@@ -5,6 +5,7 @@
                                       tokens_per_second, memory_bytes
     valid     at each validation      loss, bits_per_byte
     experts   with it                 load: share of the routed tokens per expert, one list per MoE layer
+    workers   every step of a crew    rows of each lane; busy_seconds, idle_share of each worker
     event     when something happens  message
 
 metrics.jsonl is the truth (one JSON object a line, written at once); the events are a copy for TensorBoard.
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
-KINDS = ("train", "valid", "experts", "event")
+KINDS = ("train", "valid", "experts", "workers", "event")
 POSITION = ("step", "tokens", "seconds")  # where in the run: not curves of their own
 
 
@@ -107,6 +108,10 @@ class MetricsWriter:
             for layer, imbalance in enumerate(imbalances(record["load"])):
                 events.add_scalar(f"experts/imbalance_of_moe_layer_{layer}", imbalance, step)
             return
+        if kind == "workers":
+            for worker, share in enumerate(record["idle_share"]):
+                events.add_scalar(f"workers/idle_share_{worker}", share, step)
+            return
         for name, value in record.items():
             if isinstance(value, int | float) and name not in POSITION:
                 events.add_scalar(f"{kind}/{name}", value, step)
@@ -119,6 +124,19 @@ class MetricsWriter:
             purge_step = self._resume_step + 1
             self._events = SummaryWriter(self._folder / EVENTS_FOLDER, purge_step=purge_step, flush_secs=10)
         return self._events
+
+
+class Silence:
+    """What the workers that do not lead write: nothing."""
+
+    def write(self, kind: str, *, step: int, **values: Any) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 def imbalances(load: list[list[float]]) -> list[float]:

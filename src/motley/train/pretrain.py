@@ -1,9 +1,12 @@
 """`motley pretrain`: a model from text, a new one or one that goes on."""
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from motley.data.pack import DATA_FILE, DataConfig, prepare
 from motley.data.shards import TEXT
@@ -11,16 +14,16 @@ from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json
-from motley.fleet.device import choose_device, compute_dtype
 from motley.fleet.probe import Machine
 from motley.model import SIZES, ModelConfig, Transformer, load
 from motley.model.find import find_model
 from motley.progress import note
 from motley.train.checks import check_data, check_length
 from motley.train.config import PretrainConfig
+from motley.train.crew import Crew
 from motley.train.loop import train
-from motley.train.memory import check_memory
-from motley.train.run import claimed, open_run
+from motley.train.run import Run, claimed, open_run
+from motley.train.start import employ, led, meet
 
 
 def new_model_config(name: str, tokenizer: Tokenizer) -> ModelConfig:
@@ -51,38 +54,47 @@ def prepared_data(config: PretrainConfig, source: Path | None) -> Path:
     return prepared.folder
 
 
-def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str, Any]:
+def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str, Any] | None:
     """Train a model from random weights, or from those of a folder; goes on where the same command stopped.
 
-    Returns what the run amounts to.
+    Returns what the run amounts to; None on workers that do not lead.
     """
-    with claimed(config.out):
-        return _pretrain(config, machine)
+    crew = meet(config)
+    try:
+        with claimed(config.out) if crew.leads else nullcontext():
+            return _pretrain(config, crew, machine)
+    finally:
+        crew.leave()
 
 
-def _pretrain(config: PretrainConfig, machine: Machine | None) -> dict[str, Any]:
+def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None) -> dict[str, Any] | None:
     source = find_model(Path(config.model)) if config.model not in SIZES and Path(config.model).is_dir() else None
-    data = prepared_data(config, source)
-    check_data(data, TEXT, source)
+
+    def prepare_run() -> tuple[Path, ModelConfig, Run]:
+        data = prepared_data(config, source)
+        check_data(data, TEXT, source)
+        if source is None:
+            shape = new_model_config(config.model, Tokenizer.load(data))
+        else:
+            shape = ModelConfig.from_hf(read_json(source / "config.json"), str(source / "config.json"))
+        check_length(shape, config.seq_len)
+        inputs = {"data": read_json(data / DATA_FILE).get("fingerprint")}
+        return data, shape, open_run(config.out, "pretrain", config, inputs)
+
+    data, shape, run = led(crew, prepare_run)
     tokenizer = Tokenizer.load(data)
-    if source is None:
-        shape = new_model_config(config.model, tokenizer)
-    else:
-        shape = ModelConfig.from_hf(read_json(source / "config.json"))
-    check_length(shape, config.seq_len)
-    run = open_run(config.out, "pretrain", config, {"data": read_json(data / DATA_FILE).get("fingerprint")})
     if run.finished is not None:
         return run.finished
-    device = choose_device(config.device)
-    check_memory(shape, config.optimizer, device)
-    if source is None:
+
+    def weights(device: torch.device) -> Transformer:
+        if source is not None:
+            return load(source, device=device).float()
         model = Transformer(shape)
         model.initialize(config.seed)
-        model.to(device)
-    else:
-        model = load(source, device=device).float()
-    model.compute_dtype = compute_dtype(config.precision, lambda: run.machine(device, machine))
-    model.recompute = config.recompute
+        return model.to(device)
+
+    worker = employ(config, shape, crew, run, data, machine, weights)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
-    return run.finish(asdict(train(model, rows, held_out, tokenizer, config, "pretraining")))
+    at = train(worker, rows, held_out, tokenizer, "pretraining")
+    return run.finish(asdict(at)) if crew.leads else None

@@ -11,8 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from motley.data.conversation import ConversationEncoder
 from motley.data.tokenizer import Tokenizer
@@ -20,7 +22,7 @@ from motley.errors import InputError
 from motley.files import read_json, remove_unfinished, temporary_name, whole_folder, write_json
 from motley.model import Transformer
 from motley.model.checkpoint import load, write_tensors, write_weights
-from motley.train.optimizer import Optimizer
+from motley.train.worker import Worker
 
 TRAINING_TENSORS, TRAINING_FACTS = "training.safetensors", "training.json"
 
@@ -34,17 +36,49 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-????????") if (path / TRAINING_FACTS).is_file())
 
 
-def save_checkpoint(
-    run: Path, model: Transformer, optimizer: Optimizer, facts: dict[str, Any], tokenizer: Tokenizer
-) -> Path:
-    """Write the checkpoint of step facts["step"]; `facts` is every number the loop needs to go on."""
-    folder = step_folder(run, facts["step"])
-    with whole_folder(folder) as temporary:
-        write_weights(model, temporary)
-        save_tokenizer(tokenizer, temporary, model.config.max_position_embeddings)
-        write_tensors(optimizer.state_tensors(), temporary / TRAINING_TENSORS)
-        write_json(temporary / TRAINING_FACTS, facts)
-    return folder
+def save_checkpoint(run: Path, worker: Worker, facts: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Write the checkpoint of step facts["step"]; `facts` is every number the loop needs to go on.
+
+    Every worker calls this. Raises InputError on all of them when worker 0 could not write.
+    """
+    state = worker.whole_state()
+    failure = None
+    if state is not None:
+        weights, states = state
+        try:
+            with whole_folder(step_folder(run, facts["step"])) as temporary:
+                write_weights(_whole_model(worker, weights), temporary)
+                save_tokenizer(tokenizer, temporary, worker.config.max_position_embeddings)
+                write_tensors(states, temporary / TRAINING_TENSORS)
+                write_json(temporary / TRAINING_FACTS, facts)
+        except InputError as error:
+            failure = str(error)
+    if (failure := worker.crew.share(failure)) is not None:
+        raise InputError(failure)
+
+
+def save_model(folder: Path, worker: Worker, tokenizer: Tokenizer) -> None:
+    """Write the finished model; as `save_checkpoint`."""
+    state = worker.whole_state()
+    failure = None
+    if state is not None:
+        try:
+            with whole_folder(folder) as temporary:
+                write_weights(_whole_model(worker, state[0]), temporary)
+                save_tokenizer(tokenizer, temporary, worker.config.max_position_embeddings)
+        except InputError as error:
+            failure = str(error)
+    if (failure := worker.crew.share(failure)) is not None:
+        raise InputError(failure)
+
+
+def _whole_model(worker: Worker, weights: dict[str, Tensor]) -> Transformer:
+    if worker.crew.alone:
+        return worker.model
+    with torch.device("meta"):
+        model = Transformer(worker.config)
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
@@ -55,27 +89,44 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> N
         tokenizer.save(folder)
 
 
-def restore(folder: Path, model: Transformer, optimizer: Optimizer) -> dict[str, Any]:
-    """Put model and optimizer back as they were at `folder`; returns the loop's facts.
+def restore(run: Path, worker: Worker) -> dict[str, Any] | None:
+    """Put every worker back as it was in the run's newest checkpoint, whatever layout wrote it.
 
-    Raises InputError when the checkpoint does not belong to this model or optimizer.
+    Returns the loop's facts, or None where there is no checkpoint. Raises InputError, on every worker, when the
+    checkpoint does not belong to this model or optimizer.
     """
-    facts = read_json(folder / TRAINING_FACTS)
-    saved = load(folder, dtype=None, device=model.device)
-    if saved.config != model.config:
-        raise InputError(f"{folder} holds another model than this run's settings ask for; choose another --out")
-    model.load_state_dict(saved.state_dict())
+    found = checkpoints(run)[-1:] if worker.crew.leads else []
+    facts, failure, state = None, None, None
+    for folder in found:
+        try:
+            facts = read_json(folder / TRAINING_FACTS)
+            saved = load(folder, dtype=None)
+            if saved.config != worker.config:
+                raise InputError(f"{folder} holds another model than this run's settings ask for; choose another --out")
+            state = ({name: tensor.float() for name, tensor in saved.state_dict().items()}, _states(folder, worker))
+        except InputError as error:
+            failure = str(error)
+    if (failure := worker.crew.share(failure)) is not None:
+        raise InputError(failure)
+    facts = worker.crew.share(facts)
+    if facts is not None:
+        worker.take_state(state)
+    return facts
+
+
+def _states(folder: Path, worker: Worker) -> dict[str, Tensor]:
+    """The optimizer state of a checkpoint. Raises InputError where it is broken or another optimizer's."""
     try:
-        optimizer.load_state_tensors(load_file(folder / TRAINING_TENSORS))
-    except KeyError as error:
-        raise InputError(
-            f"{folder} was written by another optimizer (no state for {error}); choose another --out"
-        ) from None
+        states = load_file(folder / TRAINING_TENSORS)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{folder / TRAINING_TENSORS} cannot be read ({error}); remove {folder} to go on before it"
         ) from None
-    return facts
+    lacking = [name for name in worker.momentum_names() if f"{name}:momentum" not in states]
+    if lacking or (states and worker.settings.optimizer == "adamw" and any(n.endswith(":momentum") for n in states)):
+        what = f"no state for {lacking[0]}" if lacking else "it holds momentum"
+        raise InputError(f"{folder} was written by another optimizer ({what}); choose another --out")
+    return states
 
 
 def prune(run: Path, keep_last: int, best_step: int | None) -> None:

@@ -8,6 +8,7 @@ Each micro-batch adds its share of every sum, already divided by the whole step'
 over any split of the rows gives the same sum. Router loads are counted over the whole step.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from motley.data.stream import Batch
 from motley.model import Transformer
+from motley.model.moe import Routing
 from motley.train.loss import summed_cross_entropy
 
 
@@ -51,47 +53,136 @@ def mtp_targets(targets: Tensor, documents: Tensor, depth: int) -> Tensor:
     return shifted
 
 
-def accumulate(model: Transformer, batch: Batch, micro_batch: int, weights: LossWeights, confined: bool) -> StepLosses:
-    """Add the gradient of the whole step's loss to the parameters' .grad.
+@dataclass(frozen=True)
+class Counts:
+    """By what the sums of a step are divided: counted over the whole step, whoever computes it.
+
+    Attributes:
+        tokens: with a target.
+        further: with a target at each MTP depth.
+        held: that are not padding.
+    """
+
+    tokens: int
+    further: tuple[int, ...]
+    held: int
+
+    @classmethod
+    def of(cls, batch: Batch, depths: int) -> "Counts":
+        further = [mtp_targets(batch.targets, batch.documents, depth) for depth in range(1, depths + 1)]
+        counted = [int((targets >= 0).sum()) for targets in (batch.targets, *further, batch.documents)]
+        return cls(counted[0], tuple(counted[1:-1]), counted[-1])
+
+    def added_up(self, add: Callable[[Tensor], Tensor]) -> "Counts":
+        """These counts summed over all who count rows of their own."""
+        tokens, *further, held = add(torch.tensor([self.tokens, *self.further, self.held])).tolist()
+        return Counts(tokens, tuple(further), held)
+
+
+@dataclass
+class Tally:
+    """Losses so far, each divided by the step's counts already, and router loads per MoE layer (int64 [experts])."""
+
+    main: Tensor
+    mtp: Tensor
+    balance: Tensor
+    expert_counts: list[Tensor]
+
+    @classmethod
+    def empty(cls, device: torch.device) -> "Tally":
+        main, mtp, balance = torch.zeros(3, device=device).unbind()
+        return cls(main.clone(), mtp.clone(), balance.clone(), [])
+
+    def add_routings(self, routings: Sequence[Routing], counts: Counts, weight: float, layers: int) -> Tensor | float:
+        """Count what routers did with a micro-batch; returns what their balance adds to the loss.
+
+        `layers`: MoE layers of the whole model, over which the reported balance loss is averaged.
+        """
+        total: Tensor | float = 0.0
+        for layer, routing in enumerate(routings):
+            part = routing.balance / max(1, counts.held)
+            total = total + weight * part
+            self.balance += part.detach() / layers
+            if layer == len(self.expert_counts):
+                self.expert_counts.append(routing.counts)
+            else:
+                self.expert_counts[layer] = self.expert_counts[layer] + routing.counts
+        return total
+
+
+def predicted_loss(
+    model: Transformer, main: Tensor, further: Sequence[Tensor], batch: Batch, counts: Counts, mtp: float, tally: Tally
+) -> Tensor:
+    """What a micro-batch adds to the loss by its predictions.
+
+    Args:
+        model: has the head.
+        main: as in `Hidden`.
+        further: as in `Hidden`; empty leaves the MTP loss out.
+        batch: the micro-batch, on the model's device.
+        counts: of the whole step.
+        mtp: weight of the MTP loss.
+        tally: takes note of the parts.
+    """
+    head = model.lm_head.weight
+    total = summed_cross_entropy(main.flatten(0, 1), head, batch.targets.flatten()) / max(1, counts.tokens)
+    tally.main += total.detach()
+    for depth, state in enumerate(further, start=1):
+        targets = mtp_targets(batch.targets, batch.documents, depth).flatten()
+        part = summed_cross_entropy(state.flatten(0, 1), head, targets) / max(1, counts.further[depth - 1])
+        part = part / len(further)
+        total = total + mtp * part
+        tally.mtp += part.detach()
+    return total
+
+
+def accumulate(
+    model: Transformer,
+    batch: Batch,
+    micro_batch: int,
+    weights: LossWeights,
+    confined: bool,
+    counts: Counts | None = None,
+    scale: float = 1.0,
+) -> StepLosses:
+    """Add the gradient of a step's loss over these rows to the parameters' .grad.
 
     Args:
         model: what is trained.
-        batch: all rows of the step.
-        weights: of the parts of the loss.
+        batch: rows of the step.
         micro_batch: rows computed at a time (memory); does not change the result.
+        weights: of the parts of the loss.
         confined: attention stays within documents.
+        counts: of the whole step; None: these rows are the whole step.
+        scale: factor on the gradient, not on the losses (fp16).
     """
-    device = model.device
-    depths = range(1, len(model.mtp) + 1) if weights.mtp else range(0)
-    further = [mtp_targets(batch.targets, batch.documents, depth) for depth in depths]
+    depths = len(model.mtp) if weights.mtp else 0
+    counts = counts or Counts.of(batch, depths)
+    tally = Tally.empty(model.device)
+    for rows in micro_batches(batch, micro_batch):
+        part = batch_rows(batch, rows, model.device)
+        documents = attended_documents(part, confined)
+        hidden = model.hidden(part.input_ids, documents, mtp=bool(depths))
+        total = predicted_loss(model, hidden.main, hidden.further, part, counts, weights.mtp, tally)
+        total = total + tally.add_routings(hidden.routings, counts, weights.balance, max(1, len(hidden.routings)))
+        (total * scale if scale != 1.0 else total).backward()
     tokens = int((batch.targets >= 0).sum())
-    further_tokens = [max(1, int((target >= 0).sum())) for target in further]
-    held = max(1, int((batch.documents >= 0).sum()))
-    main = torch.zeros((), device=device)
-    mtp, balance = torch.zeros_like(main), torch.zeros_like(main)
-    counts: list[Tensor] = []
-    for start in range(0, len(batch.input_ids), micro_batch):
-        rows = slice(start, start + micro_batch)
-        padded = bool((batch.documents[rows] < 0).any())
-        documents = batch.documents[rows].to(device) if confined or padded else None
-        hidden = model.hidden(batch.input_ids[rows].to(device), documents, mtp=bool(depths))
-        head = model.lm_head.weight
-        part = summed_cross_entropy(hidden.main.flatten(0, 1), head, batch.targets[rows].flatten().to(device))
-        part = part / max(1, tokens)
-        total = part
-        main += part.detach()
-        for state, target, predicted in zip(hidden.further, further, further_tokens, strict=True):
-            part = summed_cross_entropy(state.flatten(0, 1), head, target[rows].flatten().to(device)) / predicted
-            part = part / len(further)
-            total = total + weights.mtp * part
-            mtp += part.detach()
-        for layer, routing in enumerate(hidden.routings):
-            part = routing.balance / held
-            total = total + weights.balance * part
-            balance += part.detach() / len(hidden.routings)
-            if layer == len(counts):
-                counts.append(routing.counts)
-            else:
-                counts[layer] = counts[layer] + routing.counts
-        total.backward()
-    return StepLosses(main.item(), mtp.item(), balance.item(), counts, tokens)
+    return StepLosses(tally.main.item(), tally.mtp.item(), tally.balance.item(), tally.expert_counts, tokens)
+
+
+def attended_documents(batch: Batch, confined: bool) -> Tensor | None:
+    """What attention is told of documents: all of them, or only where there is padding, or nothing."""
+    if confined:
+        return batch.documents
+    return batch.documents.clamp(max=0) if bool((batch.documents < 0).any()) else None
+
+
+def micro_batches(batch: Batch, micro_batch: int) -> list[slice]:
+    """The rows of a batch, so many at a time."""
+    rows = len(batch.input_ids)
+    return [slice(start, min(start + micro_batch, rows)) for start in range(0, rows, micro_batch)]
+
+
+def batch_rows(batch: Batch, rows: slice, device: torch.device) -> Batch:
+    """Some rows, on `device`."""
+    return Batch(*(tensor[rows].to(device) for tensor in (batch.input_ids, batch.targets, batch.documents)))

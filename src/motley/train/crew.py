@@ -1,0 +1,141 @@
+"""The workers of a training job, and the few ways in which they talk.
+
+    torchrun --nproc-per-node 4 -m motley pretrain ...        every worker runs the same command
+
+      worker 0   1   2   3        each knows its rank; all sums and messages go through `Crew`
+         └───┴───┴───┘            a worker that is gone ends the job with a sentence, never with a hang
+
+A process that was started without torchrun is a crew of one, for which every sum is what it already has.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from motley.errors import InputError
+
+PATIENCE_SECONDS = 300.0
+"""How long a worker waits for another before it says so and ends."""
+
+
+class CrewError(RuntimeError):
+    """Another worker is gone or does not answer; the message says what this one waited for."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """This worker among all.
+
+    Attributes:
+        rank: its number, from 0.
+        size: how many there are.
+        device: what it computes on; messages travel from there.
+        groups: process groups made so far, by their ranks.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    groups: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker writes files and talks to people."""
+        return self.rank == 0
+
+    def form(self, groups: Iterable[Sequence[int]]) -> None:
+        """Make process groups of these ranks; every worker calls this with the same groups."""
+        for ranks in sorted({tuple(sorted(ranks)) for ranks in groups}):
+            if len(ranks) > 1 and ranks not in self.groups:
+                self.groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=PATIENCE_SECONDS))
+
+    def group(self, ranks: Sequence[int] | None) -> Any:
+        """The process group of these ranks (made by `form`); None: all workers."""
+        return None if ranks is None or len(ranks) == self.size else self.groups[tuple(sorted(ranks))]
+
+    def sum(self, values: Tensor, ranks: Sequence[int] | None = None) -> Tensor:
+        """`values`, in place, added up over the workers `ranks` (default: all)."""
+        if not self.alone and (ranks is None or len(ranks) > 1):
+            self.talk("adding up", lambda: dist.all_reduce(values, group=self.group(ranks)))
+        return values
+
+    def everyone(self, values: Sequence[float]) -> list[list[float]]:
+        """Each worker's `values`, in the order of ranks."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        if self.alone:
+            return [mine.tolist()]
+        mine = mine.to(self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        self.talk("sharing numbers", lambda: dist.all_gather(rows, mine))
+        return [row.tolist() for row in rows]
+
+    def share(self, value: Any, source: int = 0) -> Any:
+        """What worker `source` has, on all: any picklable value of our own making."""
+        if self.alone:
+            return value
+        box = [value]
+        self.talk("sharing settings", lambda: dist.broadcast_object_list(box, src=source, device=self.device))
+        return box[0]
+
+    def all_values(self, value: Any) -> list[Any]:
+        """Each worker's `value`, in the order of ranks: any picklable value of our own making."""
+        gathered: list[Any] = [value] * self.size
+        if not self.alone:
+            self.talk("gathering values", lambda: dist.all_gather_object(gathered, value))
+        return gathered
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        self.talk(f"sending to worker {to}", lambda: dist.send(tensor.contiguous(), dst=to))
+
+    def receive(self, tensor: Tensor, source: int) -> Tensor:
+        """Fill `tensor` with what worker `source` sends."""
+        self.talk(f"waiting for worker {source}", lambda: dist.recv(tensor, src=source))
+        return tensor
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raises InputError, on every worker, naming the first worker and fact that differ from worker 0's."""
+        gathered = self.all_values(facts)
+        for rank, theirs in enumerate(gathered):
+            for name, value in gathered[0].items():
+                if theirs.get(name) != value:
+                    raise InputError(
+                        f"worker {rank} has {name} {theirs.get(name)}, worker 0 has {value}; "
+                        "every worker needs the same code, data and settings"
+                    )
+
+    def talk(self, doing: str, message: Callable[[], Any]) -> Any:
+        """Send or receive; a dead or silent peer becomes a CrewError that says what was going on."""
+        try:
+            return message()
+        except RuntimeError as error:  # torch.distributed raises nothing finer
+            first = str(error).strip().splitlines()[0][:200]
+            raise CrewError(
+                f"worker {self.rank} lost the others while {doing}: {first}; start the job again, it goes on from its "
+                "newest checkpoint"
+            ) from error
+
+    def leave(self) -> None:
+        """End talking; the process may exit afterwards."""
+        if not self.alone and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_crew(device: torch.device) -> Crew:
+    """Meet the other workers of this job, if torchrun (or anything that sets its variables) started one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Crew(device=device)
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_SECONDS))
+    return Crew(dist.get_rank(), size, device)

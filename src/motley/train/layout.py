@@ -1,0 +1,206 @@
+"""Who holds and computes what, as data that can be printed, drawn and tested.
+
+    team      lanes    stages          layers    experts
+    fast      0 1      0→ · → ·        7 3       4 4         a lane is a pipeline of workers, one a stage;
+    slow      2        · → ·           5 5       8           a team's lanes are cut alike, its neighbours share experts
+
+Teams may differ in everything: number of stages, cuts, experts on a worker, micro-batch. Whatever the layout, each
+parameter is held by one worker of every lane (an expert, of every group of lanes that share them), and the gradient is
+the sum over all rows of the step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+from motley.errors import InputError
+from motley.model import ModelConfig
+
+Schedule = Literal["1f1b", "zero_bubble"]
+Zero = Literal[0, 1, 2]
+
+
+@dataclass(frozen=True)
+class Team:
+    """Lanes of equal workers.
+
+    Attributes:
+        lanes: ranks of each lane's stages, [lanes][stages].
+        layers: layers of each stage, in order; they add up to the model's.
+        experts: how many routed experts each of len(experts) neighbouring lanes holds; empty: each lane holds all.
+        schedule: order of forward and backward passes in the pipeline.
+        micro_batch: rows computed at a time.
+    """
+
+    lanes: tuple[tuple[int, ...], ...]
+    layers: tuple[int, ...]
+    experts: tuple[int, ...] = ()
+    schedule: Schedule = "1f1b"
+    micro_batch: int = 16
+
+    @property
+    def stages(self) -> int:
+        return len(self.layers)
+
+    @property
+    def expert_lanes(self) -> int:
+        """Neighbouring lanes that share the experts."""
+        return max(1, len(self.experts))
+
+    def stage_layers(self, stage: int) -> range:
+        first = sum(self.layers[:stage])
+        return range(first, first + self.layers[stage])
+
+    def stage_of(self, layer: int) -> int:
+        return next(stage for stage in range(self.stages) if layer in self.stage_layers(stage))
+
+    def expert_range(self, lane: int, experts: int) -> range:
+        """The experts that a lane holds."""
+        if not self.experts:
+            return range(experts)
+        ends = list(accumulate(self.experts, initial=0))
+        place = lane % self.expert_lanes
+        return range(ends[place], ends[place + 1])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All teams of a job.
+
+    Attributes:
+        zero: 0 every holder keeps optimizer state, 1 one of them does, 2 only that one keeps the summed gradient.
+        memory: how much optimizer state each rank takes, relative to the others; empty: even.
+        rates: rows a second of each lane, lanes of the first team first, to begin with; empty: even.
+    """
+
+    teams: tuple[Team, ...]
+    zero: Zero = 0
+    memory: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()
+
+    @property
+    def lanes(self) -> list[tuple[int, int]]:
+        """(team, lane of it) of every lane, in order."""
+        return [(number, lane) for number, team in enumerate(self.teams) for lane in range(len(team.lanes))]
+
+    @property
+    def workers(self) -> int:
+        return sum(len(lane) for team in self.teams for lane in team.lanes)
+
+    def check(self, config: ModelConfig, workers: int) -> None:
+        """Raises InputError where this layout does not fit the model or the workers that were started."""
+        ranks = sorted(rank for team in self.teams for lane in team.lanes for rank in lane)
+        if ranks != list(range(workers)):
+            raise InputError(f"the layout is for workers {ranks}, but {workers} were started, numbered from 0")
+        for number, team in enumerate(self.teams):
+            name = f"team {number}"
+            if sum(team.layers) != config.num_hidden_layers or min(team.layers) < 0:
+                raise InputError(f"{name} has layers {list(team.layers)}, the model has {config.num_hidden_layers}")
+            if min(team.layers[1:-1], default=1) < 1:
+                raise InputError(f"{name} has layers {list(team.layers)}: only the first and last stage may have none")
+            if any(len(lane) != team.stages for lane in team.lanes):
+                raise InputError(f"{name} has {team.stages} stages, but a lane with another number of workers")
+            if team.experts and (sum(team.experts) != config.n_routed_experts or min(team.experts) < 1):
+                raise InputError(f"{name} has experts {list(team.experts)}, the model has {config.n_routed_experts}")
+            if len(team.lanes) % team.expert_lanes:
+                raise InputError(
+                    f"{name} shares experts among {team.expert_lanes} lanes, which do not divide its {len(team.lanes)}"
+                )
+        if self.memory and (len(self.memory) != workers or min(self.memory) < 0 or not sum(self.memory)):
+            raise InputError(f"memory shares {list(self.memory)}: one for each of {workers} workers, none below 0")
+        if self.rates and (len(self.rates) != len(self.lanes) or min(self.rates) <= 0):
+            raise InputError(f"rates {list(self.rates)}: one above 0 for each of {len(self.lanes)} lanes")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one worker stands in a layout."""
+
+    layout: Layout
+    team_number: int
+    lane: int
+    stage: int
+
+    @property
+    def team(self) -> Team:
+        return self.layout.teams[self.team_number]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The workers of its lane, by stage."""
+        return self.team.lanes[self.lane]
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.team.stages - 1
+
+    @property
+    def lane_number(self) -> int:
+        """Of all lanes of the layout."""
+        return self.layout.lanes.index((self.team_number, self.lane))
+
+    @property
+    def expert_ranks(self) -> tuple[int, ...]:
+        """The workers that share this stage's experts, in the order of the experts they hold."""
+        start = self.lane - self.lane % self.team.expert_lanes
+        return tuple(self.team.lanes[lane][self.stage] for lane in range(start, start + self.team.expert_lanes))
+
+
+def place_of(layout: Layout, rank: int) -> Place:
+    """Where `rank` stands."""
+    return next(
+        Place(layout, number, index, lane.index(rank))
+        for number, team in enumerate(layout.teams)
+        for index, lane in enumerate(team.lanes)
+        if rank in lane
+    )
+
+
+def side_by_side(workers: int, layers: int, micro_batch: int, zero: Zero = 0) -> Layout:
+    """Every worker a lane of its own that holds the whole model: uneven data parallelism and nothing else."""
+    teams = tuple(Team(((rank,),), (layers,), micro_batch=micro_batch) for rank in range(workers))
+    return Layout(teams, zero=zero)
+
+
+def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
+    """The layout of a plan file (`motley plan`): ranks in the order of its teams, copies, stages.
+
+    Raises InputError for what this runtime does not run.
+    """
+    teams, rates, rank = [], [], 0
+    memory: list[float] = []
+    for entry in plan["teams"]:
+        pools = " and ".join(entry["pools"])
+        if max(entry["tp"].values()) > 1 or entry["cp"] > 1:
+            raise InputError(
+                f"the plan splits {pools} by tensor or context parallelism, which this runtime does not have; "
+                "make the plan with --engine motley"
+            )
+        if entry["schedule"] not in ("1f1b", "zero_bubble"):
+            raise InputError(f"the plan runs {pools} as {entry['schedule']}; this runtime has 1f1b and zero_bubble")
+        if entry["island"] != plan["teams"][0]["island"]:
+            raise InputError("the plan trains islands over slow links; this runtime has one island so far")
+        layers = tuple(
+            stage["layers"][1] - stage["layers"][0] + 1 if stage["layers"] else 0 for stage in entry["stages"]
+        )
+        if any(stage["mtp"] and not stage["head"] for stage in entry["stages"]):
+            raise InputError(f"the plan puts an MTP module of {pools} on another stage than the head")
+        lanes = tuple(
+            tuple(rank + copy * len(layers) + stage for stage in range(len(layers))) for copy in range(entry["dp"])
+        )
+        rank += entry["dp"] * len(layers)
+        experts = config.n_routed_experts or 0
+        spread = (experts // entry["ep"],) * entry["ep"] if entry["ep"] > 1 else ()
+        teams.append(Team(lanes, layers, spread, entry["schedule"], entry["micro_batch"]))
+        rates += [entry["sequences"] / entry["dp"] / plan["step_seconds"]] * entry["dp"]
+        for _ in lanes:
+            memory += [max(stage["memory_bytes"]["optimizer"], 1.0) for stage in entry["stages"]]
+    zero = max(min(int(entry["zero"]), 2) for entry in plan["teams"])
+    layout = Layout(tuple(teams), zero, tuple(memory) if zero else (), tuple(rates))  # type: ignore[arg-type]
+    layout.check(config, rank)
+    return layout

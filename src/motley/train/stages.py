@@ -1,0 +1,271 @@
+"""A pipeline of unequal stages: which worker runs which layers, in what order, and how it talks to its neighbours.
+
+    1f1b         stage 0   F0 F1 F2 B0 F3 B1 B2 B3           a stage keeps at most (stages - its number) micro-batches
+                 stage 1      F0 F1 B0 F2 B1 F3 B2 B3
+                 stage 2         F0 B0 F1 B1 F2 B2 F3 B3
+
+    zero_bubble  B makes only the gradient that the stage before waits for; W, that of the weights, fills the gaps
+                 stage 0   F0 F1 F2 B0 F3 B1 W0 B2 W1 B3 W2 W3     (Zero Bubble Pipeline Parallelism, arXiv 2401.10241)
+
+Orders are plain lists that a test can check. Activations go down and their gradients up the lane as messages between
+two workers, in the order of micro-batches, so none needs a name.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from motley.data.stream import Batch
+from motley.model import ModelConfig, Transformer
+from motley.model.experts import Experts
+from motley.model.layers import Linear
+from motley.model.moe import MoE, Routing
+from motley.model.rotary import Rotary
+from motley.train.crew import Crew
+from motley.train.layout import Place, Schedule
+from motley.train.spread_experts import SpreadExperts
+from motley.train.step import Counts, LossWeights, Tally, attended_documents, batch_rows, micro_batches, predicted_loss
+
+Kind = Literal["F", "B", "W"]
+
+
+def order(schedule: Schedule, stage: int, stages: int, count: int) -> list[tuple[Kind, int]]:
+    """What a stage does with `count` micro-batches, in order."""
+    split = schedule == "zero_bubble" and stages > 1
+    behind = stages - 1 - stage
+    warm = min(behind, count)
+    todo: list[tuple[Kind, int]] = []
+    for micro in range(warm):
+        todo.append(("F", micro))
+    waiting = 0  # of the micro-batches whose B is done, the first whose W is not
+    for micro in range(count):
+        if micro + warm < count:
+            todo.append(("F", micro + warm))
+        todo.append(("B", micro))
+        keep = behind if micro + warm < count else 0
+        if split and micro - waiting >= keep:
+            todo.append(("W", waiting))
+            waiting += 1
+    for micro in range(waiting, count if split else 0):
+        todo.append(("W", micro))
+    return todo
+
+
+def build_stage(config: ModelConfig, place: Place, crew: Crew) -> Transformer:
+    """The part of the model that one worker runs, its weights not yet set.
+
+    Modules keep their published names; layers of other stages are empty, stacks of experts hold only its own.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    own = place.team.stage_layers(place.stage)
+    for layer in range(config.num_hidden_layers):
+        if layer not in own:
+            model.model.layers[layer] = nn.Identity()
+    if not place.last:
+        model.mtp = nn.ModuleList()
+        del model.model.norm, model.lm_head
+    if not place.first and not (place.last and (len(model.mtp) or config.tie_word_embeddings)):
+        del model.model.embed_tokens
+    if place.team.experts:
+        held = place.team.expert_range(place.lane, config.n_routed_experts or 0)
+        for module in model.modules():
+            if isinstance(module, MoE):
+                with torch.device("meta"):
+                    module.experts = SpreadExperts(
+                        len(held), place.team.experts, config.hidden_size, config.moe_intermediate_size
+                    )
+    model.to_empty(device=crew.device)
+    if place.last and config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.rotary = Rotary(config).to(crew.device)  # its tables are computed, not read
+    return model
+
+
+@dataclass
+class _Flight:
+    """One micro-batch between its forward and its backward pass at a stage."""
+
+    batch: Batch
+    received: Tensor | None
+    sent: Tensor | None
+    loss: Tensor | float
+    later: list[Callable[[], None]] = field(default_factory=list)
+
+
+class Lane:
+    """One worker's stage at work on the rows of its lane.
+
+    Attributes:
+        busy_seconds: of the last step: computing, without waiting for others.
+        pace: called after each piece of work with its seconds; returns seconds that it added (emulated slowness).
+    """
+
+    def __init__(self, model: Transformer, config: ModelConfig, place: Place, crew: Crew, wire: torch.dtype) -> None:
+        self.model, self.place, self.crew, self.wire = model, place, crew, wire
+        self.busy_seconds = 0.0
+        self.pace: Callable[[float], float] = lambda seconds: 0.0
+        self._layers = [model.model.layers[layer] for layer in place.team.stage_layers(place.stage)]
+        self._config = config
+        self._later: list[Callable[[], None]] | None = None
+        if place.team.schedule == "zero_bubble" and place.team.stages > 1:
+            self._later = []
+            for module in model.modules():
+                if isinstance(module, Linear | Experts) and module is not getattr(model, "lm_head", None):
+                    module.later = self._later
+
+    def run(
+        self, batch: Batch, count: int, counts: Counts, weights: LossWeights, confined: bool, scale: float = 1.0
+    ) -> Tally:
+        """Forward and backward passes of all rows of the lane; gradients land in the parameters' .grad.
+
+        Args:
+            batch: the lane's rows of the step; may be empty.
+            count: micro-batches to compute; more than the rows make are filled with padding that teaches nothing, so
+                that workers which share experts keep step.
+            counts: of the whole step.
+            weights: of the parts of the loss.
+            confined: attention stays within documents.
+            scale: factor on the gradient (fp16).
+        """
+        self.busy_seconds = 0.0
+        batch, rows = _filled(batch, self.place.team.micro_batch, count)
+        tally = Tally.empty(self.model.device)
+        flights: dict[int, _Flight] = {}
+        sending: list[tuple[dist.Work | None, Tensor]] = []
+        depths = bool(weights.mtp)
+        for kind, micro in order(self.place.team.schedule, self.place.stage, self.place.team.stages, count):
+            if kind == "F":
+                part = batch_rows(batch, rows[micro], self.model.device)
+                received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
+                with self._working():
+                    flight = self._forward(part, received, counts, weights, confined, depths, tally)
+                flights[micro] = flight
+                if flight.sent is not None:
+                    sending.append(self._send(flight.sent.detach(), self.place.ranks[self.place.stage + 1]))
+            elif kind == "B":
+                flight = flights[micro]
+                grad = None if self.place.last else self._receive(flight.batch, self.place.ranks[self.place.stage + 1])
+                with self._working():
+                    self._backward(flight, grad, scale)
+                if flight.received is not None:
+                    assert flight.received.grad is not None
+                    sending.append(self._send(flight.received.grad, self.place.ranks[self.place.stage - 1]))
+                if self._later is None:
+                    del flights[micro]
+            else:
+                with self._working(), torch.no_grad():
+                    for work in flights.pop(micro).later:
+                        work()
+        self.crew.talk("ending a pipeline", lambda: [work.wait() for work, _ in sending if work is not None])
+        return tally
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, count: int, confined: bool) -> float:
+        """Summed loss in nats of the lane's rows (0 on stages without the head); `count` as in `run`."""
+        total = 0.0
+        batch, rows = _filled(batch, self.place.team.micro_batch, count)
+        sending: list[tuple[dist.Work | None, Tensor]] = []
+        for part_rows in rows:
+            part = batch_rows(batch, part_rows, self.model.device)
+            received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
+            tally = Tally.empty(self.model.device)
+            counts = Counts(1, (), 1)
+            flight = self._forward(part, received, counts, LossWeights(0.0, 0.0), confined, False, tally)
+            total += float(tally.main)
+            if flight.sent is not None:
+                sending.append(self._send(flight.sent, self.place.ranks[self.place.stage + 1]))
+        self.crew.talk("ending a pipeline", lambda: [work.wait() for work, _ in sending if work is not None])
+        return total
+
+    def _forward(
+        self,
+        part: Batch,
+        received: Tensor | None,
+        counts: Counts,
+        weights: LossWeights,
+        confined: bool,
+        depths: bool,
+        tally: Tally,
+    ) -> _Flight:
+        model = self.model
+        documents = attended_documents(part, confined)
+        where = model.where(part.input_ids, documents)
+        x = model.embed(part.input_ids) if received is None else received.to(model.dtype)
+        routings: list[Routing] = []
+        for block in self._layers:
+            x, routing = model.run(block, x, where)
+            routings += [] if routing is None else [routing]
+        loss: Tensor | float = 0.0
+        sent = None
+        if self.place.last:
+            main = model.model.norm(x)
+            further, more = model.further(main, part.input_ids, documents) if depths else ([], [])
+            loss = predicted_loss(model, main, further, part, counts, weights.mtp, tally)
+            routings = routings + more
+        else:
+            sent = x.to(self.wire)
+        layers = self._config.num_hidden_layers + (self._config.num_nextn_predict_layers if depths else 0)
+        moe = sum(self._config.is_moe_layer(layer) for layer in range(layers))
+        loss = loss + tally.add_routings(routings, counts, weights.balance, max(1, moe))
+        return _Flight(part, received, sent, loss)
+
+    def _backward(self, flight: _Flight, grad: Tensor | None, scale: float) -> None:
+        outputs, grads = [], []
+        if isinstance(flight.loss, Tensor) and flight.loss.requires_grad:
+            outputs.append(flight.loss)
+            grads.append(torch.full_like(flight.loss, scale))
+        if flight.sent is not None:
+            outputs.append(flight.sent)
+            grads.append(grad)
+        torch.autograd.backward(outputs, grads)
+        flight.sent, flight.loss = None, 0.0
+        if self._later is not None:
+            flight.later = list(self._later)
+            self._later.clear()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Time what is done inside, and let `pace` slow it down."""
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+        self.busy_seconds += spent + self.pace(spent)
+
+    def _receive(self, part: Batch, source: int) -> Tensor:
+        tensor = torch.empty(*part.input_ids.shape, self._config.hidden_size, dtype=self.wire, device=self.model.device)
+        self.crew.talk(f"waiting for worker {source}", lambda: dist.recv(tensor, src=source))
+        return tensor.requires_grad_()
+
+    def _send(self, tensor: Tensor, to: int) -> tuple[dist.Work | None, Tensor]:
+        tensor = tensor.contiguous()
+        return self.crew.talk(f"sending to worker {to}", lambda: dist.isend(tensor, dst=to)), tensor
+
+
+def _filled(batch: Batch, micro_batch: int, count: int) -> tuple[Batch, Sequence[slice]]:
+    """(the batch with rows of padding behind, `count` micro-batches of it)."""
+    rows = list(micro_batches(batch, micro_batch))
+    missing = count - len(rows)
+    if missing < 0:
+        raise ValueError(f"{len(batch.input_ids)} rows do not fit {count} micro-batches of {micro_batch}")
+    if missing:
+        have, seq = batch.input_ids.shape
+        empty = Batch(
+            batch.input_ids.new_zeros(missing, seq),
+            batch.targets.new_full((missing, seq), -100),
+            batch.documents.new_full((missing, seq), -1),
+        )
+        joined = zip(
+            (batch.input_ids, batch.targets, batch.documents),
+            (empty.input_ids, empty.targets, empty.documents),
+            strict=True,
+        )
+        batch = Batch(*(torch.cat(pair) for pair in joined))
+        rows += [slice(have + extra, have + extra + 1) for extra in range(missing)]
+    return batch, rows

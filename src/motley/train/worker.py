@@ -1,0 +1,224 @@
+"""One worker's part in training: its stage of the model, its rows of each step, its share of the state.
+
+    rows of the step ─▶ shares ─▶ own rows ─▶ lane (passes of all micro-batches) ─▶ shards (sum over holders) ─▶ norm
+                          ▲                        │ seconds                                │
+                          └──── everyone's ◀───────┘                     optimizer ◀────────┘ ─▶ spread weights
+
+The step that a crew of any layout takes is the step of a single process: all sums are divided by counts over the whole
+step, and every worker sees the same losses, norm and router loads, so that all decide alike.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from motley.data.stream import NO_LOSS, PADDING, Batch, TokenStream
+from motley.model import ModelConfig, Transformer
+from motley.train.config import TrainingConfig
+from motley.train.crew import Crew
+from motley.train.gather import State, gather, scatter
+from motley.train.layout import Layout, place_of
+from motley.train.optimizer import Optimizer, is_matrix
+from motley.train.shards import Shards
+from motley.train.shares import Shares, apportion
+from motley.train.spread_experts import SpreadExperts
+from motley.train.stages import Lane, build_stage
+from motley.train.step import Counts, LossWeights, StepLosses, Tally
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one step: rows and seconds of work of each lane, and seconds of work of each worker."""
+
+    rows: list[int]
+    lane_seconds: list[float]
+    worker_seconds: list[float]
+
+    def numbers(self, step_seconds: float) -> dict[str, Any]:
+        """For the metrics: each lane's rows, each worker's seconds of work and share of the step spent idle."""
+        idle = [max(0.0, 1 - seconds / step_seconds) for seconds in self.worker_seconds]
+        return {"rows": self.rows, "busy_seconds": self.worker_seconds, "idle_share": idle}
+
+
+class Worker:
+    """This process among the crew.
+
+    Args:
+        config: of the whole model.
+        settings: of the training stage.
+        layout: who holds and computes what.
+        crew: all workers; they call the same methods in the same order.
+        model: the whole model with its weights, where this worker holds all of it; None builds its stage.
+        dtype: of activations and products here; None: the weights' own.
+        wire: of messages between stages, the same on every worker.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: TrainingConfig,
+        layout: Layout,
+        crew: Crew,
+        model: Transformer | None = None,
+        dtype: torch.dtype | None = None,
+        wire: torch.dtype = torch.float32,
+    ) -> None:
+        layout.check(config, crew.size)
+        self.config, self.settings, self.layout, self.crew = config, settings, layout, crew
+        self.place = place = place_of(layout, crew.rank)
+        self.model = model if model is not None and crew.alone else build_stage(config, place, crew)
+        self.model.compute_dtype, self.model.recompute = dtype, settings.recompute
+        self.weights = LossWeights(settings.mtp_weight, settings.balance_weight)
+        self.depths = config.num_nextn_predict_layers if self.weights.mtp else 0
+        self._form_expert_groups()
+        first_expert = place.team.expert_range(place.lane, config.n_routed_experts or 0).start
+        self.shards = Shards(
+            self.model,
+            config,
+            layout,
+            crew,
+            first_expert,
+            lambda name: bool(self.depths) or not name.startswith("mtp."),
+        )
+        products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        named = [(part.label, self.shards.view(part)) for part in self.shards.kept]
+        self.optimizer = Optimizer(named, settings.optimizer, settings.weight_decay, products)
+        self.lane = Lane(self.model, config, place, crew, wire)
+        self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
+        self.loss_scale = 2.0**15 if dtype == torch.float16 else 1.0
+        self.timing = Timing([], [], [])
+        self._rows: list[int] = []
+
+    # ----------------------------------------------------------------------------------------------- a step
+
+    def gradient(self, stream: TokenStream, step: int) -> tuple[StepLosses, float]:
+        """(losses, gradient norm) of a step, the same on every worker; the summed gradient lies in the shards."""
+        self._rows = self.shares.rows(self.settings.batch_rows)
+        batch = self._own_rows(stream, step * self.settings.batch_rows, self._rows)
+        own = Counts.of(batch, self.depths) if self.place.first else Counts(0, (0,) * self.depths, 0)
+        counts = own.added_up(lambda values: self.crew.sum(values.to(self.crew.device)).cpu())
+        self.shards.clear()
+        tally = self.lane.run(
+            batch, self._micro_batches(), counts, self.weights, self.settings.confine_to_document, self.loss_scale
+        )
+        if self.loss_scale != 1.0:
+            self.shards.scale(1 / self.loss_scale)
+        self.shards.reduce()
+        return self._losses(tally, counts), self.shards.norm()
+
+    def overflowed(self, losses: StepLosses, norm: float) -> bool:
+        """Whether some worker's fp16 gradient overflowed, so that nobody may take this step; its scale is halved."""
+        if math.isfinite(norm) or not losses.finite:
+            return False
+        scaled = torch.tensor(int(self.loss_scale > 1.0), device=self.crew.device)
+        self.loss_scale = max(1.0, self.loss_scale / 2)
+        return bool(self.crew.sum(scaled))
+
+    def update(self, losses: StepLosses, norm: float, learning_rate: float) -> None:
+        """One step of the optimizer on the clipped gradient, and of the routers' biases."""
+        self.shards.clip(self.settings.clip, norm)
+        self.optimizer.step(learning_rate)
+        self.shards.spread()
+        for gate, layer in zip(self.model.gates(), self._moe_numbers(), strict=True):
+            if layer < len(losses.expert_counts):
+                gate.rebalance(losses.expert_counts[layer].to(self.model.device), self.settings.bias_speed)
+
+    def share_again(self) -> None:
+        """Tell everyone how long this worker was busy, and follow what all measured in the next step's shares."""
+        seconds = [row[0] for row in self.crew.everyone([self.lane.busy_seconds])]
+        lanes = [max(seconds[rank] for rank in self.layout.teams[team].lanes[lane]) for team, lane in self.layout.lanes]
+        self.timing = Timing(list(self._rows), lanes, seconds)
+        rows, spent = [float(count) for count in self._rows], list(lanes)
+        number = 0
+        for team in self.layout.teams:  # lanes that share experts keep step: they have one rate
+            for _ in range(0, len(team.lanes), team.expert_lanes):
+                group = range(number, number + team.expert_lanes)
+                mean, longest = sum(rows[i] for i in group) / len(group), max(spent[i] for i in group)
+                for i in group:
+                    rows[i], spent[i] = mean, longest
+                number += team.expert_lanes
+        self.shares.measured(rows, spent)
+
+    @torch.no_grad()
+    def held_out_loss(self, stream: TokenStream, rows: int) -> float:
+        """Summed loss in nats of the first `rows` rows of a stream, the same on every worker."""
+        self.model.eval()
+        shares = apportion(rows, self.shares.rates)
+        batch = self._own_rows(stream, 0, shares)
+        nats = self.lane.evaluate(batch, self._micro_batches(shares), self.settings.confine_to_document)
+        self.model.train()
+        return float(self.crew.sum(torch.tensor(nats, dtype=torch.float64, device=self.crew.device)))
+
+    # ----------------------------------------------------------------------------------------------- state
+
+    def whole_state(self) -> tuple[State, State] | None:
+        """(weights, optimizer state) of the whole model at worker 0, None elsewhere."""
+        return gather(self.model, self.shards, self.optimizer, self.crew)
+
+    def take_state(self, state: tuple[State, State] | None) -> None:
+        """The inverse of `whole_state`; an empty optimizer state leaves the optimizer new."""
+        scatter(state, self.model, self.shards, self.optimizer, self.crew)
+
+    def momentum_names(self) -> set[str]:
+        """Parameters of the whole model that have a momentum: all that Muon updates."""
+        if self.settings.optimizer != "muon":
+            return set()
+        with torch.device("meta"):
+            whole = Transformer(self.config).named_parameters()
+            return {name for name, parameter in whole if is_matrix(name, parameter)}
+
+    # ----------------------------------------------------------------------------------------------- pieces
+
+    def _form_expert_groups(self) -> None:
+        groups = set()
+        for team in self.layout.teams:
+            for start in range(0, len(team.lanes), team.expert_lanes):
+                lanes = team.lanes[start : start + team.expert_lanes]
+                groups |= {tuple(lane[stage] for lane in lanes) for stage in range(team.stages)}
+        self.crew.form(groups)
+        for module in self.model.modules():
+            if isinstance(module, SpreadExperts):
+                module.connect(self.crew, self.place.expert_ranks)
+
+    def _own_rows(self, stream: TokenStream, start: int, shares: list[int]) -> Batch:
+        number = self.place.lane_number
+        count = shares[number]
+        if count:
+            return stream.rows(start + sum(shares[:number]), count)
+        ids = torch.empty(0, stream.seq_len, dtype=torch.int64)
+        return Batch(ids, torch.full_like(ids, NO_LOSS), torch.full_like(ids, PADDING))
+
+    def _micro_batches(self, shares: list[int] | None = None) -> int:
+        """How many this worker computes: what its rows make, or what the busiest lane of its expert group needs."""
+        shares = shares or self._rows
+        number, team = self.place.lane_number, self.place.team
+        first = number - self.place.lane % team.expert_lanes
+        return max(math.ceil(shares[lane] / team.micro_batch) for lane in range(first, first + team.expert_lanes))
+
+    def _moe_numbers(self) -> list[int]:
+        """Number among the model's MoE layers (MTP's last) of each router of this stage."""
+        config = self.config
+        everything = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+        moe = [layer for layer in everything if config.is_moe_layer(layer)]
+        own = set(self.place.team.stage_layers(self.place.stage))
+        if self.place.last:
+            own |= set(range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers))
+        return [number for number, layer in enumerate(moe) if layer in own]
+
+    def _losses(self, tally: Tally, counts: Counts) -> StepLosses:
+        config = self.config
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        moe = sum(config.is_moe_layer(layer) for layer in range(layers))
+        experts = config.n_routed_experts or 1
+        loads = torch.zeros(moe, experts, dtype=torch.float64)
+        for number, load in zip(self._moe_numbers(), tally.expert_counts, strict=False):
+            loads[number] = load.double().cpu()
+        sums = torch.stack([tally.main, tally.mtp, tally.balance]).double().cpu()
+        total: Tensor = self.crew.sum(torch.cat([sums, loads.flatten()]).to(self.crew.device)).cpu()
+        main, mtp, balance = total[:3].tolist()
+        counted = total[3:].view(moe, experts).long()
+        used = moe if self.depths else sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+        return StepLosses(main, mtp, balance, list(counted[:used]), counts.tokens)

@@ -1,0 +1,60 @@
+"""Crews of real processes for tests: the same function on every worker, its results in the order of ranks."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from motley.train.crew import Crew
+
+SERVER = multiprocessing.get_context("forkserver")  # PyTorch is imported once, not by every worker
+SERVER.set_forkserver_preload(["torch", "torch.distributed", "motley.train.worker"])
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _begin(rank: int, size: int, port: int, work: Callable[..., Any], arguments: Sequence[Any], results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        if size > 1:
+            dist.init_process_group("gloo", rank=rank, world_size=size)
+        result = work(Crew(rank, size), *arguments)
+        results.put((rank, None, pickle.dumps(result)))
+        if size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+
+
+def on_crew(size: int, work: Callable[..., Any], *arguments: Any, seconds: float = 300) -> list[Any]:
+    """`work(crew, *arguments)` of `size` workers. Raises AssertionError with the first worker's traceback."""
+    results = SERVER.Queue()
+    port = free_port()
+    workers = [
+        SERVER.Process(target=_begin, args=(rank, size, port, work, arguments, results), daemon=True)
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    found: list[Any] = [None] * size
+    try:
+        for _ in range(size):
+            rank, error, result = results.get(timeout=seconds)
+            assert error is None, f"worker {rank} of {size}:\n{error}"
+            found[rank] = pickle.loads(result)
+    finally:
+        for worker in workers:
+            worker.join(timeout=5)
+            worker.kill()
+    return found

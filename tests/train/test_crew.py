@@ -1,0 +1,145 @@
+"""The real commands under torchrun: uneven workers learn what one process learns, and go on whoever is left."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crews import free_port, on_crew
+from test_resume import STEPS, TINY, command
+from test_resume import data as data  # the fixture
+
+from motley.errors import InputError
+from motley.train.crew import Crew, CrewError
+from motley.train.shares import Shares, apportion
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("shape") / "config.json"
+    file.write_text(json.dumps(TINY))
+    return file
+
+
+def torchrun(workers: int, arguments: list[str], *options: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={workers}", *options]
+    return [*launcher, f"--master-port={free_port()}", "-m", "motley", *arguments[3:]]
+
+
+def losses(out: Path) -> list[float]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] in ("train", "valid")]
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    done = subprocess.run(command(out, data, shape, precision="fp32"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow(60)
+def test_a_crew_learns_what_one_process_learns_and_any_crew_goes_on_from_its_checkpoint(
+    data: Path, shape: Path, alone: Path, tmp_path: Path
+):
+    """Three workers are killed half-way, one of them first; two go on, and one process ends the run."""
+    out = tmp_path / "run"
+    arguments = command(out, data, shape, precision="fp32", emulated_speeds="1:2:4")
+    process = subprocess.Popen(torchrun(3, arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until(lambda: len(list((out / "checkpoints").glob("step-????????"))) >= 1, process)
+    victim = children(process.pid)[-1]
+    subprocess.run(["kill", "-9", str(victim)], check=True)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "lost the others" in text or "Signal 9" in text
+    assert list((out / "checkpoints").glob("step-????????"))
+    two = subprocess.Popen(
+        torchrun(2, command(out, data, shape, precision="fp32", zero=2)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    written = len(losses(out))
+    until(lambda: len(losses(out)) >= written + 6, two)
+    two.send_signal(signal.SIGTERM)
+    two.communicate(timeout=120)
+    last = subprocess.run(command(out, data, shape, precision="fp32"), capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    found, expected = losses(out), losses(alone)
+    assert len(found) == len(expected) >= STEPS
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def until(condition: Any, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert time.monotonic() < deadline
+
+
+def children(parent: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def disagree(crew: Crew) -> str:
+    with pytest.raises(InputError) as refused:
+        crew.agree({"data": "abc" if crew.rank != 1 else "xyz", "steps": 5})
+    return str(refused.value)
+
+
+def test_a_worker_with_other_data_is_named_on_every_worker():
+    for message in on_crew(3, disagree):
+        assert message.startswith("worker 1 has data xyz, worker 0 has abc;")
+
+
+def test_a_worker_that_is_gone_ends_the_others_with_a_sentence():
+    first, second = on_crew(2, lose_one)
+    assert first.startswith("worker 0 lost the others while adding up: ")
+    assert second == "gone"
+
+
+def lose_one(crew: Crew) -> str:
+    if crew.rank == 1:
+        crew.leave()
+        return "gone"
+    try:
+        crew.sum(torch.ones(1))
+    except CrewError as error:
+        return str(error)
+    return "never noticed"
+
+
+def test_shares_follow_speed_and_absorb_a_straggler_within_ten_steps():
+    speeds = [1.0, 2.0, 4.0, 1.0]
+    shares = Shares([1.0] * 4)
+    idle = []
+    for step in range(30):
+        if step == 15:
+            speeds[2] = 1.0
+        rows = shares.rows(64)
+        assert sum(rows) == 64
+        seconds = [count / speed for count, speed in zip(rows, speeds, strict=True)]
+        idle.append(64 / sum(speeds) / max(seconds))
+        shares.measured(rows, seconds)
+    assert idle[0] < 0.6
+    assert min(idle[2:15]) > 0.97
+    assert idle[15] < 0.5
+    assert min(idle[25:]) > 0.95
+
+
+def test_a_lane_that_got_nothing_gets_rows_again_when_the_others_slow_down():
+    shares = Shares([0.001, 1.0])
+    assert shares.rows(8) == [0, 8]
+    shares.measured([0, 8], [0.0, 8000.0])
+    assert shares.rows(8) == [4, 4]
+
+
+def test_shares_are_the_nearest_whole_numbers():
+    assert apportion(36, [4, 1, 2]) == [21, 5, 10]
+    assert apportion(1, [1, 1, 1]) == [1, 0, 0]

@@ -1,0 +1,151 @@
+"""Any layout of any crew takes the step of a single process: gradient, losses, router loads, weights after updates."""
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from crews import on_crew
+from test_gradients import SHAPE, random_batch, random_model
+
+from motley.data.stream import Batch
+from motley.model import experts
+from motley.train.config import PretrainConfig
+from motley.train.crew import Crew
+from motley.train.layout import Layout, Team
+from motley.train.optimizer import Optimizer
+from motley.train.step import LossWeights, accumulate
+from motley.train.worker import Worker
+
+ROWS, STEPS = 7, 2
+FEW = 4  # rows of an expert are padded to a multiple: every new number of rows costs a kernel's compilation
+DEEP = dataclasses.replace(SHAPE, num_hidden_layers=4, first_k_dense_replace=1)
+
+
+class Rows:
+    """A stream of random rows, a pure function of the position, as `TokenStream` is."""
+
+    seq_len = 12
+
+    def rows(self, position: int, count: int) -> Batch:
+        whole = [random_batch(row, rows=2) for row in range(position, position + count)]
+        parts = zip(*((b.input_ids[1:], b.targets[1:], b.documents[1:]) for b in whole), strict=True)
+        return Batch(*(torch.cat(tensors) for tensors in parts))
+
+
+def settings(**chosen: Any) -> PretrainConfig:
+    return PretrainConfig(
+        batch_rows=ROWS, micro_batch=2, seq_len=12, balance_weight=0.05, confine_to_document=True, clip=0.5, **chosen
+    )
+
+
+def random_layout(size: int, chance: random.Random) -> Layout:
+    """Workers dealt into teams; each team cut into lanes, stages, expert groups at random."""
+    ranks = list(range(size))
+    teams = []
+    while ranks:
+        count = chance.randint(1, len(ranks))
+        own, ranks = ranks[:count], ranks[count:]
+        stages = chance.choice([s for s in (1, 2, 3, 4) if count % s == 0])
+        width = count // stages
+        by_stage = [own[stage * width : (stage + 1) * width] for stage in range(stages)]
+        lanes = tuple(tuple(by_stage[stage][lane] for stage in range(stages)) for lane in range(width))
+        layers = (0,)
+        while sum(layers) != DEEP.num_hidden_layers:  # only ends may hold nothing but embedding or head
+            middle = [chance.randint(1, 2) for _ in range(stages - 2)]
+            layers = (chance.randint(0, 4), *middle, chance.randint(0, 4))[:stages] if stages > 1 else (4,)
+        sharing = chance.choice([e for e in (1, 2, 4) if width % e == 0])
+        spread: tuple[int, ...] = ()
+        if sharing > 1:
+            cuts = sorted(chance.sample(range(1, DEEP.n_routed_experts), sharing - 1))
+            ends = [0, *cuts, DEEP.n_routed_experts]
+            spread = tuple(ends[i + 1] - ends[i] for i in range(sharing))
+        schedule = chance.choice(["1f1b", "zero_bubble"])
+        teams.append(Team(lanes, layers, spread, schedule, micro_batch=chance.randint(1, 3)))  # type: ignore[arg-type]
+    lanes = sum(len(team.lanes) for team in teams)
+    return Layout(
+        tuple(teams),
+        zero=chance.choice([0, 1, 2]),  # type: ignore[arg-type]
+        memory=tuple(chance.choice([1.0, 2.0, 5.0]) for _ in range(size)),
+        rates=tuple(chance.choice([0.01, 1.0, 3.0]) for _ in range(lanes)),
+    )
+
+
+def of_one_process(config: PretrainConfig, model_seed: int) -> tuple[dict[str, torch.Tensor], list[Any], dict]:
+    """(gradient of the first step, losses of all steps, weights after them) by the plain reference."""
+    experts.PAD = FEW
+    model = random_model(model_seed, DEEP)
+    optimizer = Optimizer(model.named_parameters(), config.optimizer, config.weight_decay, torch.float32)
+    weights = LossWeights(config.mtp_weight, config.balance_weight)
+    first: dict[str, torch.Tensor] = {}
+    seen = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        losses = accumulate(model, Rows().rows(step * ROWS, ROWS), 2, weights, confined=True)
+        first = first or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+        optimizer.step(0.01)
+        for gate, counts in zip(model.gates(), losses.expert_counts, strict=False):
+            gate.rebalance(counts, config.bias_speed)
+        seen.append((losses.main, losses.mtp, losses.balance, norm, [c.tolist() for c in losses.expert_counts]))
+    return first, seen, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def take_steps(crew: Crew, layouts: list[tuple[Layout, PretrainConfig, int]]) -> list[Any]:
+    """What every layout of the list makes of the same steps."""
+    experts.PAD = FEW
+    results = []
+    for layout, config, seed in layouts:
+        worker = Worker(DEEP, config, layout, crew)
+        whole = random_model(seed, DEEP).state_dict() if crew.leads else None
+        worker.take_state(None if whole is None else (dict(whole), {}))
+        gradient, seen = {}, []
+        for step in range(STEPS):
+            losses, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
+            if step == 0:
+                gradient = {
+                    part.label: (part.name, part.start, part.stop, worker.shards.view(part).grad.clone())  # type: ignore[union-attr]
+                    for part in worker.shards.parts
+                    if part.owner == crew.rank and worker.shards.view(part).grad is not None
+                }
+            worker.update(losses, norm, 0.01)
+            worker.share_again()
+            seen.append((losses.main, losses.mtp, losses.balance, norm, [c.tolist() for c in losses.expert_counts]))
+        state = worker.whole_state()
+        results.append((gradient, seen, state and state[0]))
+    return results
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9))
+
+
+@pytest.mark.slow(60)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_layout_takes_the_step_of_a_single_process(size: int):
+    chance = random.Random(size)
+    cases = []
+    for number in range(4 if size == 1 else 14):
+        optimizer = chance.choice(["muon", "adamw"])
+        mtp = chance.choice([0.0, 0.3])
+        cases.append((random_layout(size, chance), settings(optimizer=optimizer, mtp_weight=mtp), number))
+    by_worker = on_crew(size, take_steps, cases)
+    for index, (layout, config, seed) in enumerate(cases):
+        expected, losses, weights = of_one_process(config, seed)
+        found: dict[str, torch.Tensor] = {name: torch.full_like(grad, torch.nan) for name, grad in expected.items()}
+        for worker in by_worker:
+            gradient, seen, _ = worker[index]
+            for name, start, stop, grad in gradient.values():
+                found[name][start:stop] = grad.view_as(found[name][start:stop])
+            for step, (ours, theirs) in enumerate(zip(seen, losses, strict=True)):
+                assert ours[:4] == pytest.approx(theirs[:4], rel=1e-5, abs=1e-7), (layout, step)
+                assert ours[4] == theirs[4], (layout, step)
+        flat, flat_expected = (torch.cat([side[name].flatten() for name in expected]) for side in (found, expected))
+        assert error(flat, flat_expected) <= 1e-6, layout
+        for name, grad in expected.items():  # of a few numbers alone, rounding takes a little more
+            assert error(found[name], grad) <= 1e-5, (layout, name)
+        state = by_worker[0][index][2]
+        assert state.keys() == weights.keys()
+        for name, tensor in weights.items():
+            assert error(state[name], tensor) <= 1e-4, (layout, name)
