@@ -129,9 +129,7 @@ class Transformer(nn.Module):
         further, more = self.further(main, input_ids, documents)
         return Hidden(main, further, routings + more)
 
-    def further(
-        self, main: Tensor, input_ids: Tensor, documents: Tensor | None
-    ) -> tuple[list[Tensor], list[Routing]]:
+    def further(self, main: Tensor, input_ids: Tensor, documents: Tensor | None) -> tuple[list[Tensor], list[Routing]]:
         """What the MTP modules make of `main`, and what their routers did."""
         further: list[Tensor] = []
         routings: list[Routing] = []
