@@ -66,6 +66,7 @@ START = Engine(
     skew=0.0,
     most_tensor=8,
     most_context=16,
+    most_zero=3,
     schedules=("1f1b", "interleaved"),
     balanced_stages=False,
     recompute="full",
@@ -212,6 +213,7 @@ def motley(titan: Engine, core: Engine) -> Engine:
         hidden_experts=0.5,
         most_tensor=1,  # what the runtime has
         most_context=1,
+        most_zero=2,
         schedules=("1f1b", "zero_bubble"),
         balanced_stages=True,
         zero=1,

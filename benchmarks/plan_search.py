@@ -35,7 +35,7 @@ RANDOM_PLANS = 10_000
 def search(types: int, chips: int) -> dict[str, Any]:
     """One search in this process. Seconds from a read fleet to a found plan; peak memory of the whole process."""
     pools = tuple(Pool(name=chip, chip=chip, nodes=chips // types // 8, chips_per_node=8) for chip in TYPES[:types])
-    job = Job(find_shape("v3"), 14.8e12, 4096, 15360)
+    job = Job(find_shape("v3"), 14.8e12, 4096, 15360, "deepseek")
     start = time.perf_counter()
     found = Searcher(Fleet(name=f"{types} types", pools=pools), job).best()
     seconds = time.perf_counter() - start
@@ -64,7 +64,7 @@ def random_plans(count: int) -> dict[str, Any]:
 
     pools = (("a", "A100", 2), ("b", "RTX-3090", 4), ("c", "V100", 8))
     fleet = Fleet(pools=tuple(Pool(name=name, chip=chip, chips_per_node=each) for name, chip, each in pools))
-    job = Job(find_shape("small"), 1e9, 1024, 64)
+    job = Job(find_shape("small"), 1e9, 1024, 64, "deepseek")  # runs every degree and schedule the reference draws
     found = Searcher(fleet, job).best()
     if found is None:
         raise SystemExit("the small fleet cannot hold the small model: the benchmark is broken")

@@ -39,7 +39,8 @@ def fleet_of(*pools: tuple[str, str, int, int]) -> Fleet:
 
 
 def small_job(batch: int, shape: Shape | None = None) -> Job:
-    return Job(shape or shallow(), 1e9, 1024, batch, "motley")
+    """Under the engine that runs every degree and schedule the reference knows."""
+    return Job(shape or shallow(), 1e9, 1024, batch, "deepseek")
 
 
 def best_step_by_enumeration(fleet: Fleet, job: Job, monkey: pytest.MonkeyPatch) -> float:

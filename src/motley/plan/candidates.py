@@ -87,6 +87,7 @@ def _blocks(members: tuple[Member, ...], job: Job) -> Iterator[Ints]:
         [tp for tp in TENSOR if tp <= min(member.pool.per_node, member.engine.most_tensor) and heads % tp == 0]
         for member in members
     ]
+    most_zero = min(member.engine.most_zero for member in members)
     allowed = set.intersection(*(set(member.engine.schedules) for member in members))
     for cp, tps in product(contexts, product(*tensors)):
         groups = [
@@ -100,6 +101,7 @@ def _blocks(members: tuple[Member, ...], job: Job) -> Iterator[Ints]:
                 continue
             # Sharding less than a schedule allows costs memory and gains nothing: 1 (with stages) or 2, and 3.
             zeros = (0,) if dp * cp == 1 else (2, 3) if pp == 1 else (1, 3)
+            zeros = tuple(zero for zero in zeros if zero <= most_zero)
             schedules = _schedules(allowed, pp, len(members), shape.num_layers)
             grid = _grid(experts, micros, schedules, zeros)
             row = np.array([cp, dp, pp, *tps, *stages], np.int64)

@@ -79,6 +79,7 @@ class Engine:
         optimizer_seconds, step_seconds: fixed costs: per layer of the optimizer, per step.
         skew: share of a step lost in waiting for the slowest rank, per doubling of the nodes.
         most_tensor, most_context: largest degrees of tensor and context parallelism it can run.
+        most_zero: highest ZeRO stage it has.
         schedules: of pipelines that it can run: 1f1b, interleaved (1f1b of several chunks), zero_bubble, dualpipe.
         balanced_stages: whether pipelines are cut where the times balance (else: equal numbers of layers).
         recompute: what it does when the user does not say: "none", "selective" or "full".
@@ -127,6 +128,7 @@ class Engine:
     skew: float
     most_tensor: int
     most_context: int
+    most_zero: int
     schedules: tuple[str, ...]
     balanced_stages: bool
     recompute: str
