@@ -79,6 +79,10 @@ COMMANDS: dict[str, Command] = {
         "fine-tune a model on conversations",
         "motley.train.finetune:finetune", "motley.train.config:FinetuneConfig", "motley.train.run:summary",
     ),
+    "launch": Command(
+        "start a plan on its machines: print the torchrun commands, or run them over ssh",
+        "motley.train.launch:launch", "motley.train.launch:LaunchConfig", "motley.train.launch:summary",
+    ),
     "eval": Command(
         "bits per byte on text, exact answers on problems",
         "motley.evaluate.command:evaluate", "motley.evaluate.command:EvalConfig", "motley.evaluate.command:summary",

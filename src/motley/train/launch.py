@@ -1,0 +1,311 @@
+"""`motley launch`: the torchrun commands that start a plan's workers, each on the chip that the plan gave it.
+
+    plan      one team: stage 0 on `big`, stage 1 on `old`, two copies        ranks: copy by copy, stage by stage
+    chips     big 0: rank 0   old 0: rank 1   big 1: rank 2   old 1: rank 3   filled stage by stage: copies of a
+                 │               │               │               │            stage exchange most and share a host
+    torchrun  node 0          node 1          node 2          node 3          rank = node rank x processes per node
+
+torchrun numbers the workers of a node in a row, and supports only equal numbers of them on all nodes. So what it calls
+a node is here a row of ranks that lie on one host: the greatest length that divides the rows of all hosts. Equal hosts
+with whole copies get one torchrun each, the most uneven plan gets one for each worker.
+"""
+
+import math
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated, Any
+
+import tyro
+
+from motley.errors import InputError
+from motley.files import read_json
+from motley.progress import note
+
+STAGES_OF_TRAINING = ("pretrain", "sft")
+ONLY_HERE = ("localhost", "127.0.0.1", "::1")
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15")  # no questions; a dead host ends the connection
+END_SECONDS = 60.0
+"""For all to end by themselves: torchrun gives its workers 30 s to write a checkpoint."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Print, or run, the torchrun commands that start a plan on its machines."""
+
+    plan: Annotated[Path, tyro.conf.Positional]
+    """The plan file (`motley plan`); every machine must find it under this path, and the data and run folders too."""
+    hosts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POOL=HOST,HOST")] = ()
+    """The machines of each pool, by the names under which they reach each other; one machine may serve several pools.
+    Not needed for a plan of one pool on one machine: this one."""
+    job: str = "pretrain"
+    """The command to start with its options, in quotes, such as 'sft --model runs/base'; --plan is added."""
+    ssh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run everything, over ssh; when one command fails, all are ended."""
+    here: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
+    """Run, on this machine, what HOST is to run: for SLURM and Kubernetes, where every machine calls this itself."""
+    folder: Path = Path()
+    """Where the commands run on every machine (relative paths are seen from there); default: this folder."""
+    torchrun: str = "torchrun"
+    """The torchrun of the environment that has motley, such as .venv/bin/torchrun."""
+    port: int = 29500
+    """Of the machine of worker 0; the others must be able to reach it."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise InputError(f"--port is {self.port}; it must be from 1 to 65535")
+        if self.ssh and self.here is not None:
+            raise InputError("--ssh runs all machines, --here only one; give one of them")
+        if self.job_words[:1] not in [[name] for name in STAGES_OF_TRAINING]:
+            raise InputError(f"--job is {self.job!r}; it must begin with {' or '.join(STAGES_OF_TRAINING)}")
+        if any(word.split("=")[0] == "--plan" for word in self.job_words):
+            raise InputError("--job names a plan of its own; leave --plan out, launch adds the one it was given")
+
+    @property
+    def job_words(self) -> list[str]:
+        try:
+            return shlex.split(self.job)
+        except ValueError as error:
+            raise InputError(f"--job is {self.job!r}, which no shell can read: {error}") from None
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A chip with its worker: `chip` counts those of `host` from 0."""
+
+    host: str
+    pool: str
+    chip: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring ranks on one host, started by one torchrun."""
+
+    ranks: range
+    seats: tuple[Seat, ...]
+
+    @property
+    def host(self) -> str:
+        return self.seats[0].host
+
+    @property
+    def pools(self) -> list[str]:
+        return list(dict.fromkeys(seat.pool for seat in self.seats))
+
+    @property
+    def chips(self) -> list[int]:
+        return [seat.chip for seat in self.seats]
+
+
+def launch(config: LaunchConfig) -> dict[str, Any]:
+    """The commands as data, after running them where that was asked for.
+
+    Raises InputError for hosts that do not fit the plan, and when a command that was run failed.
+    """
+    plan = read_json(config.plan)
+    if not isinstance(plan, dict) or "teams" not in plan:
+        raise InputError(f"{config.plan} is no plan as `motley plan --out` writes it")
+    groups = groups_of(seats_of(plan, hosts_of(plan, config.hosts)))
+    words = torchrun_words(groups, config)
+    chosen = [number for number, group in enumerate(groups) if config.here in (None, group.host)]
+    if not chosen:
+        there_are = ", ".join(dict.fromkeys(group.host for group in groups))
+        raise InputError(f"--here is {config.here}, which has no workers in this plan; those that have: {there_are}")
+    run = config.ssh or config.here is not None
+    if run:
+        run_together(
+            [(groups[n], held(words[n], config.folder, groups[n].host if config.ssh else None)) for n in chosen]
+        )
+    return {
+        "workers": len(groups) * len(groups[0].ranks),
+        "ran": run,
+        "commands": [
+            {
+                "host": groups[n].host,
+                "pools": groups[n].pools,
+                "ranks": list(groups[n].ranks),
+                "chips": groups[n].chips,
+                "command": shlex.join(words[n]),
+            }
+            for n in chosen
+        ],
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The commands to paste, host by host; all of them have to run at the same time."""
+    commands = result["commands"]
+    if result["ran"]:
+        return f"{sum(len(entry['ranks']) for entry in commands)} of {result['workers']} workers ran to the end"
+    lines = []
+    for entry in commands:
+        ranks = " ".join(map(str, entry["ranks"]))
+        lines += [f"# {entry['host']}: {' and '.join(entry['pools'])}, rank {ranks}", entry["command"]]
+    return "\n".join(lines)
+
+
+def hosts_of(plan: Mapping[str, Any], named: Sequence[str]) -> dict[str, list[str]]:
+    """The hosts of each pool that has work, from `POOL=HOST,HOST` each."""
+    nodes = {entry["pool"]: int(entry["nodes"]) for entry in plan["pools"]}
+    used = {entry["pool"]: entry["chips"] > 0 for entry in plan["pools"]}
+    if not named and list(nodes.values()) == [1]:
+        return {pool: ["localhost"] for pool in nodes}
+    hosts: dict[str, list[str]] = {}
+    for entry in named:
+        pool, _, listed = entry.partition("=")
+        names = listed.split(",")
+        if not all(names) or any(name.startswith("-") for name in names):
+            raise InputError(f"--hosts has {entry!r}; write POOL=HOST,HOST")
+        if pool not in nodes:
+            raise InputError(f"--hosts names pool {pool}, but the plan's pools are {', '.join(nodes)}")
+        if pool in hosts:
+            raise InputError(f"--hosts names pool {pool} twice; list all its hosts at once: {pool}=HOST,HOST")
+        if len(names) > nodes[pool]:
+            raise InputError(f"--hosts has {len(names)} for pool {pool}, the plan {nodes[pool]}; leave some out")
+        hosts[pool] = names
+    if missing := [pool for pool in nodes if used[pool] and pool not in hosts]:
+        example = " ".join(f"{pool}=HOST" for pool in missing)
+        raise InputError(f"no hosts for {' and '.join(missing)}; name them: --hosts {example}")
+    every = {name for names in hosts.values() for name in names}
+    if len(every) > 1 and (hidden := every.intersection(ONLY_HERE)):
+        raise InputError(
+            f"--hosts has {min(hidden)} beside {min(every - hidden)}, which cannot reach it; "
+            "name this machine as the others know it"
+        )
+    return hosts
+
+
+def seats_of(plan: Mapping[str, Any], hosts: Mapping[str, Sequence[str]]) -> list[Seat]:
+    """Where each rank works, in the order of `from_plan`: teams, copies, stages.
+
+    A pool's chips are filled team by team, stage by stage, copies of a stage side by side, as the planner assumes.
+    """
+    waiting: dict[str, list[int]] = {entry["pool"]: [] for entry in plan["pools"]}
+    workers = 0
+    for team in plan["teams"]:
+        stages, copies = team["stages"], team["dp"]
+        for number, stage in enumerate(stages):
+            waiting[stage["pool"]] += [workers + copy * len(stages) + number for copy in range(copies)]
+        workers += copies * len(stages)
+    seats: dict[int, Seat] = {}
+    taken: dict[str, int] = {}  # chips of a host that belong to pools before this one
+    for entry in plan["pools"]:
+        pool, own, ranks = entry["pool"], hosts.get(entry["pool"], ()), waiting[entry["pool"]]
+        if len(ranks) != entry["chips"]:
+            raise InputError(
+                f"the plan gives {pool} {entry['chips']} chips but {len(ranks)} workers (tensor or context "
+                "parallelism, which this runtime does not have); make the plan with --engine motley"
+            )
+        even = len(ranks) % entry["chips_per_node"] == 0  # else some chips of every node rest
+        each = entry["chips_per_node"] if even else math.ceil(len(ranks) / entry["nodes"])
+        if len(own) * each < len(ranks):
+            needed = math.ceil(len(ranks) / each)
+            raise InputError(f"--hosts has {len(own)} for pool {pool}, whose {len(ranks)} workers need {needed}")
+        for number, host in enumerate(own):
+            first = taken.get(host, 0)
+            taken[host] = first + entry["chips_per_node"]
+            for chip, rank in enumerate(ranks[number * each : (number + 1) * each]):
+                seats[rank] = Seat(host, pool, first + chip)
+    return [seats[rank] for rank in range(workers)]
+
+
+def groups_of(seats: Sequence[Seat]) -> list[Group]:
+    """One group a torchrun, in the order of ranks, all of the same size."""
+    size = math.gcd(*(len(list(row)) for _, row in groupby(seats, key=lambda seat: seat.host)))
+    return [
+        Group(range(first, first + size), tuple(seats[first : first + size])) for first in range(0, len(seats), size)
+    ]
+
+
+def torchrun_words(groups: Sequence[Group], config: LaunchConfig) -> list[list[str]]:
+    """Each group's command. Every worker sees one chip only, its own, whatever its number on the host."""
+    address = groups[0].host.rpartition("@")[2]  # ssh's user is no part of it
+    on_host = Counter(group.host for group in groups)
+    commands = []
+    for number, group in enumerate(groups):
+        variables = []
+        if group.chips != list(range(len(group.chips))):  # what torchrun takes by itself
+            variables.append(f"CUDA_VISIBLE_DEVICES={','.join(map(str, group.chips))}")
+        if on_host[group.host] > 1:  # torchrun sets this when it knows of several; two that each take all cores crawl
+            variables.append("OMP_NUM_THREADS=1")
+        commands.append([
+            *(["env", *variables] if variables else []),
+            config.torchrun, f"--nnodes={len(groups)}", f"--node-rank={number}",
+            f"--nproc-per-node={len(group.ranks)}", f"--master-addr={address}", f"--master-port={config.port}",
+            "--virtual-local-rank", "-m", "motley", *config.job_words, f"--plan={config.plan}",
+        ])  # fmt: skip
+    return commands
+
+
+def held(words: Sequence[str], folder: Path, host: str | None) -> list[str]:
+    """The command that runs `words` in `folder` on `host` (None: here) until they end or its standard input closes.
+
+    That closes whenever this process or the connection is gone; nothing else ends a command behind ssh then.
+    """
+    script = (
+        f"cd {shlex.quote(str(folder.resolve()))} || exit; exec 3<&0; {shlex.join(words)} 3<&- & work=$!; "
+        "{ cat <&3; kill $work; } >/dev/null 2>&1 & watch=$!; exec 3<&-; "
+        "wait $work; status=$?; kill $watch 2>/dev/null; exit $status"
+    )
+    command = ["sh", "-c", script]
+    return command if host is None else [*SSH, host, shlex.join(command)]
+
+
+def run_together(commands: Sequence[tuple[Group, Sequence[str]]]) -> None:
+    """Run all at once and show what they say behind their host's name; end all when one fails or this process is told
+    to stop. Raises InputError naming the one that failed first."""
+    ended: SimpleQueue[tuple[Group, int]] = SimpleQueue()
+    running: list[tuple[subprocess.Popen[str], threading.Thread]] = []
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        for group, command in commands:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                errors="replace", start_new_session=True,
+            )  # fmt: skip
+            forward = threading.Thread(target=_forward, args=(group, process, ended), daemon=True)
+            running.append((process, forward))
+            forward.start()
+        for _ in running:
+            group, status = ended.get()
+            if status:
+                raise InputError(
+                    f"{group.host} (rank {' '.join(map(str, group.ranks))}) ended with status {status}, so all were "
+                    "ended; see what it said above and start again: training goes on from its newest checkpoint"
+                )
+    finally:
+        _end(running)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: object) -> None:
+    raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
+
+
+def _forward(group: Group, process: subprocess.Popen[str], ended: "SimpleQueue[tuple[Group, int]]") -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        note(f"{group.host}: {line.rstrip()}")
+    ended.put((group, process.wait()))
+
+
+def _end(running: Sequence[tuple[subprocess.Popen[str], threading.Thread]]) -> None:
+    """Close the standard input of all, wait for their last words, and kill what stays."""
+    for process, _ in running:
+        assert process.stdin is not None
+        process.stdin.close()
+    deadline = time.monotonic() + END_SECONDS
+    for process, forward in running:
+        forward.join(max(0.0, deadline - time.monotonic()))
+        if forward.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
