@@ -22,7 +22,7 @@ from test_resume import shape as shape
 from motley.cli import run
 from motley.errors import InputError
 from motley.model import ModelConfig
-from motley.train.launch import LaunchConfig, Seat, groups_of, hosts_of, seats_of, torchrun_words
+from motley.train.launch import LaunchConfig, Seat, groups_of, hosts_of, launch, seats_of, torchrun_words
 from motley.train.layout import from_plan, place_of
 
 LAYERS = 12
@@ -49,7 +49,7 @@ def plan_of(pools: dict[str, tuple[int, int]], teams: list[tuple[list[str], int,
         written.append({
             "pools": list(dict.fromkeys(stage_pools)), "tp": dict.fromkeys(stage_pools, 1), "cp": 1, "ep": 1,
             "dp": copies, "zero": 0, "schedule": "1f1b", "island": 0, "micro_batch": 1, "sequences": copies,
-            "stages": stages,
+            "recompute": "none",             "stages": stages,
         })  # fmt: skip
     listed = [
         {"pool": name, "chips": chips[name], "nodes": nodes, "chips_per_node": each}
@@ -194,8 +194,11 @@ def test_a_plan_this_runtime_cannot_run_or_no_plan_at_all_is_refused(tmp_path: P
     split["pools"][0]["chips"] = 8  # as with tensor parallelism 2
     with pytest.raises(InputError, match="make the plan with --engine motley"):
         seats_of(split, {"a": ["x", "y"], "b": ["z"]})
-    (tmp_path / "other.json").write_text("[]")
-    assert run(["launch", str(tmp_path / "other.json")]) == 2
+    del split["pools"][0]["nodes"]
+    for wrong in ([], {"teams": []}, split):
+        (tmp_path / "other.json").write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="is no plan as `motley plan --out` writes it"):
+            launch(LaunchConfig(tmp_path / "other.json"))
 
 
 def test_the_printed_commands_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

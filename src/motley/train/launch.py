@@ -113,9 +113,12 @@ def launch(config: LaunchConfig) -> dict[str, Any]:
     Raises InputError for hosts that do not fit the plan, and when a command that was run failed.
     """
     plan = read_json(config.plan)
-    if not isinstance(plan, dict) or "teams" not in plan:
-        raise InputError(f"{config.plan} is no plan as `motley plan --out` writes it")
-    groups = groups_of(seats_of(plan, hosts_of(plan, config.hosts)))
+    try:
+        groups = groups_of(seats_of(plan, hosts_of(plan, config.hosts)))
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{config.plan} is no plan as `motley plan --out` writes it: {error!r} is missing or wrong"
+        ) from None
     words = torchrun_words(groups, config)
     chosen = [number for number, group in enumerate(groups) if config.here in (None, group.host)]
     if not chosen:
