@@ -213,7 +213,7 @@ def motley(titan: Engine, core: Engine) -> Engine:
         hidden_experts=0.5,
         most_tensor=1,  # what the runtime has
         most_context=1,
-        most_zero=2,
+        most_zero=1,
         schedules=("1f1b", "zero_bubble"),
         balanced_stages=True,
         zero=1,

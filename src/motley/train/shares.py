@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 FOLLOW = 0.5  # weight of the newest measurement
+COLD = 2  # first measurements of a lane that count for nothing afterwards: memory and kernels are new to it
+RECOVER = 0.05  # how far the rate of a lane that got no rows moves towards the mean, so that it is tried again
 LEAST = 1e-9
 
 
@@ -21,30 +23,30 @@ class Shares:
 
     Attributes:
         rates: rows a second of each lane.
-        most: rows a lane can take in a step at most (None: any).
-        known: whether a lane's rate was measured (else assumed).
+        known: how often each lane's rate was measured.
     """
 
     rates: list[float]
-    most: int | None = None
-    known: list[bool] = field(default_factory=list)
+    known: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.known = self.known or [False] * len(self.rates)
+        self.known = self.known or [0] * len(self.rates)
 
     def rows(self, batch_rows: int) -> list[int]:
         """How many of a step's rows each lane takes; they add up to `batch_rows`."""
         return apportion(batch_rows, self.rates)
 
     def measured(self, rows: Sequence[float], seconds: Sequence[float]) -> None:
-        """Take in how long each lane worked on its rows. A lane without rows keeps its rate, so that it gets some again
-        when the others slow down."""
+        """Take in how long each lane worked on its rows. A lane that got none slowly recovers its rate."""
+        mean = sum(self.rates) / len(self.rates)
         for lane, (count, spent) in enumerate(zip(rows, seconds, strict=True)):
+            old = self.rates[lane]
             if count and spent > 0:
                 rate = count / spent
-                old = self.rates[lane]
-                self.rates[lane] = rate if not self.known[lane] else old + FOLLOW * (rate - old)
-                self.known[lane] = True
+                self.rates[lane] = rate if self.known[lane] < COLD else old + FOLLOW * (rate - old)
+                self.known[lane] += 1
+            else:
+                self.rates[lane] = old + RECOVER * (mean - old)
 
 
 def apportion(whole: int, weights: Sequence[float]) -> list[int]:

@@ -5,7 +5,7 @@
                  stage 2         F0 B0 F1 B1 F2 B2 F3 B3
 
     zero_bubble  B makes only the gradient that the stage before waits for; W, that of the weights, fills the gaps
-                 stage 0   F0 F1 F2 B0 F3 B1 W0 B2 W1 B3 W2 W3     (Zero Bubble Pipeline Parallelism, arXiv 2401.10241)
+                 stage 0   F0 F1 F2 B0 W0 F3 B1 W1 B2 W2 B3 W3     (Zero Bubble Pipeline Parallelism, arXiv 2401.10241)
 
 Orders are plain lists that a test can check. Activations go down and their gradients up the lane as messages between
 two workers, in the order of micro-batches, so none needs a name.
@@ -33,26 +33,26 @@ from motley.train.spread_experts import SpreadExperts
 from motley.train.step import Counts, LossWeights, Tally, attended_documents, batch_rows, micro_batches, predicted_loss
 
 Kind = Literal["F", "B", "W"]
+Sending = list[tuple[dist.Work | None, Tensor]]
 
 
 def order(schedule: Schedule, stage: int, stages: int, count: int) -> list[tuple[Kind, int]]:
     """What a stage does with `count` micro-batches, in order."""
-    split = schedule == "zero_bubble" and stages > 1
     behind = stages - 1 - stage
-    warm = min(behind, count)
     todo: list[tuple[Kind, int]] = []
-    for micro in range(warm):
-        todo.append(("F", micro))
-    waiting = 0  # of the micro-batches whose B is done, the first whose W is not
+    ran = weighed = 0  # forward passes; gradients of weights
     for micro in range(count):
-        if micro + warm < count:
-            todo.append(("F", micro + warm))
+        while ran < count and ran - micro <= behind:
+            if schedule == "zero_bubble" and stages > 1 and ran - weighed > behind:
+                todo.append(("W", weighed))
+                weighed += 1
+            todo.append(("F", ran))
+            ran += 1
         todo.append(("B", micro))
-        keep = behind if micro + warm < count else 0
-        if split and micro - waiting >= keep:
-            todo.append(("W", waiting))
-            waiting += 1
-    for micro in range(waiting, count if split else 0):
+        if schedule == "zero_bubble" and stages > 1 and ran == count:
+            todo.append(("W", weighed))
+            weighed += 1
+    for micro in range(weighed, count if schedule == "zero_bubble" and stages > 1 else 0):
         todo.append(("W", micro))
     return todo
 
@@ -120,9 +120,7 @@ class Lane:
                 if isinstance(module, Linear | Experts) and module is not getattr(model, "lm_head", None):
                     module.later = self._later
 
-    def run(
-        self, batch: Batch, count: int, counts: Counts, weights: LossWeights, confined: bool, scale: float = 1.0
-    ) -> Tally:
+    def run(self, batch: Batch, count: int, counts: Counts, weights: LossWeights, confined: bool) -> Tally:
         """Forward and backward passes of all rows of the lane; gradients land in the parameters' .grad.
 
         Args:
@@ -132,13 +130,12 @@ class Lane:
             counts: of the whole step.
             weights: of the parts of the loss.
             confined: attention stays within documents.
-            scale: factor on the gradient (fp16).
         """
         self.busy_seconds = 0.0
         batch, rows = _filled(batch, self.place.team.micro_batch, count)
         tally = Tally.empty(self.model.device)
         flights: dict[int, _Flight] = {}
-        sending: list[tuple[dist.Work | None, Tensor]] = []
+        sending: Sending = []
         depths = bool(weights.mtp)
         for kind, micro in order(self.place.team.schedule, self.place.stage, self.place.team.stages, count):
             if kind == "F":
@@ -148,22 +145,22 @@ class Lane:
                     flight = self._forward(part, received, counts, weights, confined, depths, tally)
                 flights[micro] = flight
                 if flight.sent is not None:
-                    sending.append(self._send(flight.sent.detach(), self.place.ranks[self.place.stage + 1]))
+                    self._send(flight.sent.detach(), self.place.ranks[self.place.stage + 1], sending)
             elif kind == "B":
                 flight = flights[micro]
                 grad = None if self.place.last else self._receive(flight.batch, self.place.ranks[self.place.stage + 1])
                 with self._working():
-                    self._backward(flight, grad, scale)
+                    self._backward(flight, grad)
                 if flight.received is not None:
                     assert flight.received.grad is not None
-                    sending.append(self._send(flight.received.grad, self.place.ranks[self.place.stage - 1]))
+                    self._send(flight.received.grad, self.place.ranks[self.place.stage - 1], sending)
                 if self._later is None:
                     del flights[micro]
             else:
                 with self._working(), torch.no_grad():
                     for work in flights.pop(micro).later:
                         work()
-        self.crew.talk("ending a pipeline", lambda: [work.wait() for work, _ in sending if work is not None])
+        self._finish(sending)
         return tally
 
     @torch.no_grad()
@@ -171,7 +168,7 @@ class Lane:
         """Summed loss in nats of the lane's rows (0 on stages without the head); `count` as in `run`."""
         total = 0.0
         batch, rows = _filled(batch, self.place.team.micro_batch, count)
-        sending: list[tuple[dist.Work | None, Tensor]] = []
+        sending: Sending = []
         for part_rows in rows:
             part = batch_rows(batch, part_rows, self.model.device)
             received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
@@ -180,8 +177,8 @@ class Lane:
             flight = self._forward(part, received, counts, LossWeights(0.0, 0.0), confined, False, tally)
             total += float(tally.main)
             if flight.sent is not None:
-                sending.append(self._send(flight.sent, self.place.ranks[self.place.stage + 1]))
-        self.crew.talk("ending a pipeline", lambda: [work.wait() for work, _ in sending if work is not None])
+                self._send(flight.sent, self.place.ranks[self.place.stage + 1], sending)
+        self._finish(sending)
         return total
 
     def _forward(
@@ -216,11 +213,11 @@ class Lane:
         loss = loss + tally.add_routings(routings, counts, weights.balance, max(1, moe))
         return _Flight(part, received, sent, loss)
 
-    def _backward(self, flight: _Flight, grad: Tensor | None, scale: float) -> None:
+    def _backward(self, flight: _Flight, grad: Tensor | None) -> None:
         outputs, grads = [], []
         if isinstance(flight.loss, Tensor) and flight.loss.requires_grad:
             outputs.append(flight.loss)
-            grads.append(torch.full_like(flight.loss, scale))
+            grads.append(torch.ones_like(flight.loss))
         if flight.sent is not None:
             outputs.append(flight.sent)
             grads.append(grad)
@@ -233,19 +230,33 @@ class Lane:
     @contextmanager
     def _working(self) -> Iterator[None]:
         """Time what is done inside, and let `pace` slow it down."""
+        self._settle()
         started = time.perf_counter()
         yield
+        self._settle()
         spent = time.perf_counter() - started
         self.busy_seconds += spent + self.pace(spent)
+
+    def _settle(self) -> None:
+        """Wait for a device that computes behind the host's back, so that its time is what is measured."""
+        if self.crew.device.type == "cuda":
+            torch.cuda.synchronize(self.crew.device)
 
     def _receive(self, part: Batch, source: int) -> Tensor:
         tensor = torch.empty(*part.input_ids.shape, self._config.hidden_size, dtype=self.wire, device=self.model.device)
         self.crew.talk(f"waiting for worker {source}", lambda: dist.recv(tensor, src=source))
         return tensor.requires_grad_()
 
-    def _send(self, tensor: Tensor, to: int) -> tuple[dist.Work | None, Tensor]:
+    def _send(self, tensor: Tensor, to: int, sending: Sending) -> None:
+        """Begin to send; `sending` keeps what is under way, as much as a pipeline can hold."""
         tensor = tensor.contiguous()
-        return self.crew.talk(f"sending to worker {to}", lambda: dist.isend(tensor, dst=to)), tensor
+        sending.append((self.crew.talk(f"sending to worker {to}", lambda: dist.isend(tensor, dst=to)), tensor))
+        self._finish(sending, 2 * self.place.team.stages)
+
+    def _finish(self, sending: Sending, left: int = 0) -> None:
+        while len(sending) > left:
+            work, _ = sending.pop(0)
+            self.crew.talk("sending along a pipeline", lambda: work.wait() if work is not None else None)  # noqa: B023
 
 
 def _filled(batch: Batch, micro_batch: int, count: int) -> tuple[Batch, Sequence[slice]]:

@@ -4,6 +4,9 @@ worker 0   opens the run folder, prepares data, loads or draws the weights     �
 others     wait, then check that they see the same code, data and settings     ◀──
 """
 
+import dataclasses
+import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 
 from motley import __version__
+from motley.data.pack import DATA_FILE
 from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.device import choose_device, compute_dtype
@@ -18,33 +22,48 @@ from motley.fleet.probe import Machine
 from motley.model import ModelConfig, Transformer
 from motley.progress import note
 from motley.train.config import TrainingConfig
-from motley.train.crew import Crew, join_crew
+from motley.train.crew import Crew, CrewError, join_crew
 from motley.train.handicap import handicap, speeds_of
 from motley.train.layout import Layout, from_plan, side_by_side
 from motley.train.memory import check_memory
 from motley.train.run import Run
 from motley.train.worker import Worker
 
-SAME_EVERYWHERE = ("steps", "batch_rows", "seq_len", "optimizer", "seed", "clip", "mtp_weight", "balance_weight")
+OWN = ("out", "device", "data", "model", "plan", "micro_batch", "precision")
+"""Settings that may differ: paths, and what worker 0 decides for all. Data and shape are compared themselves."""
 
 
 def meet(config: TrainingConfig) -> Crew:
-    """Find the other workers, if torchrun started some; each on its own device."""
-    return join_crew(choose_device(config.device))
+    """Find the other workers, if torchrun started some; each on a device of its own."""
+    device = choose_device(config.device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return join_crew(device)
 
 
 def led(crew: Crew, work: Callable[[], Any]) -> Any:
-    """What `work` returns at worker 0, on all. An InputError there is raised everywhere."""
-    result, failure = None, None
+    """What `work` returns at worker 0, on all. An error there is raised everywhere, so that nobody waits in vain."""
+    result, failure, cause = None, None, None
     if crew.leads:
         try:
             result = work()
-        except InputError as error:
-            failure = str(error)
+        except Exception as error:
+            failure, cause = (type(error) is InputError, str(error)), error
     result, failure = crew.share((result, failure))
-    if failure is not None:
-        raise InputError(failure)
-    return result
+    if failure is None:
+        return result
+    if cause is not None:
+        raise cause
+    raise InputError(failure[1]) if failure[0] else CrewError(f"worker 0 failed: {failure[1]}")
+
+
+def sources() -> str:
+    """A fingerprint of this program: versions alone do not tell an edited file."""
+    found = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def layout_for(config: TrainingConfig, shape: ModelConfig, crew: Crew) -> Layout:
@@ -80,10 +99,11 @@ def employ(
         machine: what was measured before, if anything.
         weights: makes the whole model on a device; called by worker 0 only.
     """
-    fingerprint = read_json(data / "data.json").get("fingerprint") if (data / "data.json").is_file() else "missing"
-    settings = {name: getattr(config, name) for name in SAME_EVERYWHERE}
-    crew.agree({"motley": __version__, "PyTorch": torch.__version__, "data": fingerprint, **settings})
-    layout = layout_for(config, shape, crew)
+    layout = led(crew, lambda: layout_for(config, shape, crew))
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in OWN}
+    known = read_json(data / DATA_FILE).get("fingerprint") if (data / DATA_FILE).is_file() else "missing"
+    versions = {"motley": __version__, "source code": sources(), "PyTorch": torch.__version__.split("+")[0]}
+    crew.agree({**versions, "kind of device": crew.device.type, "data": known, "shape": shape, **settings})
     if crew.alone:
         check_memory(shape, config.optimizer, crew.device)
     bf16 = led(crew, lambda: compute_dtype(config.precision, lambda: run.machine(crew.device, machine)))
@@ -96,6 +116,12 @@ def employ(
         slow = handicap(speed, "wait")
         worker.lane.pace = slow.pace
         note(f"worker {crew.rank}: emulated at {speed:.0%} of its speed, by waiting")
-    whole = weights(torch.device("cpu")) if crew.leads else None
+    whole: Transformer | None = None
+
+    def make() -> None:
+        nonlocal whole
+        whole = weights(torch.device("cpu"))
+
+    led(crew, make)
     worker.take_state(None if whole is None else (dict(whole.state_dict()), {}))
     return worker

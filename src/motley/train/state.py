@@ -22,6 +22,7 @@ from motley.errors import InputError
 from motley.files import read_json, remove_unfinished, temporary_name, whole_folder, write_json
 from motley.model import Transformer
 from motley.model.checkpoint import load, write_tensors, write_weights
+from motley.train.gather import TIED
 from motley.train.worker import Worker
 
 TRAINING_TENSORS, TRAINING_FACTS = "training.safetensors", "training.json"
@@ -77,7 +78,11 @@ def _whole_model(worker: Worker, weights: dict[str, Tensor]) -> Transformer:
         return worker.model
     with torch.device("meta"):
         model = Transformer(worker.config)
+    if worker.config.tie_word_embeddings:
+        weights = {**weights, TIED: weights["model.embed_tokens.weight"]}
     model.load_state_dict(weights, assign=True)
+    if worker.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     return model
 
 

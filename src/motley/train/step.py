@@ -143,7 +143,6 @@ def accumulate(
     weights: LossWeights,
     confined: bool,
     counts: Counts | None = None,
-    scale: float = 1.0,
 ) -> StepLosses:
     """Add the gradient of a step's loss over these rows to the parameters' .grad.
 
@@ -154,7 +153,6 @@ def accumulate(
         weights: of the parts of the loss.
         confined: attention stays within documents.
         counts: of the whole step; None: these rows are the whole step.
-        scale: factor on the gradient, not on the losses (fp16).
     """
     depths = len(model.mtp) if weights.mtp else 0
     counts = counts or Counts.of(batch, depths)
@@ -165,7 +163,7 @@ def accumulate(
         hidden = model.hidden(part.input_ids, documents, mtp=bool(depths))
         total = predicted_loss(model, hidden.main, hidden.further, part, counts, weights.mtp, tally)
         total = total + tally.add_routings(hidden.routings, counts, weights.balance, max(1, len(hidden.routings)))
-        (total * scale if scale != 1.0 else total).backward()
+        total.backward()
     tokens = int((batch.targets >= 0).sum())
     return StepLosses(tally.main.item(), tally.mtp.item(), tally.balance.item(), tally.expert_counts, tokens)
 

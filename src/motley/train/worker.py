@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from motley.data.stream import NO_LOSS, PADDING, Batch, TokenStream
+from motley.errors import InputError
 from motley.model import ModelConfig, Transformer
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
@@ -69,8 +70,13 @@ class Worker:
         layout.check(config, crew.size)
         self.config, self.settings, self.layout, self.crew = config, settings, layout, crew
         self.place = place = place_of(layout, crew.rank)
+        if place.team.stages > 1 and crew.device.type != "cpu":
+            raise InputError(
+                "pipelines have only been run on CPUs so far: their messages could block each other on a GPU; "
+                "choose a plan without pipelines"
+            )
         self.model = model if model is not None and crew.alone else build_stage(config, place, crew)
-        self.model.compute_dtype, self.model.recompute = dtype, settings.recompute
+        self.model.compute_dtype, self.model.recompute = dtype, settings.recompute or place.team.recompute
         self.weights = LossWeights(settings.mtp_weight, settings.balance_weight)
         self.depths = config.num_nextn_predict_layers if self.weights.mtp else 0
         self._form_expert_groups()
@@ -88,7 +94,6 @@ class Worker:
         self.optimizer = Optimizer(named, settings.optimizer, settings.weight_decay, products)
         self.lane = Lane(self.model, config, place, crew, wire)
         self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
-        self.loss_scale = 2.0**15 if dtype == torch.float16 else 1.0
         self.timing = Timing([], [], [])
         self._rows: list[int] = []
 
@@ -99,23 +104,11 @@ class Worker:
         self._rows = self.shares.rows(self.settings.batch_rows)
         batch = self._own_rows(stream, step * self.settings.batch_rows, self._rows)
         own = Counts.of(batch, self.depths) if self.place.first else Counts(0, (0,) * self.depths, 0)
-        counts = own.added_up(lambda values: self.crew.sum(values.to(self.crew.device)).cpu())
+        counts = own.added_up(lambda values: self.crew.sum(self.crew.outgoing(values)).cpu())
         self.shards.clear()
-        tally = self.lane.run(
-            batch, self._micro_batches(), counts, self.weights, self.settings.confine_to_document, self.loss_scale
-        )
-        if self.loss_scale != 1.0:
-            self.shards.scale(1 / self.loss_scale)
+        tally = self.lane.run(batch, self._micro_batches(), counts, self.weights, self.settings.confine_to_document)
         self.shards.reduce()
         return self._losses(tally, counts), self.shards.norm()
-
-    def overflowed(self, losses: StepLosses, norm: float) -> bool:
-        """Whether some worker's fp16 gradient overflowed, so that nobody may take this step; its scale is halved."""
-        if math.isfinite(norm) or not losses.finite:
-            return False
-        scaled = torch.tensor(int(self.loss_scale > 1.0), device=self.crew.device)
-        self.loss_scale = max(1.0, self.loss_scale / 2)
-        return bool(self.crew.sum(scaled))
 
     def update(self, losses: StepLosses, norm: float, learning_rate: float) -> None:
         """One step of the optimizer on the clipped gradient, and of the routers' biases."""
@@ -150,7 +143,7 @@ class Worker:
         batch = self._own_rows(stream, 0, shares)
         nats = self.lane.evaluate(batch, self._micro_batches(shares), self.settings.confine_to_document)
         self.model.train()
-        return float(self.crew.sum(torch.tensor(nats, dtype=torch.float64, device=self.crew.device)))
+        return float(self.crew.sum(self.crew.outgoing(torch.tensor(nats, dtype=torch.float64))))
 
     # ----------------------------------------------------------------------------------------------- state
 
@@ -217,7 +210,7 @@ class Worker:
         for number, load in zip(self._moe_numbers(), tally.expert_counts, strict=False):
             loads[number] = load.double().cpu()
         sums = torch.stack([tally.main, tally.mtp, tally.balance]).double().cpu()
-        total: Tensor = self.crew.sum(torch.cat([sums, loads.flatten()]).to(self.crew.device)).cpu()
+        total: Tensor = self.crew.sum(self.crew.outgoing(torch.cat([sums, loads.flatten()]))).cpu()
         main, mtp, balance = total[:3].tolist()
         counted = total[3:].view(moe, experts).long()
         used = moe if self.depths else sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
