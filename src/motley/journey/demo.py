@@ -184,13 +184,15 @@ def _stages(journey: Journey, config: DemoConfig, machine: Machine, plan: DemoPl
         return {"written": write_jsonl(made, conversations)}
 
     def pretraining() -> dict[str, Any]:
-        return pretrain(dataclasses.replace(plan.pretrain, out=out / "pretrain", data=(str(out / "data"),)), machine)
+        return (
+            pretrain(dataclasses.replace(plan.pretrain, out=out / "pretrain", data=(str(out / "data"),)), machine) or {}
+        )
 
     def finetuning() -> dict[str, Any]:
         settings = dataclasses.replace(
             plan.finetune, out=out / "sft", model=out / "pretrain", data=(str(conversations),)
         )
-        return finetune(settings, machine)
+        return finetune(settings, machine) or {}
 
     def evaluation() -> dict[str, Any]:
         return evaluate(EvalConfig(
