@@ -128,9 +128,15 @@ def seconds(pipeline: Pipeline, job: Job, sequences: int, crossing: bool) -> flo
     if costs is None:
         return None
     fixed, slow, once, hidden, cross = costs
-    micro = -(-sequences // (pipeline.dp * pipeline.micro_batch))
+    micro = max(-(-sequences // (pipeline.dp * pipeline.micro_batch)), least(pipeline))
     once += cross if crossing else 0.0
     return fixed + micro * slow + once - hidden * min(once, micro * slow)
+
+
+def least(pipeline: Pipeline) -> int:
+    """Micro-batches that the schedule needs for its bubble to be its formula's."""
+    pp = sum(pipeline.stages)
+    return 1 if pp == 1 else {"1f1b": 1, "zero_bubble": pp, "dualpipe": 2 * pp}[SCHEDULES[pipeline.schedule]]
 
 
 def _message(pipeline: Pipeline, job: Job, member: int, far: bool) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import Pipeline, every_pipeline, line, random_plan_seconds
+from reference import Pipeline, every_pipeline, least, line, random_plan_seconds
 
 from motley.errors import InputError
 from motley.fleet import Fleet, Pool, find_chip, load_fleet, parse_fleet
@@ -56,7 +56,7 @@ def best_step_by_enumeration(fleet: Fleet, job: Job, monkey: pytest.MonkeyPatch)
                 if grain > batch or (costs := line(pipeline, job)) is None:
                     continue
                 fixed, slow, once, hidden, cross = costs
-                running = -(-sequences // grain) * slow
+                running = np.maximum(-(-sequences // grain), least(pipeline)) * slow
                 for crossing in (0, 1):
                     exchange = once + crossing * cross
                     times = fixed + running + exchange - hidden * np.minimum(exchange, running)

@@ -62,6 +62,13 @@ class Layouts:
         return self.tp * self.cp * self.pp
 
     @property
+    def least_micro_batches(self) -> Ints:
+        """Micro-batches below which a schedule's bubble is no longer its formula's: DualPipe needs two a stage and
+        direction, zero bubble one a stage to have weights' gradients to fill with."""
+        dual, zero = (self.schedule == SCHEDULES.index(name) for name in ("dualpipe", "zero_bubble"))
+        return np.where(self.pp > 1, np.where(dual, 2 * self.pp, np.where(zero, self.pp, 1)), 1)
+
+    @property
     def chips(self) -> Ints:
         return self.replica * self.dp
 

@@ -4,8 +4,9 @@ A team runs `dp` copies, each a pipeline over its pools' chips; its time for m m
 
     seconds(m) = fixed + m x slow + once - hidden x min(once, m x slow)
 
-with `slow` the slowest stage, `fixed` the filling of the pipeline, the optimizer and the step's own cost, and `once`
-the exchange of gradients. Every option is such a line; the search (`search.py`) picks one for each team.
+with `slow` the slowest stage, `fixed` the filling of the pipeline, the optimizer and the step's own cost, `once` the
+exchange of gradients, and m at least what the schedule needs. Every option is such a line; the search (`search.py`)
+picks one for each team.
 """
 
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ class Options:
     def seconds_of(self, index: Ints, micro_batches: Floats | Ints, crossing: bool) -> Floats:
         """`seconds` of some options only."""
         once = self.once[index] + (self.cross[index] if crossing else 0.0)
-        running = micro_batches * self.slow[index]
+        running = np.maximum(micro_batches, self.layouts[0].least_micro_batches[index]) * self.slow[index]
         return self.fixed[index] + running + once - self.hidden * np.minimum(once, running)
 
     def micro_batches_within(self, seconds: float, crossing: bool) -> Ints:
@@ -102,7 +103,8 @@ class Options:
         # Where less is computed than could hide the exchange, every second computed also hides a share of one.
         hides = left / (1 - self.hidden) <= once
         running = np.where(hides, left / (1 - self.hidden), left + self.hidden * once)
-        return np.maximum(np.floor(running / self.slow * (1 + 1e-12) + 1e-9), 0).astype(np.int64)
+        count = np.maximum(np.floor(running / self.slow * (1 + 1e-12) + 1e-9), 0).astype(np.int64)
+        return np.where(count < self.layouts[0].least_micro_batches, 0, count)
 
     def sequences_within(self, seconds: float, crossing: bool) -> Ints:
         return self.micro_batches_within(seconds, crossing) * self.grain

@@ -172,6 +172,7 @@ def _team(found: Found, chosen: Chosen) -> dict[str, Any]:
     factor = line / float(seconds.total[slowest, 0])  # DualPipe: a chip shares a slow and a fast stage
     compute = m * factor * float(seconds.forward[slowest, 0] + seconds.backward[slowest, 0])
     bubble = float(bubbles(first, seconds, first.pp)[0])
+    bubble += max(int(first.least_micro_batches[0]) - m, 0) * line  # too few micro-batches for the schedule
     optimizer = _update(options, held)
     stages = [_stage(found, options, costed, held_at(held, stage), stage) for stage in range(pp)]
     return {

@@ -138,7 +138,7 @@ def _lower_bounds(
     grain = first.dp * first.micro_batch
     bounds = []
     for share in shares:
-        running = np.maximum(np.ceil(share / grain), 1) * slow
+        running = np.maximum(np.ceil(share / grain), first.least_micro_batches) * slow
         bounds.append(fixed + running + once - hidden * np.minimum(once, running))
     return np.stack(bounds)
 
