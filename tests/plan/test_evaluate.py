@@ -355,3 +355,18 @@ def test_the_rank_correlation_is_spearmans():
     other = (np.array(one) + random.normal(0, 3, 40)).round().tolist()
     assert rank_correlation(one, other) == pytest.approx(scipy.stats.spearmanr(one, other).statistic)
     assert rank_correlation([1, 2], [2, 1]) is None
+
+
+def test_experts_are_spread_and_stages_interleaved_where_a_row_does_not_say(tmp_path: Path):
+    """The file has no column for either."""
+    header = "GPUs,global batch,micro batch,model,sequence length,tp,dp,pp,chip,iteration time (s)"
+    rows = [
+        "2048,15360,1,DeepSeek-V3,4096,1,128,16,H800,19.926",
+        "8192,2048,1,llama-3-405b,8192,8,64,16,H100,12.08",  # Llama 3 (arXiv 2407.21783), table 4: 43 % MFU
+        "16384,2048,1,llama-3-405b,8192,8,128,16,H100,6.49",
+    ]
+    result = evaluate_cases(cases(tmp_path, header, *rows))
+    assert result["worst_relative_error"] < 0.08
+    said = "GPUs,global batch,micro batch,model,sequence length,tp,dp,pp,chip,expert parallelism"
+    alone = evaluate_cases(cases(tmp_path, said, "2048,15360,1,DeepSeek-V3,4096,1,128,16,H800,1"))
+    assert alone["rows"][0]["memory_bytes"] > 4 * result["rows"][0]["memory_bytes"]

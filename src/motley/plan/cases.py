@@ -5,6 +5,8 @@ engine      motley-cpu on CPUs; deepseek for MLA; torchtitan where weights are s
 precision   fp8 for V3's generation under deepseek on chips with fp8; else the chip's 16 bits
 schedule    under deepseek: dualpipe for V3's generation, zero_bubble for V2's; else 1f1b
 recompute, zero         the engine's habit
+expert parallelism      the most ranks, up to 64, that experts and data-parallel ranks divide by
+virtual stages          megatron-core with pipelines: as many as there are layers a stage, up to 8; else 1
 family      the model's name; else gated (llama) if there are fewer key-value heads, experts, or an MLP that is not
             four times the hidden size; else gpt
 """
@@ -29,6 +31,7 @@ from motley.plan.table import SECONDS_IN, Table, number_in, read_table
 DEFAULT_CHIP = "A100-80GB-SXM"
 VOCABULARY = {"gpt": 50304, "llama": 32000}  # GPT-2's, padded as Megatron does; Llama's
 GIGA = 1e9
+MOST_EXPERT_RANKS, MOST_CHUNKS = 64, 8  # where a row does not say
 MOST = 10**9  # of anything that is counted
 BITS_IN = {"": 1, "Gb/s": 1, "Gbps": 1, "Gbit/s": 1, "GB/s": 8, "GByte/s": 8}
 RESIZABLE = {  # column → field of each family's configuration
@@ -199,7 +202,7 @@ def _case(row: _Row, line: int, base: Path, load: Callable[[str], Engine]) -> Ca
     engine = load(_engine_name(row, shape, chip))
     numbers = row.numbers
     seq_len = numbers.get("seq_len", min(shape.max_context, 4096))
-    layout = _layout(row, shape, seq_len)
+    layout = _layout(row, shape, seq_len, engine)
     precision = _precision(row, shape, chip, engine)
     tp, pp, cp, dp = (layout[name] for name in ("tp", "pp", "cp", "dp"))
     gpus = tp * pp * cp * dp
@@ -334,10 +337,10 @@ def _schedule(shape: Shape, engine: Engine, pp: int) -> str:
     return "dualpipe" if _newest(shape) and pp % 2 == 0 else "zero_bubble"
 
 
-def _layout(row: _Row, shape: Shape, seq_len: int) -> dict[str, int]:
+def _layout(row: _Row, shape: Shape, seq_len: int, engine: Engine) -> dict[str, int]:
     """Degrees, micro-batch, micro-batches, chunks; what one column says may be worked out from others."""
     numbers = row.numbers
-    tp, pp, cp, ep = (numbers.get(name, 1) for name in ("tp", "pp", "cp", "ep"))
+    tp, pp, cp = (numbers.get(name, 1) for name in ("tp", "pp", "cp"))
     gpus = numbers.get("gpus") or numbers.get("nodes", 0) * numbers.get("chips_per_node", 0)
     dp = numbers.get("dp") or max(1, gpus // (tp * pp * cp))
     if not gpus and "dp" not in numbers:
@@ -353,12 +356,29 @@ def _layout(row: _Row, shape: Shape, seq_len: int) -> dict[str, int]:
         raise InputError(f"{heads} attention heads cannot be cut {tp} ways")
     if pp > shape.num_layers:
         raise InputError(f"{pp} pipeline stages for {shape.num_layers} layers")
+    ep = numbers.get("ep") or _expert_ranks(shape.experts, dp * cp)
     if ep > 1 and (not shape.experts or shape.experts % ep or (dp * cp) % ep):
         raise InputError(f"expert parallelism {ep} needs experts and data-parallel ranks that it divides")
+    count = batch // (dp * micro)
+    chunks = numbers.get("chunks") or _chunks(engine, shape.num_layers, pp, count)
     return {
         **{"tp": tp, "cp": cp, "ep": ep, "dp": dp, "pp": pp},
-        **{"micro_batch": micro, "micro_batches": batch // (dp * micro), "chunks": numbers.get("chunks", 1)},
+        **{"micro_batch": micro, "micro_batches": count, "chunks": chunks},
     }
+
+
+def _expert_ranks(experts: int, ranks: int) -> int:
+    """Over how many ranks experts are spread where the row does not say: nobody holds all of many experts."""
+    return max(
+        (ep for ep in range(1, min(experts, MOST_EXPERT_RANKS) + 1) if not experts % ep and not ranks % ep), default=1
+    )
+
+
+def _chunks(engine: Engine, layers: int, pp: int, micro_batches: int) -> int:
+    """Chunks of a stage where the row does not say: Megatron-Core interleaves as deep as layers allow."""
+    if engine.name != "megatron-core" or pp == 1 or micro_batches % pp:
+        return 1
+    return max(1, min(layers // pp, MOST_CHUNKS))
 
 
 def _batch(row: _Row, dp: int, seq_len: int) -> tuple[int, int]:
