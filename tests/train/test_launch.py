@@ -272,9 +272,19 @@ def started(tmp_path: Path, ssh: dict[str, str], second: str) -> subprocess.Pope
     (tmp_path / "torchrun").write_text(WORKER.replace("{second}", second))
     (tmp_path / "torchrun").chmod(0o755)
     asked = [sys.executable, "-m", "motley", "launch", "plan.json", *ON_TWO, "--torchrun=./torchrun"]
-    return subprocess.Popen(
-        asked, cwd=tmp_path, env=ssh, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background may have been told to ignore it
+    try:
+        return subprocess.Popen(
+            asked,
+            cwd=tmp_path,
+            env=ssh,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def test_when_one_fails_all_are_ended_and_it_is_named(tmp_path: Path, ssh: dict[str, str]):

@@ -9,12 +9,12 @@ import torch
 from motley.errors import InputError
 from motley.fleet.probe import host_memory
 from motley.model import SIZES, Transformer
-from motley.train import loop
 from motley.train.config import PretrainConfig
 from motley.train.memory import check_memory, state_bytes
 from motley.train.metrics import read_metrics
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import pretrain
+from motley.train.worker import Worker
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -44,7 +44,7 @@ def test_running_out_of_memory_says_which_option_helps(tmp_path: Path, monkeypat
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(loop, "accumulate", out_of_memory)
+    monkeypatch.setattr(Worker, "gradient", out_of_memory)
     config = PretrainConfig(
         out=tmp_path / "run", data=(str(tmp_path / "text.txt"),), steps=2, seq_len=32, device="cpu", precision="fp32"
     )

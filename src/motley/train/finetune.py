@@ -57,8 +57,8 @@ def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None) -> di
     shape = ModelConfig.from_hf(read_json(source / "config.json"))
 
     def prepare_run() -> tuple[Path, Run]:
-        data = packed_conversations(config, tokenizer)
         check_length(shape, config.seq_len)
+        data = packed_conversations(config, tokenizer)
         check_data(data, CONVERSATIONS, source)
         return data, open_run(config.out, "sft", config, {"data": read_json(data / DATA_FILE).get("fingerprint")})
 
