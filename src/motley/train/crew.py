@@ -94,6 +94,21 @@ class Crew:
         self.talk("sharing settings", lambda: dist.broadcast_object_list(box, src=source))
         return box[0]
 
+    def led(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns at worker 0, on all. An error there is raised everywhere: nobody waits in vain."""
+        result, failure, cause = None, None, None
+        if self.leads:
+            try:
+                result = work()
+            except Exception as error:
+                failure, cause = (type(error) is InputError, str(error)), error
+        result, failure = self.share((result, failure))
+        if failure is None:
+            return result
+        if cause is not None:
+            raise cause
+        raise InputError(failure[1]) if failure[0] else CrewError(f"worker 0 failed: {failure[1]}")
+
     def all_values(self, value: Any) -> list[Any]:
         """Each worker's `value`, in the order of ranks: any picklable value of our own making."""
         gathered: list[Any] = [value] * self.size

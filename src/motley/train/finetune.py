@@ -21,7 +21,7 @@ from motley.train.config import FinetuneConfig
 from motley.train.crew import Crew
 from motley.train.loop import train
 from motley.train.run import Run, claimed, open_run
-from motley.train.start import employ, led, meet
+from motley.train.start import employ, meet
 
 
 def packed_conversations(config: FinetuneConfig, tokenizer: Tokenizer) -> Path:
@@ -45,7 +45,7 @@ def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str
     crew = meet(config)
     try:
         with ExitStack() as held:
-            led(crew, lambda: held.enter_context(claimed(config.out)))
+            crew.led(lambda: held.enter_context(claimed(config.out)))
             return _finetune(config, crew, machine)
     finally:
         crew.leave()
@@ -62,7 +62,7 @@ def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None) -> di
         check_data(data, CONVERSATIONS, source)
         return data, open_run(config.out, "sft", config, {"data": read_json(data / DATA_FILE).get("fingerprint")})
 
-    data, run = led(crew, prepare_run)
+    data, run = crew.led(prepare_run)
     if run.finished is not None:
         return run.finished
     worker = employ(config, shape, crew, run, data, machine, lambda device: load(source, device=device).float())

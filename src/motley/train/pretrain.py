@@ -23,7 +23,7 @@ from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
 from motley.train.loop import train
 from motley.train.run import Run, claimed, open_run
-from motley.train.start import employ, led, meet
+from motley.train.start import employ, meet
 
 
 def new_model_config(name: str, tokenizer: Tokenizer) -> ModelConfig:
@@ -62,7 +62,7 @@ def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str
     crew = meet(config)
     try:
         with ExitStack() as held:
-            led(crew, lambda: held.enter_context(claimed(config.out)))
+            crew.led(lambda: held.enter_context(claimed(config.out)))
             return _pretrain(config, crew, machine)
     finally:
         crew.leave()
@@ -82,7 +82,7 @@ def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None) -> di
         inputs = {"data": read_json(data / DATA_FILE).get("fingerprint")}
         return data, shape, open_run(config.out, "pretrain", config, inputs)
 
-    data, shape, run = led(crew, prepare_run)
+    data, shape, run = crew.led(prepare_run)
     tokenizer = Tokenizer.load(data)
     if run.finished is not None:
         return run.finished

@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ from motley.fleet.probe import Machine
 from motley.model import ModelConfig, Transformer
 from motley.progress import note
 from motley.train.config import TrainingConfig
-from motley.train.crew import Crew, CrewError, join_crew
+from motley.train.crew import Crew, join_crew
 from motley.train.handicap import handicap, speeds_of
 from motley.train.layout import Layout, from_plan, side_by_side
 from motley.train.memory import check_memory
@@ -40,22 +39,6 @@ def meet(config: TrainingConfig) -> Crew:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return join_crew(device)
-
-
-def led(crew: Crew, work: Callable[[], Any]) -> Any:
-    """What `work` returns at worker 0, on all. An error there is raised everywhere, so that nobody waits in vain."""
-    result, failure, cause = None, None, None
-    if crew.leads:
-        try:
-            result = work()
-        except Exception as error:
-            failure, cause = (type(error) is InputError, str(error)), error
-    result, failure = crew.share((result, failure))
-    if failure is None:
-        return result
-    if cause is not None:
-        raise cause
-    raise InputError(failure[1]) if failure[0] else CrewError(f"worker 0 failed: {failure[1]}")
 
 
 def sources() -> str:
@@ -99,14 +82,14 @@ def employ(
         machine: what was measured before, if anything.
         weights: makes the whole model on a device; called by worker 0 only.
     """
-    layout = led(crew, lambda: layout_for(config, shape, crew))
+    layout = crew.led(lambda: layout_for(config, shape, crew))
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in OWN}
     known = read_json(data / DATA_FILE).get("fingerprint") if (data / DATA_FILE).is_file() else "missing"
     versions = {"motley": __version__, "source code": sources(), "PyTorch": torch.__version__.split("+")[0]}
     crew.agree({**versions, "kind of device": crew.device.type, "data": known, "shape": shape, **settings})
     if crew.alone:
         check_memory(shape, config.optimizer, crew.device)
-    bf16 = led(crew, lambda: compute_dtype(config.precision, lambda: run.machine(crew.device, machine)))
+    bf16 = crew.led(lambda: compute_dtype(config.precision, lambda: run.machine(crew.device, machine)))
     wire = bf16 if bf16 == torch.bfloat16 else torch.float32
     if crew.alone:
         return Worker(shape, config, layout, crew, weights(crew.device), bf16)
@@ -122,6 +105,6 @@ def employ(
         nonlocal whole
         whole = weights(torch.device("cpu"))
 
-    led(crew, make)
+    crew.led(make)
     worker.take_state(None if whole is None else (dict(whole.state_dict()), {}))
     return worker

@@ -8,6 +8,7 @@ Training state is safetensors and JSON, so that nothing here ever unpickles a fi
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +43,33 @@ def save_checkpoint(run: Path, worker: Worker, facts: dict[str, Any], tokenizer:
 
     Every worker calls this. Raises InputError on all of them when worker 0 could not write.
     """
-    state = worker.whole_state()
-    failure = None
-    if state is not None:
-        weights, states = state
-        try:
-            with whole_folder(step_folder(run, facts["step"])) as temporary:
-                write_weights(_whole_model(worker, weights), temporary)
-                save_tokenizer(tokenizer, temporary, worker.config.max_position_embeddings)
-                write_tensors(states, temporary / TRAINING_TENSORS)
-                write_json(temporary / TRAINING_FACTS, facts)
-        except InputError as error:
-            failure = str(error)
-    if (failure := worker.crew.share(failure)) is not None:
-        raise InputError(failure)
+
+    def besides(folder: Path, states: dict[str, Tensor]) -> None:
+        write_tensors(states, folder / TRAINING_TENSORS)
+        write_json(folder / TRAINING_FACTS, facts)
+
+    _save(step_folder(run, facts["step"]), worker, tokenizer, besides)
 
 
 def save_model(folder: Path, worker: Worker, tokenizer: Tokenizer) -> None:
     """Write the finished model; as `save_checkpoint`."""
+    _save(folder, worker, tokenizer, lambda folder, states: None)
+
+
+def _save(
+    folder: Path, worker: Worker, tokenizer: Tokenizer, besides: Callable[[Path, dict[str, Tensor]], None]
+) -> None:
     state = worker.whole_state()
-    failure = None
-    if state is not None:
-        try:
-            with whole_folder(folder) as temporary:
-                write_weights(_whole_model(worker, state[0]), temporary)
-                save_tokenizer(tokenizer, temporary, worker.config.max_position_embeddings)
-        except InputError as error:
-            failure = str(error)
-    if (failure := worker.crew.share(failure)) is not None:
-        raise InputError(failure)
+
+    def write() -> None:
+        assert state is not None
+        weights, states = state
+        with whole_folder(folder) as temporary:
+            write_weights(_whole_model(worker, weights), temporary)
+            save_tokenizer(tokenizer, temporary, worker.config.max_position_embeddings)
+            besides(temporary, states)
+
+    worker.crew.led(write)
 
 
 def _whole_model(worker: Worker, weights: dict[str, Tensor]) -> Transformer:

@@ -142,20 +142,18 @@ def accumulate(
     micro_batch: int,
     weights: LossWeights,
     confined: bool,
-    counts: Counts | None = None,
 ) -> StepLosses:
-    """Add the gradient of a step's loss over these rows to the parameters' .grad.
+    """Add the gradient of a whole step's loss to the parameters' .grad: what a crew does, in one process.
 
     Args:
         model: what is trained.
-        batch: rows of the step.
+        batch: all rows of the step.
         micro_batch: rows computed at a time (memory); does not change the result.
         weights: of the parts of the loss.
         confined: attention stays within documents.
-        counts: of the whole step; None: these rows are the whole step.
     """
     depths = len(model.mtp) if weights.mtp else 0
-    counts = counts or Counts.of(batch, depths)
+    counts = Counts.of(batch, depths)
     tally = Tally.empty(model.device)
     for rows in micro_batches(batch, micro_batch):
         part = batch_rows(batch, rows, model.device)

@@ -149,6 +149,8 @@ class Worker:
 
     def whole_state(self) -> tuple[State, State] | None:
         """(weights, optimizer state) of the whole model at worker 0, None elsewhere."""
+        if self.crew.alone:  # it is all here, and need not be copied
+            return dict(self.model.state_dict()), self.optimizer.state_tensors()
         return gather(self.model, self.shards, self.optimizer, self.crew)
 
     def take_state(self, state: tuple[State, State] | None) -> None:
