@@ -1,0 +1,77 @@
+"""Over hundreds of steps, too, a crew's losses are those of a single process: nothing drifts apart."""
+
+from typing import Any
+
+import pytest
+import torch
+from crews import on_crew
+from test_gradients import random_model
+from test_layouts import DEEP, FEW, ROWS, Rows, settings
+
+from motley.model import experts
+from motley.train.crew import Crew
+from motley.train.layout import Layout, Team
+from motley.train.optimizer import Optimizer
+from motley.train.step import LossWeights, accumulate
+from motley.train.worker import Worker
+
+STEPS = 200
+LEARNING_RATE = 5e-4
+"""At four times this rate a single process parts from itself (0.6 %) once its micro-batch is another: rounding tips a
+router over."""
+
+LAYOUTS = {
+    "three side by side, uneven": Layout(
+        (Team(((0,), (1,), (2,)), (4,), micro_batch=2),), zero=1, memory=(1.0, 5.0, 2.0), rates=(1.0, 0.3, 3.0)
+    ),
+    "a pipeline of 1 and 3 layers beside a whole model": Layout(
+        (Team(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2), Team(((2,),), (4,), micro_batch=3)), zero=0
+    ),
+    "experts 1 and 3 on two workers, one apart": Layout(
+        (Team(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), Team(((2,),), (4,), micro_batch=1)), zero=1
+    ),
+}
+
+
+def of_one_process() -> list[float]:
+    experts.PAD = FEW
+    config, model = settings(), random_model(0, DEEP)
+    optimizer = Optimizer(model.named_parameters(), config.optimizer, config.weight_decay, torch.float32)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        found = accumulate(
+            model, Rows().rows(step * ROWS, ROWS), 2, LossWeights(config.mtp_weight, config.balance_weight), True
+        )
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step(LEARNING_RATE)
+        for gate, counts in zip(model.gates(), found.expert_counts, strict=False):
+            gate.rebalance(counts, config.bias_speed)
+        losses.append(found.main)
+    return losses
+
+
+def of_a_crew(crew: Crew) -> list[list[float]]:
+    experts.PAD = FEW
+    curves = []
+    for layout in LAYOUTS.values():
+        worker = Worker(DEEP, settings(), layout, crew)
+        whole: dict[str, Any] | None = dict(random_model(0, DEEP).state_dict()) if crew.leads else None
+        worker.take_state(None if whole is None else (whole, {}))
+        losses = []
+        for step in range(STEPS):
+            found, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
+            worker.update(found, norm, LEARNING_RATE)
+            worker.share_again()
+            losses.append(found.main)
+        curves.append(losses)
+    return curves
+
+
+@pytest.mark.slow(60)
+def test_the_losses_of_200_steps_are_those_of_a_single_process():
+    expected = of_one_process()
+    curves = on_crew(3, of_a_crew)[0]
+    for name, losses in zip(LAYOUTS, curves, strict=True):
+        largest = max(abs(ours - theirs) / theirs for ours, theirs in zip(losses, expected, strict=True))
+        assert largest <= 1e-5, name
