@@ -108,7 +108,7 @@ def take_steps(crew: Crew, layouts: list[tuple[Layout, PretrainConfig, int]]) ->
             if step == 0:
                 gradient = {
                     part.label: (part.name, part.start, part.stop, worker.shards.view(part).grad.clone())  # type: ignore[union-attr]
-                    for part in worker.shards.parts
+                    for part in worker.shards.here
                     if part.owner == crew.rank and worker.shards.view(part).grad is not None
                 }
             worker.update(losses, norm, 0.01)

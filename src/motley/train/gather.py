@@ -14,7 +14,8 @@ from torch import Tensor
 from motley.model import Transformer
 from motley.train.crew import Crew
 from motley.train.optimizer import Optimizer
-from motley.train.shards import Part, Shards
+from motley.train.parts import Part
+from motley.train.shards import Shards
 
 State = dict[str, Tensor]
 KINDS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # of optimizer state
@@ -63,7 +64,8 @@ def scatter(
         if name in held:
             held[name].copy_(buffer)
     known = set(crew.share(sorted(states)))
-    rows = crew.all_values([(part.label, part in kept) for kept in [set(shards.kept)] for part in shards.parts])
+    kept = set(shards.kept)
+    rows = crew.all_values([(part.label, part in kept) for part in shards.here])
     by_label = {part.label: part for part in shards.all_parts}
     mine = torch.empty(0)
     for rank, wanted in enumerate(rows):
@@ -98,7 +100,7 @@ def _own_state(shards: Shards, optimizer: Optimizer) -> list[tuple[str, Tensor]]
     """(label and kind, tensor) of the parts that this worker owns."""
     states = optimizer.state_tensors()
     found = []
-    for part in shards.parts:
+    for part in shards.here:
         if part.owner == shards.crew.rank:
             found.append((f"{part.label}:weight", shards.view(part).data))
             for kind in KINDS:

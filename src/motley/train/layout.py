@@ -18,7 +18,7 @@ from motley.errors import InputError
 from motley.model import ModelConfig
 
 Schedule = Literal["1f1b", "zero_bubble"]
-Zero = Literal[0, 1]
+Zero = Literal[0, 1, 2, 3]
 
 
 @dataclass(frozen=True)

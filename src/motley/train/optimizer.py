@@ -41,10 +41,10 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes it. Embedding, head and router rows stand for tokens and experts, not for a linear map."""
+def is_matrix(name: str, dimensions: int) -> bool:
+    """Whether Muon takes a parameter. Rows of embedding, head and router stand for tokens and experts."""
     apart = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
-    return parameter.dim() >= 2 and not name.endswith(apart)
+    return dimensions >= 2 and not name.endswith(apart)
 
 
 class Optimizer:
@@ -68,7 +68,7 @@ class Optimizer:
         dtype: torch.dtype,
     ) -> None:
         named = [(name, p) for name, p in parameters if p.requires_grad]
-        self.matrices = {name: p for name, p in named if kind == "muon" and is_matrix(name, p)}
+        self.matrices = {name: p for name, p in named if kind == "muon" and is_matrix(name, p.dim())}
         self.others = {name: p for name, p in named if name not in self.matrices}
         self.momentum = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
         self.weight_decay, self.dtype = weight_decay, dtype

@@ -57,8 +57,8 @@ def order(schedule: Schedule, stage: int, stages: int, count: int) -> list[tuple
     return todo
 
 
-def build_stage(config: ModelConfig, place: Place, crew: Crew) -> Transformer:
-    """The part of the model that one worker runs, its weights not yet set.
+def build_stage(config: ModelConfig, place: Place, device: torch.device) -> Transformer:
+    """The part of the model that one worker runs, ready on `device` but for its parameters, which are only shapes.
 
     Modules keep their published names; layers of other stages are empty, stacks of experts hold only its own.
     """
@@ -81,10 +81,10 @@ def build_stage(config: ModelConfig, place: Place, crew: Crew) -> Transformer:
                     module.experts = SpreadExperts(
                         len(held), place.team.experts, config.hidden_size, config.moe_intermediate_size
                     )
-    model.to_empty(device=crew.device)
-    if place.last and config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.rotary = Rotary(config).to(crew.device)  # its tables are computed, not read
+    for gate in model.gates():
+        for name, buffer in gate.named_buffers():
+            setattr(gate, name, torch.zeros_like(buffer, device=device))
+    model.rotary = Rotary(config).to(device)
     return model
 
 

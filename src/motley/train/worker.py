@@ -23,6 +23,7 @@ from motley.train.crew import Crew
 from motley.train.gather import State, gather, scatter
 from motley.train.layout import Layout, place_of
 from motley.train.optimizer import Optimizer, is_matrix
+from motley.train.parts import trained
 from motley.train.shards import Shards
 from motley.train.shares import Shares, apportion
 from motley.train.spread_experts import SpreadExperts
@@ -52,7 +53,7 @@ class Worker:
         settings: of the training stage.
         layout: who holds and computes what.
         crew: all workers; they call the same methods in the same order.
-        model: the whole model with its weights, where this worker holds all of it; None builds its stage.
+        model: the whole model with its weights, for a crew of one; None, or another crew: memory for its own stage.
         dtype: of activations and products here; None: the weights' own.
         wire: of messages between stages, the same on every worker.
     """
@@ -75,20 +76,15 @@ class Worker:
                 "pipelines have only been run on CPUs so far: their messages could block each other on a GPU; "
                 "choose a plan without pipelines"
             )
-        self.model = model if model is not None and crew.alone else build_stage(config, place, crew)
+        if crew.alone:
+            self.model = Transformer(config).to(crew.device) if model is None else model
+        else:
+            self.model = build_stage(config, place, crew.device)
         self.model.compute_dtype, self.model.recompute = dtype, settings.recompute or place.team.recompute
         self.weights = LossWeights(settings.mtp_weight, settings.balance_weight)
         self.depths = config.num_nextn_predict_layers if self.weights.mtp else 0
         self._form_expert_groups()
-        first_expert = place.team.expert_range(place.lane, config.n_routed_experts or 0).start
-        self.shards = Shards(
-            self.model,
-            config,
-            layout,
-            crew,
-            first_expert,
-            lambda name: bool(self.depths) or not name.startswith("mtp."),
-        )
+        self.shards = Shards(self.model, config, layout, crew, lambda name: trained(name, bool(self.depths)))
         products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         named = [(part.label, self.shards.view(part)) for part in self.shards.kept]
         self.optimizer = Optimizer(named, settings.optimizer, settings.weight_decay, products)
@@ -163,7 +159,7 @@ class Worker:
             return set()
         with torch.device("meta"):
             whole = Transformer(self.config).named_parameters()
-            return {name for name, parameter in whole if is_matrix(name, parameter)}
+            return {name for name, parameter in whole if is_matrix(name, parameter.dim())}
 
     # ----------------------------------------------------------------------------------------------- pieces
 

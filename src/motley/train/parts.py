@@ -1,0 +1,164 @@
+"""Who holds which part of the model, and who owns it: pure functions of the layout, the same on every worker.
+
+    part       a parameter, or some experts of a stack, or some rows of a vocabulary table
+    holders    the workers that compute with it: one of every lane (of every group of lanes that share experts)
+    owner      the holder that keeps what is kept once, in proportion to the workers' memory
+
+    ZeRO       0         1         2         3
+    weights    holders   holders   holders   owner
+    gradients  holders   holders   owner     owner
+    optimizer  holders   owner     owner     owner
+
+Muon needs whole matrices, so parts are never finer than a matrix; the split follows the shares as well as that allows.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+import torch
+
+from motley.model import ModelConfig, Transformer
+from motley.train.layout import Layout, Team, Zero
+from motley.train.optimizer import OptimizerName, is_matrix
+
+NUMBER_BYTES = 4
+TABLE_PARTS = 16  # a vocabulary table is cut into so many parts: AdamW updates number by number
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `start` to `stop` of the first dimension of parameter `name`, as a tensor of `shape`."""
+
+    name: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    holders: tuple[int, ...]
+    owner: int
+    whole: bool
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def label(self) -> str:
+        """Its name among optimizer states; ends with the parameter's."""
+        return self.name if self.whole else f"{self.start}:{self.stop}|{self.name}"
+
+
+def parts_of(config: ModelConfig, layout: Layout) -> list[Part]:
+    """All parts of the model in the order of its parameters, the same on every worker."""
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
+    found: list[Part] = []
+    for name, shape in shapes.items():
+        bounds = _bounds(name, shape[0], layout)
+        for start, stop in pairwise(bounds):
+            holders = tuple(sorted(_holders(name, start, config, layout)))
+            found.append(Part(name, start, stop, (stop - start, *shape[1:]), holders, -1, len(bounds) == 2))
+    return [replace(part, owner=owner) for part, owner in zip(found, _owners(found, layout), strict=True)]
+
+
+Kind = Literal["weights", "gradients", "optimizer"]
+ALONE_FROM: dict[Kind, Zero] = {
+    "optimizer": 1,
+    "gradients": 2,
+    "weights": 3,
+}  # ZeRO level; below it all holders keep it
+
+
+def kept(parts: Iterable[Part], kind: Kind, zero: Zero, rank: int) -> list[Part]:
+    """The parts of which worker `rank` keeps something from step to step."""
+    return [p for p in parts if (p.owner == rank if zero >= ALONE_FROM[kind] else rank in p.holders)]
+
+
+def trained(name: str, mtp: bool) -> bool:
+    """Whether the loss depends on a parameter; `mtp`: it has a part that the MTP modules predict."""
+    return mtp or not name.startswith("mtp.")
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """What one worker keeps from step to step, in bytes; activations, and ZeRO's messages, come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def held_bytes(config: ModelConfig, layout: Layout, rank: int, optimizer: OptimizerName, mtp: bool = True) -> HeldBytes:
+    """What worker `rank` of a layout keeps, all of it in fp32 (the routers' biases, a few numbers each, left out)."""
+    parts = parts_of(config, layout)
+    learning = [part for part in parts if trained(part.name, mtp)]
+    states = 0
+    for part in kept(parts, "optimizer", layout.zero, rank):
+        if optimizer == "muon" and is_matrix(part.name, len(part.shape)):
+            states += part.numbers
+        elif trained(part.name, mtp):
+            states += 2 * part.numbers + 1  # AdamW counts its steps
+    weights = sum(part.numbers for part in kept(parts, "weights", layout.zero, rank))
+    gradients = sum(part.numbers for part in kept(learning, "gradients", layout.zero, rank))
+    return HeldBytes(NUMBER_BYTES * weights, NUMBER_BYTES * gradients, NUMBER_BYTES * states)
+
+
+def _bounds(name: str, rows: int, layout: Layout) -> list[int]:
+    """Where a parameter's first dimension is cut."""
+    sharded = layout.zero and layout.workers > 1
+    if ".mlp.experts." in name:
+        if sharded:
+            return list(range(rows + 1))
+        spread = {0, rows}
+        for team in layout.teams:
+            spread |= {team.expert_range(lane, rows).start for lane in range(team.expert_lanes)}
+        return sorted(spread)
+    if name in TABLES and sharded:
+        count = min(TABLE_PARTS, rows)
+        return [rows * part // count for part in range(count + 1)]
+    return [0, rows]
+
+
+def _holders(name: str, row: int, config: ModelConfig, layout: Layout) -> Iterator[int]:
+    for team in layout.teams:
+        for stage in _stages(name, config, team):
+            for lane, ranks in enumerate(team.lanes):
+                if ".mlp.experts." not in name or row in team.expert_range(lane, config.n_routed_experts or 0):
+                    yield ranks[stage]
+
+
+def _stages(name: str, config: ModelConfig, team: Team) -> set[int]:
+    """Stages of a team that compute with a parameter."""
+    last = team.stages - 1
+    if name == "model.embed_tokens.weight":
+        return {0, last} if config.num_nextn_predict_layers or config.tie_word_embeddings else {0}
+    if name.startswith("model.layers."):
+        return {team.stage_of(int(name.split(".")[2]))}
+    return {last}
+
+
+def _owners(parts: Sequence[Part], layout: Layout) -> list[int]:
+    """One holder for each part: of what a group of workers holds, each takes the next run up to its share."""
+    whole: dict[tuple[int, ...], int] = {}
+    for part in parts:
+        whole[part.holders] = whole.get(part.holders, 0) + part.numbers
+    memory = layout.memory or (1.0,) * layout.workers
+    done = dict.fromkeys(whole, 0)
+    owners = []
+    for part in parts:
+        holders = part.holders
+        shares = [memory[rank] for rank in holders]
+        middle = (done[holders] + part.numbers / 2) / whole[holders] * sum(shares)
+        done[holders] += part.numbers
+        place = 0
+        while place < len(holders) - 1 and middle >= sum(shares[: place + 1]):
+            place += 1
+        owners.append(holders[place])
+    return owners

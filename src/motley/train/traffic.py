@@ -1,0 +1,62 @@
+"""Messages between all holders of something: of bounded size, a few under way at once, in one order for all.
+
+    a tensor      ├─ 32 MB ─┼─ 32 MB ─┼─ 32 MB ─┼─ rest ─┤
+    under way      █████████ █████████ █████████           the fourth waits until the first has arrived
+
+Every worker starts the messages that it takes part in in the same order, so whatever is waited for is on its way.
+Numbers travel from where they lie: there is no second copy.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from motley.train.crew import Crew
+
+MESSAGE_BYTES = 32 << 20
+AT_ONCE = 3  # messages of one worker under way
+
+
+class Traffic:
+    """The messages that this worker has under way. Nobody may touch what travels until it has arrived."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._under_way: deque[tuple[str, dist.Work | None, Tensor]] = deque()
+
+    def sum(self, flat: Tensor, holders: tuple[int, ...], owner: int | None) -> None:
+        """Add up what all holders have; then `owner` has the sum (the others, anything), or with None all have."""
+        group = self._crew.group(holders)
+        if owner is None:
+            self._start("summing gradients", flat, lambda piece: dist.all_reduce(piece, group=group, async_op=True))
+        else:
+            self._start("summing gradients", flat, lambda piece: dist.reduce(piece, owner, group=group, async_op=True))
+
+    def spread(self, flat: Tensor, holders: tuple[int, ...], owner: int) -> None:
+        """Give all holders what the owner has."""
+        group = self._crew.group(holders)
+        self._start("spreading weights", flat, lambda piece: dist.broadcast(piece, owner, group=group, async_op=True))
+
+    def settle(self, flat: Tensor) -> None:
+        """Wait until nothing from or to this memory is under way."""
+        first, end = flat.data_ptr(), flat.data_ptr() + flat.nbytes
+        while any(first <= piece.data_ptr() < end for _, _, piece in self._under_way):
+            self._arrive(len(self._under_way) - 1)
+
+    def finish(self) -> None:
+        """Wait until everything has arrived."""
+        self._arrive(0)
+
+    def _start(self, doing: str, flat: Tensor, message: Callable[[Tensor], dist.Work | None]) -> None:
+        for piece in flat.split(MESSAGE_BYTES // flat.element_size()):
+            self._arrive(AT_ONCE - 1)
+            work = self._crew.talk(doing, lambda: message(piece))  # noqa: B023  (called at once)
+            self._under_way.append((doing, work, piece))
+
+    def _arrive(self, left: int) -> None:
+        while len(self._under_way) > left:
+            doing, work, _ = self._under_way.popleft()
+            if work is not None:
+                self._crew.talk(doing, work.wait)

@@ -1,0 +1,67 @@
+"""What a worker keeps is what the layout says, and nothing besides it is ever whole."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from crews import on_crew
+from live_bytes import LiveBytes
+from test_layouts import FEW, Rows, settings
+
+from motley.model import SIZES, Transformer, experts
+from motley.train import traffic
+from motley.train.crew import Crew
+from motley.train.layout import Layout, Team
+from motley.train.parts import held_bytes
+from motley.train.worker import Worker
+
+WIDE = dataclasses.replace(  # weights outweigh the activations of a few short rows
+    SIZES["nano"], vocab_size=512, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
+    num_hidden_layers=8, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+    n_routed_experts=8, num_experts_per_tok=2, num_nextn_predict_layers=1,
+)  # fmt: skip
+MEMORY = (1.0, 3.0, 2.0)
+
+
+def layout(zero: int) -> Layout:
+    teams = tuple(Team(((rank,),), (8,), micro_batch=1) for rank in range(3))
+    return Layout(teams, zero=zero, memory=MEMORY, rates=(1.0, 3.0, 6.0))  # type: ignore[arg-type]
+
+
+def keep(crew: Crew, cases: list[tuple[int, str, float]]) -> list[Any]:
+    """For each case, after a step: bytes of weights, gradients, optimizer state; the most that exchanging them adds."""
+    experts.PAD, traffic.MESSAGE_BYTES = FEW, 1 << 16
+    found = []
+    for zero, optimizer, mtp in cases:
+        worker = Worker(WIDE, settings(optimizer=optimizer, mtp_weight=mtp), layout(zero), crew)
+        whole = Transformer(WIDE)
+        whole.initialize(0)
+        worker.take_state((dict(whole.state_dict()), {}) if crew.leads else None)
+        losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
+        worker.update(losses, norm, 0.01)
+        with LiveBytes() as live:
+            worker.shards.reduce()
+            worker.shards.spread()
+        states = sum(tensor.nbytes for tensor in worker.optimizer.state_tensors().values())
+        kept = (worker.shards.weights.flat.nbytes, worker.shards.gradients.flat.nbytes, states)
+        found.append((kept, live.peak))
+    return found
+
+
+@pytest.mark.slow(15)
+def test_a_worker_keeps_what_the_layout_says_to_the_byte_and_exchanging_it_makes_no_second_copy():
+    cases = [(zero, optimizer, mtp) for zero in (0, 1) for optimizer, mtp in (("muon", 0.3), ("adamw", 0.0))]
+    for rank, answers in enumerate(on_crew(3, keep, cases)):
+        for (zero, optimizer, mtp), (kept, added) in zip(cases, answers, strict=True):
+            said = held_bytes(WIDE, layout(zero), rank, optimizer, bool(mtp))  # type: ignore[arg-type]
+            assert kept == (said.weights, said.gradients, said.optimizer), (zero, optimizer, rank)
+            assert added == 0
+
+
+def test_what_is_kept_once_follows_the_workers_memory():
+    for zero, kind in ((1, "optimizer"), (2, "gradients"), (3, "weights")):
+        held = [getattr(held_bytes(WIDE, layout(zero), rank, "adamw"), kind) for rank in range(3)]
+        once = sum(held)
+        for bytes_held, memory in zip(held, MEMORY, strict=True):
+            assert bytes_held / once == pytest.approx(memory / sum(MEMORY), abs=0.02)
+        assert once == pytest.approx(getattr(held_bytes(WIDE, layout(0), 0, "adamw"), kind), rel=1e-3)
