@@ -5,9 +5,10 @@
 Workers are processes on this machine, made unequal (motley.train.handicap): by waiting after each piece of work, or
 with --capped by a control group that gives each its share of CPU time. First each trains on its own, all at the same
 time but without a word to each other; then all together, with rows in proportion to measured speed and, in the same
-run, with the even split that an engine for equal chips makes. The ideal is the sum of the rates on their own.
+run, with the even split that an engine for equal chips makes. The ideal is the sum of the rates on their own: rows of
+a whole step by the measured seconds of its passes (a row) and of its one update of the optimizer.
 --straggler slows the fastest worker down to a fifth half-way and counts the steps until the crew does 95 % of what it
-then can.
+then can in three steps in a row.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from motley.train.shares import Shares
 from motley.train.worker import Worker
 
 SHAPE = replace(SIZES["nano"], vocab_size=512)
-SEQ_LEN, MICRO_BATCH = 128, 2
+SEQ_LEN, MICRO_BATCH = 64, 4
 BUSIEST = 0.45  # share of a core that the fastest worker uses, so that the machine is not what all wait for
 
 
@@ -60,7 +61,7 @@ class Even(Shares):
 def steps(
     crew: Crew, slow: Handicap, rows: int, count: int, even: bool, straggle_at: int | None = None
 ) -> dict[str, Any]:
-    """Rows a second of `count` steps (the first ones, in which shares are found, not counted), and idle shares."""
+    """Seconds of `count` steps, and what they were spent on; the first steps, in which shares are found, do not count."""
     config = PretrainConfig(batch_rows=rows, micro_batch=MICRO_BATCH, seq_len=SEQ_LEN, steps=1000, precision="fp32")
     layout = side_by_side(crew.size, SHAPE.num_hidden_layers, MICRO_BATCH, zero=0 if crew.alone else 1)
     model = Transformer(SHAPE)
@@ -71,7 +72,7 @@ def steps(
     worker.lane.pace = slow.pace
     if even:
         worker.shares = Even([1.0] * crew.size)
-    seconds, idle, shares = [], [], []
+    seconds, passes, updates, idle, shares = [], [], [], [], []
     found = 1 if even or crew.alone else 3
     for step in range(count + found):
         if straggle_at is not None and step == straggle_at + found and crew.rank == 0:
@@ -84,15 +85,18 @@ def steps(
         spent = time.perf_counter() - started
         if step >= found:
             seconds.append(spent)
+            passes.append(worker.lane.span_seconds)
+            updates.append(worker.update_seconds)
             idle.append([1 - busy / spent for busy in worker.timing.worker_seconds])
             shares.append(worker.timing.rows)
-    return {"seconds": seconds, "idle": idle, "shares": shares}
+    return {"seconds": seconds, "passes": passes, "updates": updates, "idle": idle, "shares": shares}
 
 
 def work(rank: int, speeds: list[float], port: int, way: str, plan: list[tuple], results: Any) -> None:
     """One worker: on its own first, then in the crew; `plan` lists (what, rows, steps, even, straggle_at).
 
-    On its own a worker takes its share of the rows by speed, so that all of them work for about the same time.
+    On its own a worker takes its share of the rows by speed, so that all of them work for about the same time; what a
+    whole step would have taken it follows from that.
     """
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -136,7 +140,7 @@ def main() -> None:
     parser.add_argument("--speeds", default="1:2:4:1")
     parser.add_argument("--capped", action="store_true", help="cap CPU time instead of waiting")
     parser.add_argument("--straggler", action="store_true")
-    parser.add_argument("--rows", type=int, help="of a step; default: 8 for each unit of speed")
+    parser.add_argument("--rows", type=int, help="of a step; default: 16 for each unit of speed")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one run of few steps")
     parser.add_argument("--json", action="store_true")
@@ -144,17 +148,20 @@ def main() -> None:
     relative = speeds_of(arguments.speeds, arguments.speeds.count(":") + 1)
     speeds = [speed * BUSIEST for speed in relative]
     way = "cap" if arguments.capped else "wait"
-    rows = arguments.rows or round(8 * sum(relative) / min(relative))
+    rows = arguments.rows or round(16 * sum(relative) / min(relative))
     runs, count = (1, 2) if arguments.quick else (arguments.runs, 8)
     outcomes = []
     for _ in range(runs):
         plan = [
             ("alone", rows, count, False, None),
             ("uneven", rows, count, False, None),
-            ("even", rows, max(1, count // 2), True, None),
+            ("even", rows, max(1, count // 4), True, None),
         ]
         answers = run_crew(speeds, way, plan)
-        alone = [answer["rows"] / statistics.median(answer["seconds"]) for answer in answers["alone"]]
+        alone = [
+            rows / (statistics.median(a["passes"]) * rows / a["rows"] + statistics.median(a["updates"]))
+            for a in answers["alone"]
+        ]
         rate = {what: rows / statistics.median(answers[what][0]["seconds"]) for what in ("uneven", "even")}
         idle = zip(*answers["uneven"][0]["idle"], strict=True)
         outcomes.append(
@@ -204,7 +211,8 @@ def straggler(speeds: list[float], relative: list[float], rows: int) -> int:
     before = statistics.median(seconds[2:10])
     fastest = relative[order[0]]
     possible = before * sum(relative) / (sum(relative) - fastest * 0.8)
-    return next((step - 9 for step in range(10, len(seconds)) if seconds[step] <= possible / 0.95), -1)
+    well = [spent <= possible / 0.95 for spent in seconds]
+    return next((step - 9 for step in range(10, len(well) - 2) if all(well[step : step + 3])), -1)
 
 
 if __name__ == "__main__":

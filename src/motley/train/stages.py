@@ -104,12 +104,14 @@ class Lane:
 
     Attributes:
         busy_seconds: of the last step: computing, without waiting for others.
+        span_seconds: from the first to the last piece of work of the last step, gaps of the pipeline included: what a
+            lane needs for its rows.
         pace: called after each piece of work with its seconds; returns seconds that it added (emulated slowness).
     """
 
     def __init__(self, model: Transformer, config: ModelConfig, place: Place, crew: Crew, wire: torch.dtype) -> None:
         self.model, self.place, self.crew, self.wire = model, place, crew, wire
-        self.busy_seconds = 0.0
+        self.busy_seconds = self.span_seconds = 0.0
         self.pace: Callable[[float], float] = lambda seconds: 0.0
         self._layers = [model.model.layers[layer] for layer in place.team.stage_layers(place.stage)]
         self._config = config
@@ -131,7 +133,7 @@ class Lane:
             weights: of the parts of the loss.
             confined: attention stays within documents.
         """
-        self.busy_seconds = 0.0
+        self.busy_seconds, started = 0.0, time.perf_counter()
         batch, rows = _filled(batch, self.place.team.micro_batch, count)
         tally = Tally.empty(self.model.device)
         flights: dict[int, _Flight] = {}
@@ -141,7 +143,7 @@ class Lane:
             if kind == "F":
                 part = batch_rows(batch, rows[micro], self.model.device)
                 received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
-                with self._working():
+                with self.working():
                     flight = self._forward(part, received, counts, weights, confined, depths, tally)
                 flights[micro] = flight
                 if flight.sent is not None:
@@ -149,7 +151,7 @@ class Lane:
             elif kind == "B":
                 flight = flights[micro]
                 grad = None if self.place.last else self._receive(flight.batch, self.place.ranks[self.place.stage + 1])
-                with self._working():
+                with self.working():
                     self._backward(flight, grad)
                 if flight.received is not None:
                     assert flight.received.grad is not None
@@ -157,10 +159,11 @@ class Lane:
                 if self._later is None:
                     del flights[micro]
             else:
-                with self._working(), torch.no_grad():
+                with self.working(), torch.no_grad():
                     for work in flights.pop(micro).later:
                         work()
         self._finish(sending)
+        self.span_seconds = time.perf_counter() - started
         return tally
 
     @torch.no_grad()
@@ -228,7 +231,7 @@ class Lane:
             self._later.clear()
 
     @contextmanager
-    def _working(self) -> Iterator[None]:
+    def working(self) -> Iterator[None]:
         """Time what is done inside, and let `pace` slow it down."""
         self._settle()
         started = time.perf_counter()

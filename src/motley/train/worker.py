@@ -33,7 +33,7 @@ from motley.train.step import Counts, LossWeights, StepLosses, Tally
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one step: rows and seconds of work of each lane, and seconds of work of each worker."""
+    """Of one step: rows of each lane and the seconds that it took for them, and seconds of work of each worker."""
 
     rows: list[int]
     lane_seconds: list[float]
@@ -91,6 +91,7 @@ class Worker:
         self.lane = Lane(self.model, config, place, crew, wire)
         self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
         self.timing = Timing([], [], [])
+        self.update_seconds = 0.0
         self._rows: list[int] = []
 
     # ----------------------------------------------------------------------------------------------- a step
@@ -109,17 +110,26 @@ class Worker:
     def update(self, losses: StepLosses, norm: float, learning_rate: float) -> None:
         """One step of the optimizer on the clipped gradient, and of the routers' biases."""
         self.shards.clip(self.settings.clip, norm)
-        self.optimizer.step(learning_rate)
+        before = self.lane.busy_seconds
+        with self.lane.working():
+            self.optimizer.step(learning_rate)
+        self.update_seconds = self.lane.busy_seconds - before
         self.shards.spread()
         for gate, layer in zip(self.model.gates(), self._moe_numbers(), strict=True):
             if layer < len(losses.expert_counts):
                 gate.rebalance(losses.expert_counts[layer].to(self.model.device), self.settings.bias_speed)
 
     def share_again(self) -> None:
-        """Tell everyone how long this worker was busy, and follow what all measured in the next step's shares."""
-        seconds = [row[0] for row in self.crew.everyone([self.lane.busy_seconds])]
-        lanes = [max(seconds[rank] for rank in self.layout.teams[team].lanes[lane]) for team, lane in self.layout.lanes]
-        self.timing = Timing(list(self._rows), lanes, seconds)
+        """Tell everyone how long this worker took, and follow what all measured in the next step's shares.
+
+        Rows balance what lies between two waits for everyone. Owners (ZeRO) wait for each other's updates anyway; where
+        each updates all by itself, that is part of what its rows must leave time for.
+        """
+        span = self.lane.span_seconds + (0.0 if self.layout.zero else self.update_seconds)
+        numbers = self.crew.everyone([self.lane.busy_seconds, span])
+        spans = [row[1] for row in numbers]
+        lanes = [max(spans[rank] for rank in self.layout.teams[team].lanes[lane]) for team, lane in self.layout.lanes]
+        self.timing = Timing(list(self._rows), lanes, [row[0] for row in numbers])
         rows, spent = [float(count) for count in self._rows], list(lanes)
         number = 0
         for team in self.layout.teams:  # lanes that share experts keep step: they have one rate
