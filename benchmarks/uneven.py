@@ -61,7 +61,7 @@ class Even(Shares):
 def steps(
     crew: Crew, slow: Handicap, rows: int, count: int, even: bool, straggle_at: int | None = None
 ) -> dict[str, Any]:
-    """Seconds of `count` steps, and what they were spent on; the first steps, in which shares are found, do not count."""
+    """Seconds of `count` steps, and what they were spent on; the first, in which shares are found, do not count."""
     config = PretrainConfig(batch_rows=rows, micro_batch=MICRO_BATCH, seq_len=SEQ_LEN, steps=1000, precision="fp32")
     layout = side_by_side(crew.size, SHAPE.num_hidden_layers, MICRO_BATCH, zero=0 if crew.alone else 1)
     model = Transformer(SHAPE)
