@@ -15,8 +15,9 @@ from test_resume import STEPS, TINY, command
 from test_resume import data as data  # the fixture
 
 from motley.errors import InputError
+from motley.plan.partition import apportion
 from motley.train.crew import Crew, CrewError
-from motley.train.shares import Shares, apportion
+from motley.train.shares import Shares
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def _keep(points: dict[int, list[Point]], mask: int, new: Point) -> None:
     own.append(new)
 
 
-def apportion(whole: int, weights: Sequence[int], most: bool = False) -> list[int]:
+def apportion(whole: int, weights: Sequence[float], most: bool = False) -> list[int]:
     """`whole` in parts proportional to `weights`, by largest remainder; with `most`, no part exceeds its weight."""
     total = sum(weights)
     if total == 0:

@@ -11,10 +11,11 @@ that is why they may follow every measurement.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from motley.plan.partition import apportion
+
 FOLLOW = 0.5  # weight of the newest measurement
 COLD = 2  # first measurements of a lane that count for nothing afterwards: memory and kernels are new to it
 RECOVER = 0.05  # how far the rate of a lane that got no rows moves towards the mean, so that it is tried again
-LEAST = 1e-9
 
 
 @dataclass
@@ -47,14 +48,3 @@ class Shares:
                 self.known[lane] += 1
             else:
                 self.rates[lane] = old + RECOVER * (mean - old)
-
-
-def apportion(whole: int, weights: Sequence[float]) -> list[int]:
-    """`whole` in whole parts proportional to `weights`, by largest remainder; equal remainders in order."""
-    total = max(sum(weights), LEAST)
-    exact = [whole * weight / total for weight in weights]
-    parts = [int(part) for part in exact]
-    order = sorted(range(len(weights)), key=lambda i: (parts[i] - exact[i], i))
-    for index in order[: whole - sum(parts)]:
-        parts[index] += 1
-    return parts

@@ -18,6 +18,7 @@ from torch import Tensor
 from motley.data.stream import NO_LOSS, PADDING, Batch, TokenStream
 from motley.errors import InputError
 from motley.model import ModelConfig, Transformer
+from motley.plan.partition import apportion
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
 from motley.train.gather import State, gather, scatter
@@ -25,7 +26,7 @@ from motley.train.layout import Layout, place_of
 from motley.train.optimizer import Optimizer, is_matrix
 from motley.train.parts import trained
 from motley.train.shards import Shards
-from motley.train.shares import Shares, apportion
+from motley.train.shares import Shares
 from motley.train.spread_experts import SpreadExperts
 from motley.train.stages import Lane, build_stage
 from motley.train.step import Counts, LossWeights, StepLosses, Tally
