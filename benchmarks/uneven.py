@@ -86,7 +86,7 @@ def steps(
         if step >= found:
             seconds.append(spent)
             passes.append(worker.lane.span_seconds)
-            updates.append(worker.update_seconds)
+            updates.append(crew.watch.seconds["optimizer"])
             idle.append([1 - busy / spent for busy in worker.timing.worker_seconds])
             shares.append(worker.timing.rows)
     return {"seconds": seconds, "passes": passes, "updates": updates, "idle": idle, "shares": shares}

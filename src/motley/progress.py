@@ -2,14 +2,16 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 PLAIN_SECONDS = 10.0  # between two lines when nobody watches live
+REFRESHES = 4  # a second, in a terminal
 
 
 def in_words(seconds: float) -> str:
@@ -25,6 +27,17 @@ def in_words(seconds: float) -> str:
 def note(text: str) -> None:
     """A line for people, between two progress bars."""
     print(text, file=sys.stderr, flush=True)
+
+
+class _Bar(RichProgress):
+    """A bar that may have something beneath it."""
+
+    beneath: Callable[[], RenderableType] | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.beneath is not None:
+            yield self.beneath()
 
 
 class Progress:
@@ -44,9 +57,9 @@ class Progress:
         self._done_before = done
         self._values = ""
         self._started = self._last_line = time.monotonic()
-        self._rich: RichProgress | None = None
+        self._rich: _Bar | None = None
         if shown and sys.stderr.isatty():
-            self._rich = RichProgress(
+            self._rich = _Bar(
                 TextColumn("{task.description:<14}"),
                 BarColumn(bar_width=None),
                 TextColumn("{task.percentage:3.0f} %"),
@@ -56,6 +69,7 @@ class Progress:
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
+                refresh_per_second=REFRESHES,
             )
             self._task = self._rich.add_task(title, total=total, completed=int(done), rate="", values="")
 
@@ -76,6 +90,11 @@ class Progress:
             self._rich.update(self._task, completed=self.done, rate=self._rate(), values=self._values)
         elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
             self._line()
+
+    def beneath(self, show: Callable[[], RenderableType]) -> None:
+        """Show what `show` returns under the bar, renewed with it; in a terminal only."""
+        if self._rich:
+            self._rich.beneath = show
 
     def _rate(self) -> str:
         elapsed = max(time.monotonic() - self._started, 1e-9)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from motley.errors import InputError
+from motley.train.stopwatch import Stopwatch
 
 PATIENCE_SECONDS = 1800.0
 """How long a worker waits for a silent one (worker 0 may be preparing data) before it says so and ends.
@@ -40,12 +41,14 @@ class Crew:
         size: how many there are.
         device: what it computes on; messages travel from there.
         groups: process groups made so far, by their ranks.
+        watch: what this worker does with its time; all messages are waits.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     groups: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False)
+    watch: Stopwatch = field(default_factory=Stopwatch, compare=False)
 
     @property
     def alone(self) -> bool:
@@ -69,7 +72,8 @@ class Crew:
     def sum(self, values: Tensor, ranks: Sequence[int] | None = None) -> Tensor:
         """`values`, in place, added up over the workers `ranks` (default: all)."""
         if not self.alone and (ranks is None or len(ranks) > 1):
-            self.talk("adding up", lambda: dist.all_reduce(values, group=self.group(ranks)))
+            self.talk("adding up", lambda: dist.all_reduce(values, group=self.group(ranks)), ranks or ())
+            self.watch.summed(values.nbytes, len(ranks or range(self.size)))
         return values
 
     def outgoing(self, tensor: Tensor) -> Tensor:
@@ -84,6 +88,7 @@ class Crew:
         mine = mine.to(self.device)
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         self.talk("sharing numbers", lambda: dist.all_gather(rows, mine))
+        self.watch.moved((self.size - 1) * mine.nbytes, (self.size - 1) * mine.nbytes)
         return [row.tolist() for row in rows]
 
     def share(self, value: Any, source: int = 0) -> Any:
@@ -117,11 +122,13 @@ class Crew:
         return gathered
 
     def send(self, tensor: Tensor, to: int) -> None:
-        self.talk(f"sending to worker {to}", lambda: dist.send(tensor.contiguous(), dst=to))
+        self.talk(f"sending to worker {to}", lambda: dist.send(tensor.contiguous(), dst=to), [to])
+        self.watch.moved(tensor.nbytes, 0)
 
     def receive(self, tensor: Tensor, source: int) -> Tensor:
         """Fill `tensor` with what worker `source` sends."""
-        self.talk(f"waiting for worker {source}", lambda: dist.recv(tensor, src=source))
+        self.talk(f"waiting for worker {source}", lambda: dist.recv(tensor, src=source), [source])
+        self.watch.moved(0, tensor.nbytes)
         return tensor
 
     def agree(self, facts: dict[str, Any]) -> None:
@@ -135,10 +142,17 @@ class Crew:
                         "every worker needs the same code, data and settings"
                     )
 
-    def talk(self, doing: str, message: Callable[[], Any]) -> Any:
-        """Send or receive; a dead or silent peer becomes a CrewError that says what was going on."""
+    def talk(self, doing: str, message: Callable[[], Any], whom: Sequence[int] = ()) -> Any:
+        """Send or receive; a dead or silent peer becomes a CrewError that says what was going on.
+
+        Args:
+            doing: for people, and for the stopwatch.
+            message: sends, receives or waits.
+            whom: workers it may have to wait for; empty: all.
+        """
         try:
-            return message()
+            with self.watch.waiting(doing, whom):
+                return message()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch.distributed raises nothing finer

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from motley.data.stream import TokenStream
@@ -27,10 +26,12 @@ from motley.errors import InputError
 from motley.progress import Progress
 from motley.train.config import TrainingConfig
 from motley.train.guard import Guard
+from motley.train.live import crew_table
 from motley.train.metrics import MetricsWriter, Silence
 from motley.train.schedule import factor
 from motley.train.state import checkpoints, prune, restore, save_checkpoint, save_model
 from motley.train.step import StepLosses
+from motley.train.timing import everyones_spans, introduction, is_drawn, memory_bytes
 from motley.train.validate import validate
 from motley.train.worker import Worker
 
@@ -72,6 +73,10 @@ def train(
         Progress(title, config.steps * step_tokens, "tokens", done=at.step * step_tokens, shown=crew.leads) as bar,
         stop_requests() as asked,
     ):
+        if not crew.alone:
+            about = introduction(crew, worker.layout, config.plan is not None, config.batch_rows)
+            metrics.write("crew", step=at.step, tokens=at.tokens, seconds=at.seconds, **about)
+            bar.beneath(lambda: crew_table(about["names"], worker.timing))
         while at.step < config.steps or due:
             facts = {"step": at.step, "position": asdict(at), "guard": asdict(guard)}
             started = time.perf_counter()
@@ -112,7 +117,10 @@ def train(
                 "train", **where, **_numbers(losses, norm, config, at.step, step_tokens / elapsed, crew.device)
             )
             if not crew.alone:
-                metrics.write("workers", **where, **worker.timing.numbers(elapsed))
+                metrics.write("workers", **where, **worker.timing.numbers())
+                if is_drawn(at.step, config.steps):
+                    spans = everyones_spans(crew, worker.timing.step_seconds)
+                    metrics.write("timeline", **where, step_seconds=worker.timing.step_seconds, spans=spans)
             if reason:
                 metrics.write("event", **where, message=f"step skipped: {reason}")
             if guard.exhausted:
@@ -147,12 +155,10 @@ def _stuck(run: Path, step: int, reason: str | None) -> InputError:
 def _numbers(
     losses: StepLosses, norm: float, config: TrainingConfig, step: int, rate: float, device: torch.device
 ) -> dict[str, Any]:
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
     return {
         "loss": losses.main, "mtp_loss": losses.mtp, "balance_loss": losses.balance,
         "learning_rate": _learning_rate(config, step - 1), "grad_norm": norm, "tokens_per_second": rate,
-        "memory_bytes": memory,
+        "memory_bytes": memory_bytes(device),
     }  # fmt: skip
 
 

@@ -5,7 +5,12 @@
                                       tokens_per_second, memory_bytes
     valid     at each validation      loss, bits_per_byte
     experts   with it                 load: share of the routed tokens per expert, one list per MoE layer
-    workers   every step of a crew    rows of each lane; busy_seconds, idle_share of each worker
+    crew      when a crew starts      names, teams, lanes, stages of the workers; predicted_step_seconds with a plan
+    workers   every step of a crew    rows of each lane, step_seconds; of each worker tokens_per_second (its own),
+                                      share (of the rows), busy_seconds, wait_seconds by kind, other_seconds,
+                                      idle_share, memory_bytes, sent_bytes, received_bytes, link_bytes_per_second
+    timeline  a few of these steps    step_seconds; spans of each worker: kind, micro-batch, workers waited for, start,
+                                      end (train/stopwatch.py)
     event     when something happens  message
 
 metrics.jsonl is the truth (one JSON object a line, written at once); the events are a copy for TensorBoard.
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
-KINDS = ("train", "valid", "experts", "workers", "event")
+KINDS = ("train", "valid", "experts", "crew", "workers", "timeline", "event")
 POSITION = ("step", "tokens", "seconds")  # where in the run: not curves of their own
 
 
@@ -108,9 +113,12 @@ class MetricsWriter:
             for layer, imbalance in enumerate(imbalances(record["load"])):
                 events.add_scalar(f"experts/imbalance_of_moe_layer_{layer}", imbalance, step)
             return
+        if kind in ("crew", "timeline"):
+            return
         if kind == "workers":
-            for worker, share in enumerate(record["idle_share"]):
-                events.add_scalar(f"workers/idle_share_{worker}", share, step)
+            for name in ("share", "idle_share", "tokens_per_second"):
+                for worker, value in enumerate(record[name]):
+                    events.add_scalar(f"workers/{name}_{worker}", value, step)
             return
         for name, value in record.items():
             if isinstance(value, int | float) and name not in POSITION:

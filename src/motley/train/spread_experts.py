@@ -74,7 +74,10 @@ def all_to_all(values: Tensor, leaving: list[int], arriving: list[int], crew: Cr
     crew.talk(
         "exchanging tokens of experts",
         lambda: dist.all_to_all_single(received, values.contiguous(), arriving, leaving, group=crew.group(ranks)),
+        ranks,
     )
+    row, own = values.element_size() * values.shape[1:].numel(), ranks.index(crew.rank)
+    crew.watch.moved(row * (sum(leaving) - leaving[own]), row * (sum(arriving) - arriving[own]))
     return received
 
 

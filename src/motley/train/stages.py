@@ -103,7 +103,6 @@ class Lane:
     """One worker's stage at work on the rows of its lane.
 
     Attributes:
-        busy_seconds: of the last step: computing, without waiting for others.
         span_seconds: from the first to the last piece of work of the last step, gaps of the pipeline included: what a
             lane needs for its rows.
         pace: called after each piece of work with its seconds; returns seconds that it added (emulated slowness).
@@ -111,7 +110,7 @@ class Lane:
 
     def __init__(self, model: Transformer, config: ModelConfig, place: Place, crew: Crew, wire: torch.dtype) -> None:
         self.model, self.place, self.crew, self.wire = model, place, crew, wire
-        self.busy_seconds = self.span_seconds = 0.0
+        self.span_seconds = 0.0
         self.pace: Callable[[float], float] = lambda seconds: 0.0
         self._layers = [model.model.layers[layer] for layer in place.team.stage_layers(place.stage)]
         self._config = config
@@ -133,7 +132,7 @@ class Lane:
             weights: of the parts of the loss.
             confined: attention stays within documents.
         """
-        self.busy_seconds, started = 0.0, time.perf_counter()
+        started = time.perf_counter()
         batch, rows = _filled(batch, self.place.team.micro_batch, count)
         tally = Tally.empty(self.model.device)
         flights: dict[int, _Flight] = {}
@@ -143,7 +142,7 @@ class Lane:
             if kind == "F":
                 part = batch_rows(batch, rows[micro], self.model.device)
                 received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
-                with self.working():
+                with self.working("forward", micro):
                     flight = self._forward(part, received, counts, weights, confined, depths, tally)
                 flights[micro] = flight
                 if flight.sent is not None:
@@ -151,7 +150,7 @@ class Lane:
             elif kind == "B":
                 flight = flights[micro]
                 grad = None if self.place.last else self._receive(flight.batch, self.place.ranks[self.place.stage + 1])
-                with self.working():
+                with self.working("backward", micro):
                     self._backward(flight, grad)
                 if flight.received is not None:
                     assert flight.received.grad is not None
@@ -159,7 +158,7 @@ class Lane:
                 if self._later is None:
                     del flights[micro]
             else:
-                with self.working(), torch.no_grad():
+                with self.working("weights", micro), torch.no_grad():
                     for work in flights.pop(micro).later:
                         work()
         self._finish(sending)
@@ -231,14 +230,14 @@ class Lane:
             self._later.clear()
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Time what is done inside, and let `pace` slow it down."""
+    def working(self, kind: str, micro_batch: int = -1) -> Iterator[None]:
+        """Time what is done inside as work of this kind, and let `pace` slow it down."""
         self._settle()
-        started = time.perf_counter()
-        yield
-        self._settle()
-        spent = time.perf_counter() - started
-        self.busy_seconds += spent + self.pace(spent)
+        with self.crew.watch.at(kind, micro_batch):
+            started = time.perf_counter()
+            yield
+            self._settle()
+            self.pace(time.perf_counter() - started)
 
     def _settle(self) -> None:
         """Wait for a device that computes behind the host's back, so that its time is what is measured."""
@@ -247,13 +246,13 @@ class Lane:
 
     def _receive(self, part: Batch, source: int) -> Tensor:
         tensor = torch.empty(*part.input_ids.shape, self._config.hidden_size, dtype=self.wire, device=self.model.device)
-        self.crew.talk(f"waiting for worker {source}", lambda: dist.recv(tensor, src=source))
-        return tensor.requires_grad_()
+        return self.crew.receive(tensor, source).requires_grad_()
 
     def _send(self, tensor: Tensor, to: int, sending: Sending) -> None:
         """Begin to send; `sending` keeps what is under way, as much as a pipeline can hold."""
         tensor = tensor.contiguous()
-        sending.append((self.crew.talk(f"sending to worker {to}", lambda: dist.isend(tensor, dst=to)), tensor))
+        sending.append((self.crew.talk(f"sending to worker {to}", lambda: dist.isend(tensor, dst=to), [to]), tensor))
+        self.crew.watch.moved(tensor.nbytes, 0)
         self._finish(sending, 2 * self.place.team.stages)
 
     def _finish(self, sending: Sending, left: int = 0) -> None:

@@ -24,39 +24,50 @@ class Traffic:
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
-        self._under_way: deque[tuple[str, dist.Work | None, Tensor]] = deque()
+        self._under_way: deque[tuple[str, tuple[int, ...], dist.Work | None, Tensor]] = deque()
 
     def sum(self, flat: Tensor, holders: tuple[int, ...], owner: int | None) -> None:
         """Add up what all holders have; then `owner` has the sum (the others, anything), or with None all have."""
         group = self._crew.group(holders)
         if owner is None:
-            self._start("summing gradients", flat, lambda piece: dist.all_reduce(piece, group=group, async_op=True))
+            self._crew.watch.summed(flat.nbytes, len(holders))
+            self._start(
+                "summing gradients", flat, holders, lambda piece: dist.all_reduce(piece, group=group, async_op=True)
+            )
         else:
-            self._start("summing gradients", flat, lambda piece: dist.reduce(piece, owner, group=group, async_op=True))
+            self._crew.watch.passed(flat.nbytes, gives=owner != self._crew.rank)
+            self._start(
+                "summing gradients", flat, holders, lambda piece: dist.reduce(piece, owner, group=group, async_op=True)
+            )
 
     def spread(self, flat: Tensor, holders: tuple[int, ...], owner: int) -> None:
         """Give all holders what the owner has."""
         group = self._crew.group(holders)
-        self._start("spreading weights", flat, lambda piece: dist.broadcast(piece, owner, group=group, async_op=True))
+        self._crew.watch.passed(flat.nbytes, gives=owner == self._crew.rank)
+        self._start(
+            "spreading weights", flat, holders, lambda piece: dist.broadcast(piece, owner, group=group, async_op=True)
+        )
 
     def settle(self, flat: Tensor) -> None:
         """Wait until nothing from or to this memory is under way."""
         first, end = flat.data_ptr(), flat.data_ptr() + flat.nbytes
-        while any(first <= piece.data_ptr() < end for _, _, piece in self._under_way):
+        while any(first <= piece.data_ptr() < end for *_, piece in self._under_way):
             self._arrive(len(self._under_way) - 1)
 
     def finish(self) -> None:
         """Wait until everything has arrived."""
         self._arrive(0)
 
-    def _start(self, doing: str, flat: Tensor, message: Callable[[Tensor], dist.Work | None]) -> None:
+    def _start(
+        self, doing: str, flat: Tensor, holders: tuple[int, ...], message: Callable[[Tensor], dist.Work | None]
+    ) -> None:
         for piece in flat.split(MESSAGE_BYTES // flat.element_size()):
             self._arrive(AT_ONCE - 1)
-            work = self._crew.talk(doing, lambda: message(piece))  # noqa: B023  (called at once)
-            self._under_way.append((doing, work, piece))
+            work = self._crew.talk(doing, lambda: message(piece), holders)  # noqa: B023  (called at once)
+            self._under_way.append((doing, holders, work, piece))
 
     def _arrive(self, left: int) -> None:
         while len(self._under_way) > left:
-            doing, work, _ = self._under_way.popleft()
+            doing, holders, work, _ = self._under_way.popleft()
             if work is not None:
-                self._crew.talk(doing, work.wait)
+                self._crew.talk(doing, work.wait, holders)

@@ -9,8 +9,6 @@ step, and every worker sees the same losses, norm and router loads, so that all 
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,20 +28,7 @@ from motley.train.shares import Shares
 from motley.train.spread_experts import SpreadExperts
 from motley.train.stages import Lane, build_stage
 from motley.train.step import Counts, LossWeights, StepLosses, Tally
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Of one step: rows of each lane and the seconds that it took for them, and seconds of work of each worker."""
-
-    rows: list[int]
-    lane_seconds: list[float]
-    worker_seconds: list[float]
-
-    def numbers(self, step_seconds: float) -> dict[str, Any]:
-        """For the metrics: each lane's rows, each worker's seconds of work and share of the step spent idle."""
-        idle = [max(0.0, 1 - seconds / step_seconds) for seconds in self.worker_seconds]
-        return {"rows": self.rows, "busy_seconds": self.worker_seconds, "idle_share": idle}
+from motley.train.timing import Timing, measured_here
 
 
 class Worker:
@@ -91,14 +76,14 @@ class Worker:
         self.optimizer = Optimizer(named, settings.optimizer, settings.weight_decay, products)
         self.lane = Lane(self.model, config, place, crew, wire)
         self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
-        self.timing = Timing([], [], [])
-        self.update_seconds = 0.0
+        self.timing = Timing()
         self._rows: list[int] = []
 
     # ----------------------------------------------------------------------------------------------- a step
 
     def gradient(self, stream: TokenStream, step: int) -> tuple[StepLosses, float]:
         """(losses, gradient norm) of a step, the same on every worker; the summed gradient lies in the shards."""
+        self.crew.watch.begin()
         self._rows = self.shares.rows(self.settings.batch_rows)
         batch = self._own_rows(stream, step * self.settings.batch_rows, self._rows)
         own = Counts.of(batch, self.depths) if self.place.first else Counts(0, (0,) * self.depths, 0)
@@ -111,27 +96,25 @@ class Worker:
     def update(self, losses: StepLosses, norm: float, learning_rate: float) -> None:
         """One step of the optimizer on the clipped gradient, and of the routers' biases."""
         self.shards.clip(self.settings.clip, norm)
-        before = self.lane.busy_seconds
-        with self.lane.working():
+        with self.lane.working("optimizer"):
             self.optimizer.step(learning_rate)
-        self.update_seconds = self.lane.busy_seconds - before
         self.shards.spread()
         for gate, layer in zip(self.model.gates(), self._moe_numbers(), strict=True):
             if layer < len(losses.expert_counts):
                 gate.rebalance(losses.expert_counts[layer].to(self.model.device), self.settings.bias_speed)
 
     def share_again(self) -> None:
-        """Tell everyone how long this worker took, and follow what all measured in the next step's shares.
+        """Tell everyone what this worker did and how long it took, and follow that in the next step's shares.
 
         Rows balance what lies between two waits for everyone. Owners (ZeRO) wait for each other's updates anyway; where
         each updates all by itself, that is part of what its rows must leave time for.
         """
-        span = self.lane.span_seconds + (0.0 if self.layout.zero else self.update_seconds)
-        numbers = self.crew.everyone([self.lane.busy_seconds, span])
-        spans = [row[1] for row in numbers]
+        span = self.lane.span_seconds + (0.0 if self.layout.zero else self.crew.watch.seconds["optimizer"])
+        numbers = self.crew.everyone([span, *measured_here(self.crew)])
+        spans = [row[0] for row in numbers]
         lanes = [max(spans[rank] for rank in self.layout.teams[team].lanes[lane]) for team, lane in self.layout.lanes]
-        self.timing = Timing(list(self._rows), lanes, [row[0] for row in numbers])
-        rows, spent = [float(count) for count in self._rows], list(lanes)
+        self.timing = Timing.of(self._rows, self.layout, self.settings.seq_len, [row[1:] for row in numbers])
+        rows, spent = [float(count) for count in self._rows], lanes
         number = 0
         for team in self.layout.teams:  # lanes that share experts keep step: they have one rate
             for _ in range(0, len(team.lanes), team.expert_lanes):

@@ -1,0 +1,141 @@
+"""What all workers measured of a step: one small message each step, as numbers for shares, metrics and people."""
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from motley.fleet.probe import device_name
+from motley.train.crew import Crew
+from motley.train.layout import Layout, place_of
+from motley.train.stopwatch import KINDS, OTHER, WAITS, WORK, visible
+
+SETTLED = 3  # the first step that is no longer a warm-up
+DRAWN = 16  # steps of a run, about, whose spans are kept
+
+
+def introduction(crew: Crew, layout: Layout, planned: bool, batch_rows: int) -> dict[str, Any]:
+    """For the metrics: each worker's chip, team, lane and stage; with a plan, the seconds that it foresees for a step.
+
+    Hosts are named where there are several.
+    """
+    known = crew.all_values((device_name(crew.device), platform.node()))
+    several = len({host for _, host in known}) > 1
+    places = [place_of(layout, rank) for rank in range(crew.size)]
+    return {
+        "names": [f"{chip}, {host}" if several else chip for chip, host in known],
+        "teams": [place.team_number for place in places],
+        "lanes": [place.lane_number for place in places],
+        "stages": [place.stage for place in places],
+        **({"predicted_step_seconds": batch_rows / sum(layout.rates)} if planned else {}),
+    }
+
+
+def is_drawn(step: int, steps: int) -> bool:
+    """Whether a step of a run of `steps` is among the few of which everyone's spans are kept."""
+    return step in (SETTLED, steps) or step % math.ceil(steps / DRAWN) == 0
+
+
+def everyones_spans(crew: Crew, step_seconds: float) -> list[list[list[Any]]]:
+    """[worker][span] of the step that just ended: kind, micro-batch, workers waited for, start and end in seconds."""
+    spans = visible(crew.watch.spans, step_seconds)
+    return crew.all_values([[*span[:3], round(span.start, 6), round(span.end, 6)] for span in spans])
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most that a GPU had to hold so far; of a CPU, what this process holds."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def measured_here(crew: Crew) -> list[float]:
+    """This worker's numbers of the step that ends, as `Timing.of` reads them."""
+    watch = crew.watch
+    total = watch.stop()
+    return [total, *(watch.seconds[kind] for kind in KINDS), watch.sent, watch.received, memory_bytes(crew.device)]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one step, lists by worker unless they say otherwise; empty before the first.
+
+    Attributes:
+        rows: of each lane.
+        step_seconds: until the last worker was done.
+        seconds: by kind (stopwatch.KINDS); they add up to step_seconds.
+        tokens: in the rows of the worker's lane.
+        share: of the step's rows.
+        sent, received: bytes.
+        memory: bytes.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    step_seconds: float = 0.0
+    seconds: list[dict[str, float]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    share: list[float] = field(default_factory=list)
+    sent: list[float] = field(default_factory=list)
+    received: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, rows: Sequence[int], layout: Layout, seq_len: int, measured: Sequence[Sequence[float]]) -> "Timing":
+        """From what every worker measured (`measured_here`).
+
+        That message is itself a wait, which nobody can measure before it: who is done early waits for the last.
+        """
+        step_seconds = max(row[0] for row in measured)
+        seconds: list[dict[str, float]] = [dict(zip(KINDS, row[1:], strict=False)) for row in measured]
+        for worker, row in zip(seconds, measured, strict=True):
+            worker["numbers"] += step_seconds - row[0]
+        own = [rows[place_of(layout, rank).lane_number] for rank in range(len(measured))]
+        sent, received, memory = ([row[column] for row in measured] for column in (-3, -2, -1))
+        return cls(
+            list(rows), step_seconds, seconds, [count * seq_len for count in own],
+            [count / max(1, sum(rows)) for count in own], sent, received, memory,
+        )  # fmt: skip
+
+    @property
+    def worker_seconds(self) -> list[float]:
+        """Of computing."""
+        return [sum(worker[kind] for kind in WORK) for worker in self.seconds]
+
+    @property
+    def idle_share(self) -> list[float]:
+        """Share of the step spent waiting for others."""
+        return [sum(worker[kind] for kind in WAITS) / max(self.step_seconds, 1e-9) for worker in self.seconds]
+
+    @property
+    def tokens_per_second(self) -> list[float]:
+        """Each worker's own speed: the tokens of its lane by what it computed for them itself."""
+        return [
+            tokens / spent if spent > 0 else 0.0 for tokens, spent in zip(self.tokens, self.worker_seconds, strict=True)
+        ]
+
+    @property
+    def link_bytes_per_second(self) -> list[float]:
+        """Sent and received, spread over the step."""
+        both = zip(self.sent, self.received, strict=True)
+        return [(sent + received) / max(self.step_seconds, 1e-9) for sent, received in both]
+
+    def numbers(self) -> dict[str, Any]:
+        """For the metrics."""
+        return {
+            "rows": self.rows,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "share": self.share,
+            "busy_seconds": self.worker_seconds,
+            "wait_seconds": {kind: [worker[kind] for worker in self.seconds] for kind in WAITS},
+            "other_seconds": [worker[OTHER] for worker in self.seconds],
+            "idle_share": self.idle_share,
+            "memory_bytes": self.memory,
+            "sent_bytes": self.sent,
+            "received_bytes": self.received,
+            "link_bytes_per_second": self.link_bytes_per_second,
+        }
