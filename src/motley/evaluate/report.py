@@ -14,6 +14,7 @@ from typing import Any
 
 from motley.errors import InputError
 from motley.evaluate.charts import interval_chart
+from motley.evaluate.crew import crew_section
 from motley.evaluate.curves import Stage, stage_section
 from motley.files import read_json, write_text
 from motley.fleet import Machine, describe
@@ -134,7 +135,7 @@ def _page(run: Path, journey: Mapping[str, Any], stages: Sequence[Stage]) -> str
         _strip(stages),
         _model_card(model),
         _data(journey.get("data") or {}),
-        *[stage_section(stage) for stage in trained],
+        *[section for stage in trained for section in (stage_section(stage), crew_section(stage))],
         _results(problems, text),
         _limits(model, trained, problems),
         list_section("Not in this report", missing),

@@ -17,6 +17,7 @@ from motley.svg import LEFT, WIDTH, Axes, fits, legend, line, rect, svg, text
 MOST_WORKS = 20_000  # micro-batches x stages that are played through; beyond, a step's ramps are too short to see
 DETAIL_STAGES, DETAIL_MICRO_BATCHES = 16, 16
 NARROWEST = 5  # pixels of a box of its own in the detailed pipeline
+BOX = 17  # height of a box there
 KINDS = {"F": "forward", "B": "backward", "W": "gradients of weights"}
 OPACITY = {"F": 1.0, "B": 0.55, "W": 0.3}
 AFTER = {"exchange": "var(--muted)", "optimizer": "var(--ink)", "waiting": "url(#hatch)"}  # no pool's colours
@@ -128,6 +129,17 @@ def _boxes(row: Sequence[Work], axes: Axes) -> Iterator[tuple[float, float, list
         yield axes.across(together[0].start), axes.across(together[-1].end), together
 
 
+def work_boxes(row: Sequence[Work], axes: Axes, y: float, colours: Sequence[str]) -> Iterator[Html]:
+    """What one chip does, box by box from `y` on; `colours` of the stages."""
+    for first, last, works in _boxes(row, axes):
+        kind, micro, stage = works[0].kind, works[0].micro_batch + 1, works[0].stage + 1
+        more = f" and {len(works) - 1} more, each too short to show" if len(works) > 1 else ""
+        tip = f"{KINDS[kind]} of micro-batch {micro}, stage {stage}{more}"
+        yield rect(first, y, last - first, BOX, colours[stage - 1], tip, OPACITY[kind])
+        if kind == "F" and len(works) == 1 and fits(str(micro), last - first - 3, 9):
+            yield text((first + last) / 2, y + 12, str(micro), "middle", "#fff", 9)
+
+
 def detail_count(team: Mapping[str, Any]) -> int:
     """Micro-batches that the detailed pipeline shows."""
     return min(team["micro_batches"], max(DETAIL_MICRO_BATCHES, 2 * team["pp"]))
@@ -153,15 +165,7 @@ def detail_svg(team: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         stages = f"{number + 1} and {twin + 1}" if team["schedule"] == "dualpipe" and twin != number else number + 1
         label = f"{team['stages'][number]['pool']} · stage{'s' * (stages != number + 1)} {stages}"
         parts.append(text(LEFT - 10, y + 13, label, "end", size=12))
-        for first, last, works in _boxes(row, axes):
-            kind, micro, stage = works[0].kind, works[0].micro_batch + 1, works[0].stage + 1
-            more = f" and {len(works) - 1} more, each too short to show" if len(works) > 1 else ""
-            tip = f"{KINDS[kind]} of micro-batch {micro}, stage {stage}{more}"
-            parts.append(
-                rect(first, y, last - first, 17, colours[team["stages"][stage - 1]["pool"]], tip, OPACITY[kind])
-            )
-            if kind == "F" and len(works) == 1 and fits(str(micro), last - first - 3, 9):
-                parts.append(text((first + last) / 2, y + 12, str(micro), "middle", "#fff", 9))
+        parts += work_boxes(row, axes, y, [colours[stage["pool"]] for stage in team["stages"]])
     if hidden := len(rows) - len(shown):
         parts.append(text(LEFT, bottom + 36, f"and {hidden} stages more", colour="var(--muted)", size=12))
     parts.append(line(LEFT, bottom, WIDTH - 20, bottom))
