@@ -10,6 +10,7 @@ import tyro
 from motley.errors import InputError
 from motley.train.optimizer import OptimizerName
 from motley.train.schedule import Schedule
+from motley.train.wire import Bits
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -59,6 +60,23 @@ class TrainingConfig:
     """Without a plan: 0 every worker of a crew keeps the whole optimizer state, 1 they share it."""
     emulated_speeds: str = ""
     """Pretend that the workers of this crew are unequal: one relative speed each, such as 1:2:4:1."""
+    islands: str = "1"
+    """Islands of workers, joined by slow links: how many (2) or the workers of each (3:1). Each trains on its own rows,
+    and now and then they meet (docs/uneven.md). A plan says for itself which islands there are."""
+    sync_every: int | None = None
+    """Steps between two meetings of islands (not given: as the plan says, or 30)."""
+    inner_steps: Literal["measured", "planned"] = "measured"
+    """How many steps each island takes between meetings: by its measured speed, or by the plan's (without one by its
+    number of workers), which makes a run of islands repeatable bit for bit."""
+    fragments: int = 1
+    """Islands exchange the model in so many pieces, spread over the time between meetings."""
+    overlap: int = 0
+    """Steps that islands go on for while an exchange is under way."""
+    outer_bits: Bits = 8
+    """Bits of a number that islands exchange."""
+    outer_learning_rate: float = 0.7
+    outer_momentum: float = 0.9
+    """Of the step that all islands take together (SGD with Nesterov momentum)."""
     seed: int = 0
     valid_every: int = 100
     """Steps between validations; the last step always validates."""
@@ -71,7 +89,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         positive = ("steps", "batch_rows", "micro_batch", "seq_len", "valid_every", "valid_rows", "checkpoint_every",
-                    "keep_last")  # fmt: skip
+                    "keep_last", "fragments")  # fmt: skip
         for name in positive:
             self._demand(name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "seed"):
@@ -82,6 +100,10 @@ class TrainingConfig:
             self._demand(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         self._demand("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
         self._demand("clip", self.clip > 0, "above 0")
+        self._demand("sync_every", self.sync_every is None or self.sync_every >= 1, "at least 1")
+        self._demand("overlap", self.overlap >= 0, "at least 0")
+        self._demand("outer_learning_rate", 0 < self.outer_learning_rate < math.inf, "above 0 and finite")
+        self._demand("outer_momentum", 0 <= self.outer_momentum < 1, "at least 0 and below 1")
 
     def _demand(self, name: str, holds: bool, what: str) -> None:
         if not holds:

@@ -5,7 +5,8 @@
       worker 0   1   2   3        each knows its rank; all sums and messages go through `Crew`
          └───┴───┴───┘            a worker that is gone ends the job with a sentence, never with a hang
 
-A process that was started without torchrun is a crew of one, for which every sum is what it already has.
+A process that was started without torchrun is a crew of one, for which every sum is what it already has. Some workers
+of a crew can be a crew of their own (`part`): they are numbered from 0 again, and nothing they say leaves them.
 """
 
 import os
@@ -34,14 +35,16 @@ class CrewError(RuntimeError):
 
 @dataclass(frozen=True)
 class Crew:
-    """This worker among all.
+    """This worker among all, or among those of a part.
 
     Attributes:
         rank: its number, from 0.
         size: how many there are.
         device: what it computes on; messages travel from there.
-        groups: process groups made so far, by their ranks.
+        groups: process groups made so far, by their workers' numbers among all.
         watch: what this worker does with its time; all messages are waits.
+        members: of a part, its workers' numbers among all.
+        whole: the crew that a part belongs to.
     """
 
     rank: int = 0
@@ -49,6 +52,8 @@ class Crew:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     groups: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False)
     watch: Stopwatch = field(default_factory=Stopwatch, compare=False)
+    members: tuple[int, ...] = ()
+    whole: "Crew | None" = None
 
     @property
     def alone(self) -> bool:
@@ -59,15 +64,33 @@ class Crew:
         """Whether this worker writes files and talks to people."""
         return self.rank == 0
 
+    def part(self, parts: Sequence[Sequence[int]]) -> "Crew":
+        """The crew of this worker's part, of `parts` that share all workers out; every worker calls this alike."""
+        self.form(parts)
+        own = tuple(next(part for part in parts if self.rank in part))
+        return Crew(own.index(self.rank), len(own), self.device, self.groups, self.watch, own, self)
+
     def form(self, groups: Iterable[Sequence[int]]) -> None:
-        """Make process groups of these ranks; every worker calls this with the same groups."""
-        for ranks in sorted({tuple(sorted(ranks)) for ranks in groups}):
-            if 1 < len(ranks) < self.size and ranks not in self.groups:
+        """Make process groups of these ranks; every worker calls this with the same groups.
+
+        Groups are made by all workers in one order, whoever is in them; so all parts of a crew call this together.
+        """
+        wanted = {tuple(sorted(map(self.among_all, ranks))) for ranks in groups if 1 < len(ranks) < self.size}
+        if self.whole is not None:
+            wanted = set[tuple[int, ...]]().union(*self.whole.all_values(wanted))
+        for ranks in sorted(wanted):
+            if ranks not in self.groups:
                 self.groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=PATIENCE_SECONDS))
 
-    def group(self, ranks: Sequence[int] | None) -> Any:
-        """The process group of these ranks (made by `form`); None: all workers."""
-        return None if ranks is None or len(ranks) == self.size else self.groups[tuple(sorted(ranks))]
+    def among_all(self, rank: int) -> int:
+        """The number of one of these workers among all, which torch.distributed goes by."""
+        return self.members[rank] if self.members else rank
+
+    def group(self, ranks: Sequence[int] | None = None) -> Any:
+        """The process group of these ranks (made by `form`); None: all of these workers."""
+        if ranks is None or len(ranks) == self.size:
+            return None if self.whole is None else self.whole.group(self.members)
+        return self.groups[tuple(sorted(map(self.among_all, ranks)))]
 
     def sum(self, values: Tensor, ranks: Sequence[int] | None = None) -> Tensor:
         """`values`, in place, added up over the workers `ranks` (default: all)."""
@@ -87,7 +110,7 @@ class Crew:
             return [mine.tolist()]
         mine = mine.to(self.device)
         rows = [torch.empty_like(mine) for _ in range(self.size)]
-        self.talk("sharing numbers", lambda: dist.all_gather(rows, mine))
+        self.talk("sharing numbers", lambda: dist.all_gather(rows, mine, group=self.group()))
         self.watch.moved((self.size - 1) * mine.nbytes, (self.size - 1) * mine.nbytes)
         return [row.tolist() for row in rows]
 
@@ -96,7 +119,7 @@ class Crew:
         if self.alone:
             return value
         box = [value]
-        self.talk("sharing settings", lambda: dist.broadcast_object_list(box, src=source))
+        self.talk("sharing settings", lambda: dist.broadcast_object_list(box, self.among_all(source), self.group()))
         return box[0]
 
     def led(self, work: Callable[[], Any]) -> Any:
@@ -118,16 +141,16 @@ class Crew:
         """Each worker's `value`, in the order of ranks: any picklable value of our own making."""
         gathered: list[Any] = [value] * self.size
         if not self.alone:
-            self.talk("gathering values", lambda: dist.all_gather_object(gathered, value))
+            self.talk("gathering values", lambda: dist.all_gather_object(gathered, value, self.group()))
         return gathered
 
     def send(self, tensor: Tensor, to: int) -> None:
-        self.talk(f"sending to worker {to}", lambda: dist.send(tensor.contiguous(), dst=to), [to])
+        self.talk(f"sending to worker {to}", lambda: dist.send(tensor.contiguous(), dst=self.among_all(to)), [to])
         self.watch.moved(tensor.nbytes, 0)
 
     def receive(self, tensor: Tensor, source: int) -> Tensor:
         """Fill `tensor` with what worker `source` sends."""
-        self.talk(f"waiting for worker {source}", lambda: dist.recv(tensor, src=source), [source])
+        self.talk(f"waiting for worker {source}", lambda: dist.recv(tensor, src=self.among_all(source)), [source])
         self.watch.moved(0, tensor.nbytes)
         return tensor
 

@@ -65,8 +65,8 @@ def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None) -> di
     data, run = crew.led(prepare_run)
     if run.finished is not None:
         return run.finished
-    worker = employ(config, shape, crew, run, data, machine, lambda device: load(source, device=device).float())
+    island = employ(config, shape, crew, run, data, machine, lambda device: load(source, device=device).float())
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
-    at = train(worker, rows, held_out, tokenizer, "fine-tuning")
+    at = train(island, rows, held_out, tokenizer, "fine-tuning")
     return run.finish(asdict(at)) if crew.leads else None

@@ -6,7 +6,7 @@
 Only worker 0 needs the disk; the others get what they hold by message. Worker 0 holds the whole state for a moment.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -22,11 +22,17 @@ KINDS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # of optimizer state
 TIED = "lm_head.weight"  # where it is the embedding, it is no parameter of its own
 
 
-def gather(model: Transformer, shards: Shards, optimizer: Optimizer, crew: Crew) -> tuple[State, State] | None:
-    """(weights and buffers, optimizer state) of the whole model at worker 0, on the CPU; None elsewhere."""
-    mine = _own_state(shards, optimizer)
+def gather(
+    model: Transformer, shards: Shards, optimizer: Optimizer, crew: Crew, names: Collection[str] | None = None
+) -> tuple[State, State] | None:
+    """(weights and buffers, optimizer state) of the whole model at worker 0, on the CPU; None elsewhere.
+
+    names: of the only weights and buffers that are wanted, without optimizer state; None: everything.
+    """
+    mine = _own_state(shards, optimizer, names)
     headers = crew.all_values([(name, tuple(tensor.shape)) for name, tensor in mine])
-    buffers = crew.all_values({name: buffer.cpu() for name, buffer in _buffers(model)})
+    held = _buffers(model)
+    buffers = crew.all_values({name: buffer.cpu() for name, buffer in held if names is None or name in names})
     if not crew.leads:
         if mine:
             crew.send(_flat(tensor for _, tensor in mine), 0)
@@ -51,57 +57,77 @@ def gather(model: Transformer, shards: Shards, optimizer: Optimizer, crew: Crew)
 
 
 def scatter(
-    state: tuple[State, State] | None, model: Transformer, shards: Shards, optimizer: Optimizer, crew: Crew
+    state: tuple[State, State] | None,
+    model: Transformer,
+    shards: Shards,
+    optimizer: Optimizer,
+    crew: Crew,
+    names: Collection[str] | None = None,
+    keep: float = 0.0,
 ) -> None:
     """Put the state that worker 0 has (None elsewhere) into every worker's model and optimizer.
 
     An empty optimizer state leaves the optimizers as they are. Raises KeyError for state of another optimizer.
+
+    names: of the only weights to set; None: all.
+    keep: share that weights and buffers keep of what they were.
     """
     weights, states = state or ({}, {})
     held = dict(_buffers(model))
     parameters = shards.names | {TIED}
     for name, buffer in crew.share({name: weights[name] for name in weights if name not in parameters}).items():
         if name in held:
-            held[name].copy_(buffer)
+            _move(held[name], buffer.to(held[name].device), keep)
     known = set(crew.share(sorted(states)))
     kept = set(shards.kept)
-    rows = crew.all_values([(part.label, part in kept) for part in shards.here])
+    here = [part for part in shards.here if names is None or part.name in names]
+    rows = crew.all_values([(part.label, part in kept) for part in here])
     by_label = {part.label: part for part in shards.all_parts}
     mine = torch.empty(0)
     for rank, wanted in enumerate(rows):
-        names = [(by_label[label], kind) for label, keeps in wanted for kind in _kinds(by_label[label], keeps, known)]
+        pieces = [(by_label[label], kind) for label, keeps in wanted for kind in _kinds(by_label[label], keeps, known)]
         if crew.leads:
-            flat = _flat(_piece(part, kind, weights, states) for part, kind in names).to(crew.device)
+            flat = _flat(_piece(part, kind, weights, states) for part, kind in pieces).to(crew.device)
             if rank == 0:
                 mine = flat
             elif len(flat):
                 crew.send(flat, rank)
         elif rank == crew.rank:
-            mine = torch.empty(sum(_size(part, kind) for part, kind in names), device=crew.device)
+            mine = torch.empty(sum(_size(part, kind) for part, kind in pieces), device=crew.device)
             if len(mine):
                 crew.receive(mine, 0)
         if rank == crew.rank:
-            _put(names, mine, shards, optimizer, bool(known))
+            _put(pieces, mine, shards, optimizer, bool(known), keep)
 
 
-def _put(names: list[tuple[Part, str]], flat: Tensor, shards: Shards, optimizer: Optimizer, states: bool) -> None:
+def _put(
+    pieces: list[tuple[Part, str]], flat: Tensor, shards: Shards, optimizer: Optimizer, states: bool, keep: float
+) -> None:
     loaded: State = {}
-    for (part, kind), values in zip(names, flat.split([_size(part, kind) for part, kind in names]), strict=True):
+    for (part, kind), values in zip(pieces, flat.split([_size(part, kind) for part, kind in pieces]), strict=True):
         if kind == "weight":
             view = shards.view(part)
-            view.data.copy_(values.view_as(view))
+            _move(view.data, values.view_as(view), keep)
         else:
             loaded[f"{part.label}:{kind}"] = values.view_as(shards.view(part)) if kind != "step" else values[0]
     if states:
         optimizer.load_state_tensors(loaded)
 
 
-def _own_state(shards: Shards, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-    """(label and kind, tensor) of the parts that this worker owns."""
-    states = optimizer.state_tensors()
+def _move(tensor: Tensor, new: Tensor, keep: float) -> None:
+    """Make `tensor` the new one, but for a share `keep`. What it was may be no number yet where nothing is kept."""
+    if keep:
+        tensor.lerp_(new, 1 - keep)
+    else:
+        tensor.copy_(new)
+
+
+def _own_state(shards: Shards, optimizer: Optimizer, names: Collection[str] | None = None) -> list[tuple[str, Tensor]]:
+    """(label and kind, tensor) of the parts that this worker owns; of `names` only weights."""
+    states = optimizer.state_tensors() if names is None else {}
     found = []
     for part in shards.here:
-        if part.owner == shards.crew.rank:
+        if part.owner == shards.crew.rank and (names is None or part.name in names):
             found.append((f"{part.label}:weight", shards.view(part).data))
             for kind in KINDS:
                 if (tensor := states.get(f"{part.label}:{kind}")) is not None:

@@ -171,15 +171,77 @@ def side_by_side(workers: int, layers: int, micro_batch: int, zero: Zero = 0) ->
     return Layout(teams, zero=zero)
 
 
+@dataclass(frozen=True)
+class IslandLayout:
+    """One of the islands that a job consists of.
+
+    Attributes:
+        ranks: its workers, among all of the job.
+        layout: of these workers, numbered from 0.
+        speed: relative to the other islands, to begin with.
+    """
+
+    ranks: tuple[int, ...]
+    layout: Layout
+    speed: float = 1.0
+
+
+def islands_side_by_side(text: str, workers: int, layers: int, micro_batch: int, zero: Zero) -> list[IslandLayout]:
+    """`2` or `3:1`: how many islands, or the workers of each; every worker holds the whole model.
+
+    Raises InputError where the workers cannot be split so.
+    """
+    parts = text.split(":")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f"--islands is {text!r}; give their number, such as 2, or the workers of each, such as 3:1")
+    counts = [int(part) for part in parts]
+    if len(counts) == 1:
+        count = counts[0]
+        counts = [workers // count + (number < workers % count) for number in range(count)]
+    if sum(counts) != workers or min(counts) < 1:
+        raise InputError(
+            f"--islands {text} does not fit the {workers} worker{'s' * (workers > 1)} of this job (torchrun); a run "
+            f"goes on with any number of islands, up to --islands {workers}"
+        )
+    found, first = [], 0
+    for count in counts:
+        layout = side_by_side(count, layers, micro_batch, zero if count > 1 else 0)
+        found.append(IslandLayout(tuple(range(first, first + count)), layout, float(count)))
+        first += count
+    return found
+
+
+def islands_of_plan(plan: Mapping[str, Any], config: ModelConfig) -> list[IslandLayout]:
+    """The islands of a plan file, mostly one; as `from_plan`."""
+    try:
+        found, rank = {}, 0
+        for team in plan["teams"]:
+            workers = team["dp"] * len(team["stages"])
+            found.setdefault(team["island"], []).append((team, range(rank, rank + workers)))
+            rank += workers
+        islands = []
+        for members in found.values():
+            layout = from_plan({**plan, "teams": [team for team, _ in members]}, config)
+            ranks = tuple(rank for _, own in members for rank in own)
+            islands.append(IslandLayout(ranks, layout, float(sum(team["sequences"] for team, _ in members))))
+        return islands
+    except (KeyError, TypeError, IndexError) as error:
+        raise _no_plan(error) from None
+
+
 def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
-    """The layout of a plan file (`motley plan`): ranks in the order of its teams, copies, stages.
+    """The layout of a plan file (`motley plan`) of one island: ranks in the order of its teams, copies, stages.
 
     Raises InputError for what this runtime does not run, and for what is no plan.
     """
     try:
         return _from_plan(plan, config)
     except (KeyError, TypeError, IndexError) as error:
-        raise InputError(f"this is no plan as `motley plan --out` writes it: {error!r} is missing or wrong") from None
+        raise _no_plan(error) from None
+
+
+def _no_plan(error: Exception) -> InputError:
+    return InputError(f"this is no plan as `motley plan --out` writes it: {error!r} is missing or wrong")
 
 
 def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
@@ -197,7 +259,7 @@ def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
         if entry["schedule"] not in ("1f1b", "zero_bubble"):
             raise InputError(f"the plan runs {pools} as {entry['schedule']}; this runtime has 1f1b and zero_bubble")
         if entry["island"] != plan["teams"][0]["island"]:
-            raise InputError("the plan trains islands over slow links; this runtime has one island so far")
+            raise InputError("the plan has several islands: each has a layout of its own")
         layers = tuple(
             stage["layers"][1] - stage["layers"][0] + 1 if stage["layers"] else 0 for stage in entry["stages"]
         )

@@ -6,8 +6,12 @@ rows at step * batch_rows ──▶ accumulate (exact gradient) ──▶ guard 
 
 An update can break the weights, and only the next gradient shows it. So a checkpoint is written between the next
 gradient and its update: what is on disk was seen to give a finite loss and gradient.
+
+Islands go through this loop each at its own pace and agree on things only between rounds: there they stop, validate and
+save. A run of one crew is always between rounds.
 """
 
+import dataclasses
 import math
 import signal
 import threading
@@ -26,6 +30,7 @@ from motley.errors import InputError
 from motley.progress import Progress
 from motley.train.config import TrainingConfig
 from motley.train.guard import Guard
+from motley.train.islands import Island
 from motley.train.live import crew_table
 from motley.train.metrics import MetricsWriter, Silence
 from motley.train.schedule import factor
@@ -33,7 +38,6 @@ from motley.train.state import checkpoints, prune, restore, save_checkpoint, sav
 from motley.train.step import StepLosses
 from motley.train.timing import everyones_spans, introduction, is_drawn, memory_bytes
 from motley.train.validate import validate
-from motley.train.worker import Worker
 
 
 @dataclass
@@ -49,28 +53,29 @@ class Position:
 
 
 def train(
-    worker: Worker, train_rows: TokenStream, valid_rows: TokenStream, tokenizer: Tokenizer, title: str
+    island: Island, train_rows: TokenStream, valid_rows: TokenStream, tokenizer: Tokenizer, title: str
 ) -> Position:
     """Train for settings.steps steps in the run folder settings.out, going on from its newest checkpoint.
 
-    Every worker of a crew calls this; worker 0 writes the folder and talks to people.
+    Every worker calls this; worker 0 of all writes the folder and talks to people.
 
     Raises InputError when the run cannot go on (loss stays broken, a checkpoint of something else, full disk) and
     KeyboardInterrupt after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    config, crew = worker.settings, worker.crew
+    worker, world, crew, config = island.worker, island.world, island.worker.crew, island.settings
     run = config.out
     at, guard = Position(), Guard()
-    if (facts := restore(run, worker)) is not None:
-        at, guard = Position(**facts["position"]), Guard(**facts["guard"])
+    if (known := restore(run, island)) is not None:
+        at, guard = Position(**known[0]["position"]), Guard(**known[1]["guard"])
     token_bytes = tokenizer.token_bytes()
 
     step_tokens = config.batch_rows * config.seq_len
     due = False  # a checkpoint is
+    met = dataclasses.replace(at)  # where the round began
     worker.model.train()
     with (
-        MetricsWriter(run, at.step) if crew.leads else Silence() as metrics,
-        Progress(title, config.steps * step_tokens, "tokens", done=at.step * step_tokens, shown=crew.leads) as bar,
+        MetricsWriter(run, at.step) if world.leads else Silence() as metrics,
+        Progress(title, config.steps * step_tokens, "tokens", done=at.step * step_tokens, shown=world.leads) as bar,
         stop_requests() as asked,
     ):
         if not crew.alone:
@@ -78,11 +83,12 @@ def train(
             metrics.write("crew", step=at.step, tokens=at.tokens, seconds=at.seconds, **about)
             bar.beneath(lambda: crew_table(about["names"], worker.timing))
         while at.step < config.steps or due:
-            facts = {"step": at.step, "position": asdict(at), "guard": asdict(guard)}
-            started = time.perf_counter()
-            stop = bool(crew.sum(crew.outgoing(torch.tensor(int(asked.is_set())))))
+            facts, own_facts = {"step": at.step, "position": asdict(at)}, {"guard": asdict(guard)}
+            began = time.perf_counter()
+            stop = island.between_rounds and bool(world.sum(world.outgoing(torch.tensor(int(asked.is_set())))))
+            started, rows = time.perf_counter(), island.rows
             try:
-                losses, norm = worker.gradient(train_rows, at.step)
+                losses, norm = worker.gradient(train_rows, at.step, rows)
             except torch.OutOfMemoryError as error:
                 raise InputError(
                     f"{worker.model.device} has too little memory for --micro-batch {config.micro_batch} rows of "
@@ -93,48 +99,63 @@ def train(
             ended = at.step == config.steps
             # Behind the last step nothing is learned: there a single odd batch says nothing against the weights.
             proven = reason is None or (ended and finite and guard.skipped_in_a_row == 1)
+            paused = time.perf_counter()
+            settling = island.between_rounds and (ended or due or stop)
+            if settling:
+                proven = island.everywhere(proven)
             if ended and not proven:
-                raise _stuck(run, at.step, reason)
-            if proven and at.step and (due or stop):
+                raise _stuck(run, at.step, reason or "another island's loss or gradient is broken")
+            if settling and proven and at.step:
                 metrics.flush()  # what stands in a checkpoint's past must never be missing from the metrics
-                save_checkpoint(run, worker, facts, tokenizer)
-                if crew.leads:
-                    prune(run, config.keep_last, at.best_step)
+                save_checkpoint(run, island, facts, own_facts, tokenizer)
+                prune(run, island, config.keep_last, at.best_step)
                 due = False
             if ended:
                 break
             if stop:
                 there = "from there" if proven else "from its newest checkpoint, before the steps that were skipped"
                 raise KeyboardInterrupt(f"stopped after step {at.step}; the same command goes on {there}")
+            paused = time.perf_counter() - paused
             if reason is None:
                 worker.update(losses, norm, _learning_rate(config, at.step))
             worker.share_again()
-            at.step, at.tokens = at.step + 1, at.tokens + losses.tokens
-            elapsed = time.perf_counter() - started
-            at.seconds += elapsed
+            elapsed = time.perf_counter() - started - paused
+            meeting = island.moved(losses.tokens, reason is None, elapsed)
+            before, at.step = at.step, island.step
+            at.tokens = met.tokens + meeting.tokens if meeting else at.tokens + losses.tokens
+            at.seconds += time.perf_counter() - began
             where: dict[str, Any] = {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
-            metrics.write(
-                "train", **where, **_numbers(losses, norm, config, at.step, step_tokens / elapsed, crew.device)
-            )
+            rate = len(rows) * config.seq_len / elapsed
+            learning_rate = _learning_rate(config, before)
+            metrics.write("train", **where, **_numbers(losses, norm, learning_rate, rate, crew.device))
             if not crew.alone:
                 metrics.write("workers", **where, **worker.timing.numbers())
                 if is_drawn(at.step, config.steps):
                     spans = everyones_spans(crew, worker.timing.step_seconds)
                     metrics.write("timeline", **where, step_seconds=worker.timing.step_seconds, spans=spans)
+            if meeting:
+                metrics.write("islands", **where, **meeting.numbers())
             if reason:
                 metrics.write("event", **where, message=f"step skipped: {reason}")
             if guard.exhausted:
                 raise _stuck(run, at.step, f"{reason}, {guard.skipped_in_a_row} steps in a row")
-            last = at.step == config.steps
-            if last or at.step % config.valid_every == 0:
-                held_out = _validate(worker, valid_rows, at, token_bytes, metrics, losses)
-                if last and not math.isfinite(held_out):
-                    raise _stuck(run, at.step, f"held-out loss {held_out:g} is not finite")
-            due = due or last or at.step % config.checkpoint_every == 0
-            bar.advance(step_tokens, loss=losses.main)
+            bar.advance((at.step - before) * step_tokens, loss=losses.main)
+            if island.between_rounds:
+                last = at.step == config.steps
+                if last or _passes(met.step, at.step, config.valid_every):
+                    held_out = _validate(island, valid_rows, at, token_bytes, metrics, losses)
+                    if last and not math.isfinite(held_out):
+                        raise _stuck(run, at.step, f"held-out loss {held_out:g} is not finite")
+                due = due or last or _passes(met.step, at.step, config.checkpoint_every)
+                met = dataclasses.replace(at)
     worker.model.eval()
-    save_model(run / "model", worker, tokenizer)
+    save_model(run / "model", island, tokenizer)
     return at
+
+
+def _passes(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies behind `before` and not behind `now`."""
+    return before // every < now // every
 
 
 def _learning_rate(config: TrainingConfig, step: int) -> float:
@@ -153,22 +174,22 @@ def _stuck(run: Path, step: int, reason: str | None) -> InputError:
 
 
 def _numbers(
-    losses: StepLosses, norm: float, config: TrainingConfig, step: int, rate: float, device: torch.device
+    losses: StepLosses, norm: float, learning_rate: float, rate: float, device: torch.device
 ) -> dict[str, Any]:
     return {
         "loss": losses.main, "mtp_loss": losses.mtp, "balance_loss": losses.balance,
-        "learning_rate": _learning_rate(config, step - 1), "grad_norm": norm, "tokens_per_second": rate,
+        "learning_rate": learning_rate, "grad_norm": norm, "tokens_per_second": rate,
         "memory_bytes": memory_bytes(device),
     }  # fmt: skip
 
 
 def _validate(
-    worker: Worker, valid_rows: TokenStream, at: Position, token_bytes: Any, metrics: MetricsWriter | Silence,
+    island: Island, valid_rows: TokenStream, at: Position, token_bytes: Any, metrics: MetricsWriter | Silence,
     losses: StepLosses,
 ) -> float:  # fmt: skip
     """Measure and write down; returns the held-out loss in nats per token."""
     started = time.perf_counter()
-    read = validate(worker.held_out_loss, valid_rows, worker.settings.valid_rows, token_bytes)
+    read = validate(island.held_out_loss, valid_rows, island.settings.valid_rows, token_bytes)
     at.seconds += time.perf_counter() - started
     where: dict[str, Any] = {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
     metrics.write("valid", **where, loss=read.nats_per_token, bits_per_byte=read.bits_per_byte)

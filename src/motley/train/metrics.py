@@ -11,7 +11,13 @@
                                       idle_share, memory_bytes, sent_bytes, received_bytes, link_bytes_per_second
     timeline  a few of these steps    step_seconds; spans of each worker: kind, micro-batch, workers waited for, start,
                                       end (train/stopwatch.py)
+    islands   at each meeting         round, its steps, round_seconds; of each island its inner_steps, rows [first,
+                                      count], island_tokens, learned (of steps not skipped), busy_seconds,
+                                      waited_seconds, bytes_sent
     event     when something happens  message
+
+Of several islands, `train`, `crew`, `workers` and `timeline` tell of the first alone, and between two meetings `tokens`
+counts what it took.
 
 metrics.jsonl is the truth (one JSON object a line, written at once); the events are a copy for TensorBoard.
 """
@@ -33,7 +39,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
-KINDS = ("train", "valid", "experts", "crew", "workers", "timeline", "event")
+KINDS = ("train", "valid", "experts", "crew", "workers", "timeline", "islands", "event")
 POSITION = ("step", "tokens", "seconds")  # where in the run: not curves of their own
 
 
@@ -119,6 +125,10 @@ class MetricsWriter:
             for name in ("share", "idle_share", "tokens_per_second"):
                 for worker, value in enumerate(record[name]):
                     events.add_scalar(f"workers/{name}_{worker}", value, step)
+            return
+        if kind == "islands":
+            for island, waited in enumerate(record["waited_seconds"]):
+                events.add_scalar(f"islands/waited_seconds_{island}", waited, step)
             return
         for name, value in record.items():
             if isinstance(value, int | float) and name not in POSITION:

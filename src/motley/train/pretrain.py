@@ -94,8 +94,8 @@ def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None) -> di
         model.initialize(config.seed)
         return model.to(device)
 
-    worker = employ(config, shape, crew, run, data, machine, weights)
+    island = employ(config, shape, crew, run, data, machine, weights)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
-    at = train(worker, rows, held_out, tokenizer, "pretraining")
+    at = train(island, rows, held_out, tokenizer, "pretraining")
     return run.finish(asdict(at)) if crew.leads else None

@@ -23,7 +23,8 @@ from motley.progress import note
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew, join_crew
 from motley.train.handicap import handicap, speeds_of
-from motley.train.layout import Layout, from_plan, side_by_side
+from motley.train.islands import USUAL_ROUND, Island
+from motley.train.layout import IslandLayout, islands_of_plan, islands_side_by_side
 from motley.train.memory import check_memory
 from motley.train.run import Run
 from motley.train.worker import Worker
@@ -49,17 +50,25 @@ def sources() -> str:
     return found.hexdigest()[:12]
 
 
-def layout_for(config: TrainingConfig, shape: ModelConfig, crew: Crew) -> Layout:
-    """The layout that the settings ask for. Raises InputError where it does not fit the model or the crew."""
+def islands_for(config: TrainingConfig, shape: ModelConfig, crew: Crew) -> tuple[list[IslandLayout], int]:
+    """(the islands that the settings ask for, steps in a round).
+
+    Raises InputError where they do not fit the model or the crew.
+    """
     if config.plan is None:
-        zero = 0 if crew.alone else config.zero
-        return side_by_side(crew.size, shape.num_hidden_layers, config.micro_batch, zero)
+        layers, zero = shape.num_hidden_layers, config.zero
+        islands = islands_side_by_side(config.islands, crew.size, layers, config.micro_batch, zero)
+        return islands, config.sync_every or USUAL_ROUND
     values = read_json(config.plan)
     if not isinstance(values, dict) or "teams" not in values:
         raise InputError(f"{config.plan} is no plan as `motley plan --out` writes it")
-    layout = from_plan(values, shape)
-    layout.check(shape, crew.size)
-    return layout
+    if config.islands != "1":
+        raise InputError(f"--islands {config.islands} beside --plan: the plan says itself which islands there are")
+    islands = islands_of_plan(values, shape)
+    workers = sum(len(island.ranks) for island in islands)
+    if workers != crew.size:
+        raise InputError(f"the plan is for {workers} workers, but {crew.size} were started")
+    return islands, config.sync_every or values.get("inner_steps") or USUAL_ROUND
 
 
 def employ(
@@ -70,8 +79,8 @@ def employ(
     data: Path,
     machine: Machine | None,
     weights: Callable[[torch.device], Transformer],
-) -> Worker:
-    """This worker, in its place and with its weights.
+) -> Island:
+    """This worker, in its place in its island and with its weights.
 
     Args:
         config: settings of the stage.
@@ -82,7 +91,7 @@ def employ(
         machine: what was measured before, if anything.
         weights: makes the whole model on a device; called by worker 0 only.
     """
-    layout = crew.led(lambda: layout_for(config, shape, crew))
+    islands, every = crew.led(lambda: islands_for(config, shape, crew))
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in OWN}
     known = read_json(data / DATA_FILE).get("fingerprint") if (data / DATA_FILE).is_file() else "missing"
     versions = {"motley": __version__, "source code": sources(), "PyTorch": torch.__version__.split("+")[0]}
@@ -91,9 +100,14 @@ def employ(
         check_memory(shape, config.optimizer, crew.device)
     bf16 = crew.led(lambda: compute_dtype(config.precision, lambda: run.machine(crew.device, machine)))
     wire = bf16 if bf16 == torch.bfloat16 else torch.float32
+    parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]
     if crew.alone:
-        return Worker(shape, config, layout, crew, weights(crew.device), bf16)
-    worker = Worker(shape, config, layout, crew, dtype=bf16, wire=wire)
+        worker = Worker(shape, config, islands[0].layout, crew, weights(crew.device), bf16)
+        return Island(worker, crew, parts, speeds, every)
+    own = next(island for island in islands if crew.rank in island.ranks)
+    island_crew = crew.part(parts) if len(islands) > 1 else crew
+    worker = Worker(shape, config, own.layout, island_crew, dtype=bf16, wire=wire)
+    island = Island(worker, crew, parts, speeds, every)
     if config.emulated_speeds:
         speed = speeds_of(config.emulated_speeds, crew.size)[crew.rank]
         slow = handicap(speed, "wait")
@@ -106,5 +120,5 @@ def employ(
         whole = weights(torch.device("cpu"))
 
     crew.led(make)
-    worker.take_state(None if whole is None else (dict(whole.state_dict()), {}))
-    return worker
+    island.take_state(None if whole is None else (dict(whole.state_dict()), {}))
+    return island

@@ -36,16 +36,17 @@ class Traffic:
             )
         else:
             self._crew.watch.passed(flat.nbytes, gives=owner != self._crew.rank)
+            to = self._crew.among_all(owner)
             self._start(
-                "summing gradients", flat, holders, lambda piece: dist.reduce(piece, owner, group=group, async_op=True)
+                "summing gradients", flat, holders, lambda piece: dist.reduce(piece, to, group=group, async_op=True)
             )
 
     def spread(self, flat: Tensor, holders: tuple[int, ...], owner: int) -> None:
         """Give all holders what the owner has."""
-        group = self._crew.group(holders)
+        group, source = self._crew.group(holders), self._crew.among_all(owner)
         self._crew.watch.passed(flat.nbytes, gives=owner == self._crew.rank)
         self._start(
-            "spreading weights", flat, holders, lambda piece: dist.broadcast(piece, owner, group=group, async_op=True)
+            "spreading weights", flat, holders, lambda piece: dist.broadcast(piece, source, group=group, async_op=True)
         )
 
     def settle(self, flat: Tensor) -> None:

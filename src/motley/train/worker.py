@@ -9,6 +9,7 @@ step, and every worker sees the same losses, norm and router loads, so that all 
 """
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -81,11 +82,16 @@ class Worker:
 
     # ----------------------------------------------------------------------------------------------- a step
 
-    def gradient(self, stream: TokenStream, step: int) -> tuple[StepLosses, float]:
-        """(losses, gradient norm) of a step, the same on every worker; the summed gradient lies in the shards."""
+    def gradient(self, stream: TokenStream, step: int, rows: range | None = None) -> tuple[StepLosses, float]:
+        """(losses, gradient norm) of a step, the same on every worker; the summed gradient lies in the shards.
+
+        rows: of the stream; None: the next batch_rows behind those of the steps before.
+        """
         self.crew.watch.begin()
-        self._rows = self.shares.rows(self.settings.batch_rows)
-        batch = self._own_rows(stream, step * self.settings.batch_rows, self._rows)
+        if rows is None:
+            rows = range(step * self.settings.batch_rows, (step + 1) * self.settings.batch_rows)
+        self._rows = self.shares.rows(len(rows))
+        batch = self._own_rows(stream, rows.start, self._rows)
         own = Counts.of(batch, self.depths) if self.place.first else Counts(0, (0,) * self.depths, 0)
         counts = own.added_up(lambda values: self.crew.sum(self.crew.outgoing(values)).cpu())
         self.shards.clear()
@@ -126,11 +132,11 @@ class Worker:
         self.shares.measured(rows, spent)
 
     @torch.no_grad()
-    def held_out_loss(self, stream: TokenStream, rows: int) -> float:
-        """Summed loss in nats of the first `rows` rows of a stream, the same on every worker."""
+    def held_out_loss(self, stream: TokenStream, rows: int, start: int = 0) -> float:
+        """Summed loss in nats of `rows` rows of a stream from row `start` on, the same on every worker."""
         self.model.eval()
         shares = apportion(rows, self.shares.rates)
-        batch = self._own_rows(stream, 0, shares)
+        batch = self._own_rows(stream, start, shares)
         nats = self.lane.evaluate(batch, self._micro_batches(shares), self.settings.confine_to_document)
         self.model.train()
         return float(self.crew.sum(self.crew.outgoing(torch.tensor(nats, dtype=torch.float64))))
@@ -146,6 +152,17 @@ class Worker:
     def take_state(self, state: tuple[State, State] | None) -> None:
         """The inverse of `whole_state`; an empty optimizer state leaves the optimizer new."""
         scatter(state, self.model, self.shards, self.optimizer, self.crew)
+
+    def fragment(self, names: Collection[str]) -> State | None:
+        """These weights and buffers of the whole model at worker 0, None elsewhere."""
+        found = gather(self.model, self.shards, self.optimizer, self.crew, names)
+        return None if found is None else found[0]
+
+    def take_fragment(self, weights: State | None, names: Collection[str], keep: float) -> None:
+        """Move all weights and buffers `names` to those that worker 0 has, but for a share `keep` of the way."""
+        scatter(
+            None if weights is None else (weights, {}), self.model, self.shards, self.optimizer, self.crew, names, keep
+        )
 
     def momentum_names(self) -> set[str]:
         """Parameters of the whole model that have a momentum: all that Muon updates."""
