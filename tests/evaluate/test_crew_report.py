@@ -107,3 +107,18 @@ def test_a_run_that_goes_on_with_fewer_workers_shows_those(tmp_path: Path):
     assert "2 workers" in text
     assert "left" in text
     assert "smallest" not in text
+
+
+def test_the_report_shows_what_islands_did(tmp_path: Path):
+    run = tmp_path / "run"
+    write_stage(run)
+    with MetricsWriter(run, resume_step=10**9) as metrics:
+        for number in (1, 2):
+            metrics.write(
+                "islands", step=10 * number, tokens=100, seconds=1.0, round=number, steps=10, inner_steps=[10, 5],
+                island_tokens=[4000, 1234], busy_seconds=[60.0, 30.0], waited_seconds=[0.0, 15.0],
+                bytes_sent=[2**20, 2**20], round_seconds=45.0,
+            )  # fmt: skip
+    text = words(run).replace("\N{NO-BREAK SPACE}", " ")
+    for fact in ("the islands", "2 rounds, 45", "8,000", "2,468", "2 min 00 s", "30 s", "2.0 MiB"):
+        assert fact in text, fact

@@ -1,4 +1,4 @@
-"""The crew of a training stage: who waited for whom in a step, what each worker did over the run, how shares moved.
+"""Who waited for whom in a step, what each worker of a stage did over the run, how shares moved; what islands did.
 
 worker 0   ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓█      a row a worker: passes by micro-batch, the optimizer, waits hatched and
 worker 1   ▓▓▓▓▓▓▓▓▓╱╱╱╱╱ 0 ╱╱╱╱╱█      marked with the worker that was waited for
@@ -11,7 +11,7 @@ from typing import Any
 from motley.evaluate.curves import Stage
 from motley.fleet.picture import pool_colour
 from motley.fleet.units import rate_text, size_text
-from motley.page import Html, element, figure, in_percent
+from motley.page import Html, element, figure, in_count, in_percent, in_time
 from motley.plan.show import seconds_text
 from motley.plan.step_picture import BOX, work_boxes
 from motley.plan.timeline import Kind, Work
@@ -54,6 +54,32 @@ def crew_section(stage: Stage) -> Html:
             *([shares] if len(set(about["lanes"])) > 1 else []),
             style="display:grid;gap:16px;margin-top:20px",
         ),
+    )
+
+
+def islands_section(stage: Stage) -> Html:
+    """What each island did between meetings; nothing where there was one crew."""
+    rounds = stage.of_kind("islands")
+    if not rounds:
+        return Html("")
+    heads = ("island", "steps a round", "tokens", "computed", "waited", "sent")
+    rows = [element("tr", *(element("th", head, class_="number") for head in heads))]
+    for island in range(len(rounds[-1]["island_tokens"])):
+        cells = (
+            f"{island}",
+            f"{statistics.fmean(meeting['inner_steps'][island] for meeting in rounds):,.3g}",
+            in_count(sum(meeting["island_tokens"][island] for meeting in rounds)),
+            in_time(sum(meeting["busy_seconds"][island] for meeting in rounds)),
+            in_time(sum(meeting["waited_seconds"][island] for meeting in rounds)),
+            size_text(sum(meeting["bytes_sent"][island] for meeting in rounds)),
+        )
+        rows.append(element("tr", *(element("td", cell, class_="number") for cell in cells)))
+    many = f"{len(rounds):,} rounds" if len(rounds) > 1 else "One round"
+    sentence = (
+        f"{many}, {seconds_text(statistics.median(meeting['round_seconds'] for meeting in rounds))} each (median)."
+    )
+    return element(
+        "section", element("h2", f"{stage.title}: the islands"), element("p", sentence), element("table", *rows)
     )
 
 

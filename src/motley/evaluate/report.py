@@ -14,7 +14,7 @@ from typing import Any
 
 from motley.errors import InputError
 from motley.evaluate.charts import interval_chart
-from motley.evaluate.crew import crew_section
+from motley.evaluate.crew import crew_section, islands_section
 from motley.evaluate.curves import Stage, stage_section
 from motley.files import read_json, write_text
 from motley.fleet import Machine, describe
@@ -135,7 +135,11 @@ def _page(run: Path, journey: Mapping[str, Any], stages: Sequence[Stage]) -> str
         _strip(stages),
         _model_card(model),
         _data(journey.get("data") or {}),
-        *[section for stage in trained for section in (stage_section(stage), crew_section(stage))],
+        *[
+            section
+            for stage in trained
+            for section in (stage_section(stage), crew_section(stage), islands_section(stage))
+        ],
         _results(problems, text),
         _limits(model, trained, problems),
         list_section("Not in this report", missing),

@@ -79,7 +79,7 @@ def train(
         stop_requests() as asked,
     ):
         if not crew.alone:
-            about = introduction(crew, worker.layout, config.plan is not None, config.batch_rows)
+            about = introduction(crew, worker.layout, config.plan is not None, len(island.rows))
             metrics.write("crew", step=at.step, tokens=at.tokens, seconds=at.seconds, **about)
             bar.beneath(lambda: crew_table(about["names"], worker.timing))
         while at.step < config.steps or due:

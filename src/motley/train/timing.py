@@ -18,7 +18,7 @@ SETTLED = 3  # the first step that is no longer a warm-up
 DRAWN = 16  # steps of a run, about, whose spans are kept
 
 
-def introduction(crew: Crew, layout: Layout, planned: bool, batch_rows: int) -> dict[str, Any]:
+def introduction(crew: Crew, layout: Layout, planned: bool, rows: int) -> dict[str, Any]:
     """For the metrics: each worker's chip, team, lane and stage; with a plan, the seconds that it foresees for a step.
 
     Hosts are named where there are several.
@@ -31,7 +31,7 @@ def introduction(crew: Crew, layout: Layout, planned: bool, batch_rows: int) -> 
         "teams": [place.team_number for place in places],
         "lanes": [place.lane_number for place in places],
         "stages": [place.stage for place in places],
-        **({"predicted_step_seconds": batch_rows / sum(layout.rates)} if planned else {}),
+        **({"predicted_step_seconds": rows / sum(layout.rates)} if planned else {}),
     }
 
 
