@@ -128,14 +128,14 @@ def island_of(crew: Crew, sizes: Sequence[int], speeds: Sequence[float], config:
     return island
 
 
-def learn(island: Island, until: int) -> list[Any]:
-    """Steps of the loop without its guards; what each meeting said."""
+def learn(island: Island, until: int, seconds: float = 0.01) -> list[Any]:
+    """Steps of the loop without its guards, each of so many seconds; what each meeting said."""
     worker, meetings = island.worker, []
     while island.step < until:
         losses, norm = worker.gradient(Rows(), 0, island.rows)  # type: ignore[arg-type]
         worker.update(losses, norm, 0.01)
         worker.share_again()
-        if (meeting := island.moved(losses.tokens, True, 0.01)) is not None:
+        if (meeting := island.moved(losses.tokens, True, seconds)) is not None:
             meetings.append(meeting)
     return meetings
 
@@ -326,6 +326,18 @@ def test_an_island_is_killed_and_the_run_goes_on_bit_for_bit_or_without_it(data:
     assert "2 islands wrote the checkpoint, 1 go on from the shared model" in done.stderr
     steps = [record["step"] for record in told(fewer) if record["kind"] == "train"]
     assert sorted(set(steps)) == list(range(1, 16))
+
+
+def follow(crew: Crew) -> list[tuple[int, ...]]:
+    """Island 1 takes three times as long for a step; then a little longer than that, which is not worth a change."""
+    island = island_of(crew, [1, 1], [1.0, 1.0], settings(inner_steps="measured", steps=6), 2, {})
+    meetings = learn(island, 4, seconds=[0.01, 0.03][crew.rank])
+    meetings += learn(island, 6, seconds=[0.01, 0.031][crew.rank])
+    return [meeting.round.inner for meeting in meetings]
+
+
+def test_inner_steps_follow_measured_speed_but_not_its_noise():
+    assert on_crew(2, follow) == [[(2, 2), (3, 1), (3, 1)]] * 2
 
 
 def differ(crew: Crew) -> str:
