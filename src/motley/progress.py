@@ -11,7 +11,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as RichProgress
 
 PLAIN_SECONDS = 10.0  # between two lines when nobody watches live
-REFRESHES = 4  # a second, in a terminal
+REFRESHES = 2  # a second, in a terminal: what is beneath a bar takes milliseconds to draw
 
 
 def in_words(seconds: float) -> str:
