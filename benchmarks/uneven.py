@@ -28,7 +28,8 @@ from motley.data.stream import Batch
 from motley.model import SIZES, Transformer
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
-from motley.train.handicap import Handicap, handicap, speeds_of
+from motley.train.emulate import speeds_of
+from motley.train.handicap import Handicap, handicap
 from motley.train.layout import side_by_side
 from motley.train.shares import Shares
 from motley.train.worker import Worker

@@ -82,6 +82,50 @@ def test_what_is_wrong_is_one_sentence_with_the_line(old: str, new: str, said: s
     assert "\n" not in str(refused.value)
 
 
+PRETENDED = GOOD.replace(
+    "    nodes: 1\n",
+    """\
+    nodes: 1
+    emulated:
+      speed: 0.25
+      memory: 2 GB
+      precision: fp16
+      link: {bandwidth: 100 Mb/s, latency: 50 ms}
+      fails_after: [8 steps, 2 min]
+""",
+)
+
+
+def test_pretended_chips_are_read_and_go_before_what_was_measured():
+    _, weak = parse_fleet(PRETENDED, "fleet.yaml").pools
+    assert weak.emulated is not None
+    assert weak.emulated.fails_after == ((8, "steps"), (120, "s"))
+    assert (weak.memory_known, weak.network_known) == (2e9, 8 * 12.5e6)
+    assert weak.flops("fp16") == 0.25 * weak.sheet.flops["fp16"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("speed: 0.25", "speed: 2", r"line 13: pools\[1\].emulated.speed is 2: .*less than or equal to 1"),
+        ("speed: 0.25", "speed: 0", r"line 13: pools\[1\].emulated.speed is 0: .*greater than 0"),
+        ("speed: 0.25", "sped: 0.25", r"line 13: there is no field .*sped; known here: speed, memory, precision"),
+        ("memory: 2 GB", "memory: 2", r"line 14: .*write a number and its unit, such as \"80 GiB\""),
+        ("precision: fp16", "precision: fp8", r"line 15: .*precision is 'fp8': .*'bf16', 'fp16' or 'fp32'"),
+        ("bandwidth: 100 Mb/s", "bandwidth: 100 ms", r"line 16: .*'ms' is not one of"),
+        ("latency: 50 ms", "delay: 50 ms", r"line 16: there is no field .*delay; known here: bandwidth, latency"),
+        ("8 steps, 2 min", "8, 2 min", r"line 17: .*is 8: write a number and its unit, such as \"8 steps\""),
+        ("8 steps, 2 min", "1.5 steps", r"line 17: .*1.5 steps are no whole number of steps"),
+        ("8 steps, 2 min", ", ".join(["8 steps"] * 9), r"line 17: fails_after has 9 times, the pool has 8 chips"),
+    ],
+)
+def test_what_is_wrong_with_a_pretended_chip_is_one_sentence_with_the_line(old: str, new: str, said: str):
+    assert old in PRETENDED
+    with pytest.raises(InputError, match=said) as refused:
+        parse_fleet(PRETENDED.replace(old, new, 1), "fleet.yaml")
+    assert "\n" not in str(refused.value)
+
+
 def test_sites_without_a_link_between_them_are_named():
     text = GOOD[: GOOD.index("links:")]
     with pytest.raises(InputError, match="no link between the sites 'attic' and 'cellar'"):

@@ -51,7 +51,7 @@ def test_a_crew_learns_what_one_process_learns_and_any_crew_goes_on_from_its_che
 ):
     """Three workers are killed half-way, one of them first; two go on, and one process ends the run."""
     out = tmp_path / "run"
-    arguments = command(out, data, shape, precision="fp32", emulated_speeds="1:2:4")
+    arguments = command(out, data, shape, precision="fp32", emulate="1:2:4", emulate_by="wait")
     process = subprocess.Popen(torchrun(3, arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until(lambda: len(list((out / "checkpoints").glob("step-????????"))) >= 1, process)
     victim = children(process.pid)[-1]

@@ -9,6 +9,7 @@
         link_inside: 300 GB/s      # per chip and direction; default: the sheet's
         link_outside: 100 Gb/s     # per NODE and direction; default: the sheet's
         price_per_hour: 1.40       # of one chip; default: the sheet's
+        emulated: {speed: 0.25}    # play these chips on this machine: speed, memory, precision, link, fails_after
     sites: [...]  links: [...]     # only where some links are slow
 
 Whatever is wrong is named with its line. Rates and sizes carry their units.
@@ -17,14 +18,14 @@ Whatever is wrong is named with its line. Rates and sizes carry their units.
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from motley.errors import InputError
 from motley.fleet.chips import PRECISIONS, Chip, find_chip
-from motley.fleet.units import Duration, Memory, Rate, rate_text, size_text
+from motley.fleet.units import Duration, Memory, Moment, Rate, rate_text, size_text
 
 HOURS_BETWEEN_FAILURES = 50_000.0
 """Of one chip: Llama 3 (arXiv 2407.21783, 3.3.4) lost 419 times in 54 days on 16,384 H100: 50,700 chip-hours each."""
@@ -56,6 +57,27 @@ class Measured(_Entry):
     """Per number format: [groups, rows, inner, columns, GFLOP/s] of each product measured."""
 
 
+class EmulatedLink(_Entry):
+    """The pretended cable between a worker of this pool and workers of other pools, each way."""
+
+    bandwidth: Rate | None = None
+    latency: Duration = 0.0
+
+
+class Emulated(_Entry):
+    """What workers of this machine pretend to be, so that a fleet can be played by who has none (`--emulate`)."""
+
+    speed: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the speed of the machine that plays."""
+    memory: Memory | None = None
+    """What each worker may hold."""
+    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    """The widest-ranging 16 bits that the pretended chip computes in; fp32: it has none."""
+    link: EmulatedLink = EmulatedLink()
+    fails_after: tuple[Moment, ...] = ()
+    """When the pool's first chip dies, its second, ...: `8 steps` or `60 s`; chips beyond the list live."""
+
+
 class Pool(_Entry):
     """Equal chips in equal nodes at one site."""
 
@@ -74,6 +96,23 @@ class Pool(_Entry):
     hours_between_node_failures: Positive | None = None
     precision: Literal["bf16", "fp16", "fp8", "fp32"] | None = None
     measured: Measured = Measured()
+    emulated: Emulated | None = None
+
+    @property
+    def speed(self) -> float:
+        """Share of the chip's own speed that it gives here: below 1 where a slower one is only pretended."""
+        return self.emulated.speed if self.emulated else 1.0
+
+    @property
+    def memory_known(self) -> float | None:
+        """Bytes that a process may use of a chip, where that was pretended or measured; None: see the sheet."""
+        return (self.emulated and self.emulated.memory) or self.measured.memory
+
+    @property
+    def network_known(self) -> float | None:
+        """Bytes/s of a node to others, likewise."""
+        pretended = self.emulated and self.emulated.link.bandwidth
+        return pretended * self.per_node if pretended else self.link_outside
 
     @property
     def sheet(self) -> Chip:
@@ -92,9 +131,12 @@ class Pool(_Entry):
         """What it trains in unless told otherwise: what was measured to be fastest, or the sheet's widest 16 bits.
 
         fp8 is asked for, never assumed; fp16 needs loss scaling and must be clearly faster than bf16 to be chosen.
+        A pretended format costs what this machine takes for it: fp32, where it lacks the format itself.
         """
         if self.precision:
             return self.precision
+        if self.emulated and self.emulated.precision:
+            return self.emulated.precision if self.emulated.precision in self.precisions else "fp32"
         measured = {name: self.flops(name) for name in self.measured.matmul if name != "fp8"}
         if not measured:
             return self.sheet.best_precision()
@@ -110,8 +152,8 @@ class Pool(_Entry):
     def flops(self, precision: str) -> float:
         """FLOP/s of one chip: the best product measured, or the sheet's dense rate."""
         if points := self.measured.matmul.get(precision):  # type: ignore[call-overload]
-            return max(point[4] for point in points) * 1e9
-        return self.sheet.flops[precision]
+            return max(point[4] for point in points) * 1e9 * self.speed
+        return self.sheet.flops[precision] * self.speed
 
     @property
     def price(self) -> float:
@@ -210,6 +252,12 @@ def _check(fleet: Fleet, node: yaml.Node | None, where: str) -> None:
             chip = find_chip(pool.chip)
         except InputError as error:
             raise InputError(f"{at}: {error}") from None
+        if pool.emulated and len(pool.emulated.fails_after) > pool.chips:
+            line = _line(node, ("pools", index, "emulated", "fails_after"))
+            raise InputError(
+                f"{where}, line {line}: fails_after has {len(pool.emulated.fails_after)} times, the pool has "
+                f"{pool.chips} chips; give one for each chip that shall fail, the first chip first"
+            )
         if pool.precision and pool.precision not in chip.flops:
             line = _line(node, ("pools", index, "precision"))
             has = ", ".join(name for name in PRECISIONS if name in chip.flops)
@@ -272,15 +320,29 @@ def _sentence(failed: ValidationError, node: yaml.Node | None, where: str) -> st
     if kind == "missing":
         problem = f"{field} is missing"
     elif kind == "extra_forbidden":
-        model = {"pools": Pool, "links": Link, "sites": Site}.get(str(path[0]), Fleet) if len(path) > 1 else Fleet
-        if len(path) > 3 and path[2] == "measured":
-            model = Measured
-        problem = f"there is no field {field}; known here: {', '.join(model.model_fields)}"
+        problem = f"there is no field {field}; known here: {', '.join(_entry_at(path[:-1]).model_fields)}"
     else:
         message = error["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
         problem = f"{field} is {given!r}: {message}"
     return f"{where}, line {_line(node, path)}: {problem}"
+
+
+def _entry_at(path: Sequence[Any]) -> type[_Entry]:
+    """The kind of entry that stands at `path` of a fleet file."""
+    entry: type[_Entry] = Fleet
+    for name in path:
+        if name in entry.model_fields:
+            entry = next(_entries_in(entry.model_fields[name].annotation), entry)
+    return entry
+
+
+def _entries_in(annotation: Any) -> Iterator[type[_Entry]]:
+    """The kinds of entry that a field's type mentions: `tuple[Pool, ...]` → Pool."""
+    if isinstance(annotation, type) and issubclass(annotation, _Entry):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _entries_in(part)
 
 
 def _line(node: yaml.Node | None, path: Sequence[Any]) -> int:

@@ -45,7 +45,7 @@ def fleet_page(fleet: Fleet) -> str:
     ]
     kinds = len({pool.sheet.name for pool in fleet.pools})
     total = sum(pool.chips * pool.flops(pool.best_precision) for pool in fleet.pools)
-    memory = sum(pool.chips * (pool.measured.memory or pool.sheet.memory_bytes) for pool in fleet.pools)
+    memory = sum(pool.chips * (pool.memory_known or pool.sheet.memory_bytes) for pool in fleet.pools)
     price = sum(pool.chips * pool.price for pool in fleet.pools)
     cards = [
         tile(
@@ -167,9 +167,9 @@ def _row(fleet: Fleet, pool: Pool, index: int) -> Html:
         f"{pool.chips:,}",
         pool.best_precision,
         f"{pool.flops(pool.best_precision) / TERA:,.4g}",
-        size_text(pool.measured.memory or chip.memory_bytes),
+        size_text(pool.memory_known or chip.memory_bytes),
         rate_text(pool.link_inside or chip.link_bandwidth),
-        rate_text(pool.link_outside or chip.node_network),
+        rate_text(pool.network_known or chip.node_network),
         f"{pool.price:,.2f}",
     )
     dot = Html(f'<span style="color:{pool_colour(index)}">\N{BLACK SQUARE}</span>')

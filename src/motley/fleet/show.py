@@ -49,9 +49,9 @@ def fleet_table(fleet: Fleet) -> Table:
             f"{pool.chips:,}",
             pool.best_precision,
             in_flops(pool.flops(pool.best_precision) / 1e9),
-            size_text(pool.measured.memory or chip.memory_bytes),
+            size_text(pool.memory_known or chip.memory_bytes),
             rate_text(pool.link_inside or chip.link_bandwidth),
-            rate_text(pool.link_outside or chip.node_network),
+            rate_text(pool.network_known or chip.node_network),
             f"{pool.price:.2f}",
             f"{'█' * round(20 * share) or '▏'} {share:.0%}",
         )

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
@@ -22,6 +22,7 @@ RATES = {
 }
 SIZES = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
 TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+MOMENTS = {"step": 1.0, "steps": 1.0, "s": 1.0, "min": 60.0}
 _QUANTITY = re.compile(r"\s*([-+]?[0-9][0-9_]*\.?[0-9]*(?:e[-+]?[0-9]+)?)\s*([A-Za-z/]*)\s*")
 
 
@@ -57,6 +58,18 @@ def size_text(size: float) -> str:
     return f"{size:,.0f} B"
 
 
+def _moment(text: Any) -> tuple[float, str]:
+    """`"8 steps"` → (8, "steps"), `"2 min"` → (120, "s")."""
+    number = parse(text, MOMENTS, "8 steps")
+    if "step" not in text:
+        return number, "s"
+    if number != int(number):
+        raise ValueError(f"{number:g} steps are no whole number of steps")
+    return number, "steps"
+
+
 Rate = Annotated[float, BeforeValidator(lambda text: parse(text, RATES, "100 Gb/s"))]
 Memory = Annotated[float, BeforeValidator(lambda text: parse(text, SIZES, "80 GiB"))]
 Duration = Annotated[float, BeforeValidator(lambda text: parse(text, TIMES, "5 ms"))]
+Moment = Annotated[tuple[float, Literal["steps", "s"]], BeforeValidator(_moment)]
+"""After so many steps of the run, or so many seconds."""

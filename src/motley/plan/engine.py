@@ -4,7 +4,7 @@ Published systems differ by a factor of two to three on the same chips, so the n
 chip. Each file in `engines/` holds one engine; `fitted` says on which measurements, by which command.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -41,6 +41,11 @@ ALIASES = {
     "our-runtime": "motley",
     "ours": "motley",
 }
+HOST_SECONDS = (
+    *("kernel_seconds", "head_seconds", "host_forward_seconds", "host_backward_seconds", "expert_seconds"),
+    *("optimizer_seconds", "step_seconds"),
+)
+"""Fixed costs of computing, which a slower machine pays in proportion."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,10 @@ class Engine:
     measured_on: str
     measured: tuple[tuple[float, float, float, float], ...]
     fitted: tuple[str, ...]
+
+    def at_speed(self, speed: float) -> "Engine":
+        """The same on chips that are slowed down to a share of their speed, with whatever the host does for them."""
+        return replace(self, **{name: getattr(self, name) / speed for name in HOST_SECONDS})
 
     def correction(self, chip: str, rows: Floats, hidden_size: int, tp: Ints) -> Floats:
         """Factor on a layer's seconds from points measured nearby; 1 far from them.

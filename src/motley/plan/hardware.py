@@ -73,25 +73,27 @@ class Hardware:
 
     @classmethod
     def of_pool(cls, pool: Pool) -> "Hardware":
-        """The pool's chips, its own figures and measurements before the sheet's."""
-        chip, measured = pool.sheet, pool.measured
+        """The pool's chips, its own figures and measurements before the sheet's; pretended ones before both."""
+        chip, measured, emulated = pool.sheet, pool.measured, pool.emulated
         sheet = cls.of_chip(chip)
         curves = {
-            precision: tuple((*point[:4], point[4] * GIGA) for point in points)
+            precision: tuple((*point[:4], point[4] * GIGA * pool.speed) for point in points)
             for precision, points in measured.matmul.items()
         }
         link = pool.link_inside or sheet.link
+        latency = LATENCY["inside a site"] if pool.latency_outside is None else pool.latency_outside
+        rates = {name: rate * pool.speed for name, rate in sheet.flops.items()}
         return replace(
             sheet,
-            flops={name: max(p[4] for p in points) for name, points in curves.items()} if curves else sheet.flops,
+            flops={name: max(p[4] for p in points) for name, points in curves.items()} if curves else rates,
             peak={name: pool.flops(name) for name in pool.precisions},
-            memory_bytes=measured.memory or sheet.memory_bytes,
-            memory_bandwidth=measured.memory_bandwidth or sheet.memory_bandwidth,
+            memory_bytes=pool.memory_known or sheet.memory_bytes,
+            memory_bandwidth=(measured.memory_bandwidth or sheet.memory_bandwidth) * pool.speed,
             link=link,
             pair=(chip.pair_bandwidth or link) if pool.bridged_pairs else link,
-            network=pool.link_outside or sheet.network,
+            network=pool.network_known or sheet.network,
             chips_per_node=pool.per_node,
-            latency=LATENCY["inside a site"] if pool.latency_outside is None else pool.latency_outside,
+            latency=max(latency, emulated.link.latency) if emulated else latency,
             price_per_hour=pool.price,
             curves=curves,
         )

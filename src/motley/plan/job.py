@@ -51,7 +51,8 @@ class Job:
 
     def engine_for(self, pool: Pool) -> Engine:
         on_cpu = pool.sheet.kind == "cpu"
-        return load_engine("motley-cpu" if on_cpu and self.engine == "motley" else self.engine)
+        engine = load_engine("motley-cpu" if on_cpu and self.engine == "motley" else self.engine)
+        return engine if pool.speed == 1 else engine.at_speed(pool.speed)
 
     def precision_for(self, pool: Pool) -> str:
         """fp8 if asked for and possible; else what the pool's file or sheet says.

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from motley.errors import InputError
+from motley.train.handicap import Way
 from motley.train.optimizer import OptimizerName
 from motley.train.schedule import Schedule
 from motley.train.wire import Bits
@@ -58,8 +59,12 @@ class TrainingConfig:
     holds the whole model and takes rows in proportion to its measured speed."""
     zero: Literal[0, 1] = 1
     """Without a plan: 0 every worker of a crew keeps the whole optimizer state, 1 they share it."""
-    emulated_speeds: str = ""
-    """Pretend that the workers of this crew are unequal: one relative speed each, such as 1:2:4:1."""
+    emulate: str = ""
+    """Pretend that the workers of this machine are the chips of a fleet file, which says how they are `emulated:`; or
+    that they are unequal: one relative speed each, such as 1:2:4:1."""
+    emulate_by: Way = "auto"
+    """How slowness is made: cap (a control group takes CPU time away), priority (coarse), wait (after each piece of
+    work); auto caps where the system allows it and waits elsewhere."""
     islands: str = "1"
     """Islands of workers, joined by slow links: how many (2) or the workers of each (3:1). Each trains on its own rows,
     and now and then they meet (docs/uneven.md). A plan says for itself which islands there are."""

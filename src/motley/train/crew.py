@@ -10,6 +10,7 @@ of a crew can be a crew of their own (`part`): they are numbered from 0 again, a
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from motley.errors import InputError
+from motley.train.links import Links
 from motley.train.stopwatch import Stopwatch
 
 PATIENCE_SECONDS = 1800.0
@@ -45,6 +47,7 @@ class Crew:
         watch: what this worker does with its time; all messages are waits.
         members: of a part, its workers' numbers among all.
         whole: the crew that a part belongs to.
+        links: slow cables between the workers, where some are pretended.
     """
 
     rank: int = 0
@@ -54,6 +57,7 @@ class Crew:
     watch: Stopwatch = field(default_factory=Stopwatch, compare=False)
     members: tuple[int, ...] = ()
     whole: "Crew | None" = None
+    links: Links | None = field(default=None, compare=False)
 
     @property
     def alone(self) -> bool:
@@ -68,7 +72,8 @@ class Crew:
         """The crew of this worker's part, of `parts` that share all workers out; every worker calls this alike."""
         self.form(parts)
         own = tuple(next(part for part in parts if self.rank in part))
-        return Crew(own.index(self.rank), len(own), self.device, self.groups, self.watch, own, self)
+        links = self.links and self.links.among(own)
+        return Crew(own.index(self.rank), len(own), self.device, self.groups, self.watch, own, self, links)
 
     def form(self, groups: Iterable[Sequence[int]]) -> None:
         """Make process groups of these ranks; every worker calls this with the same groups.
@@ -97,6 +102,7 @@ class Crew:
         if not self.alone and (ranks is None or len(ranks) > 1):
             self.talk("adding up", lambda: dist.all_reduce(values, group=self.group(ranks)), ranks or ())
             self.watch.summed(values.nbytes, len(ranks or range(self.size)))
+            self.crossed("adding up", [(ranks, None, values.nbytes)])
         return values
 
     def outgoing(self, tensor: Tensor) -> Tensor:
@@ -112,6 +118,7 @@ class Crew:
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         self.talk("sharing numbers", lambda: dist.all_gather(rows, mine, group=self.group()))
         self.watch.moved((self.size - 1) * mine.nbytes, (self.size - 1) * mine.nbytes)
+        self.crossed("sharing numbers", [(None, None, mine.nbytes)])
         return [row.tolist() for row in rows]
 
     def share(self, value: Any, source: int = 0) -> Any:
@@ -120,6 +127,7 @@ class Crew:
             return value
         box = [value]
         self.talk("sharing settings", lambda: dist.broadcast_object_list(box, self.among_all(source), self.group()))
+        self.crossed("sharing settings", [(None, source, 0)])
         return box[0]
 
     def led(self, work: Callable[[], Any]) -> Any:
@@ -142,17 +150,46 @@ class Crew:
         gathered: list[Any] = [value] * self.size
         if not self.alone:
             self.talk("gathering values", lambda: dist.all_gather_object(gathered, value, self.group()))
+            self.crossed("gathering values", [(None, None, 0)])
         return gathered
 
-    def send(self, tensor: Tensor, to: int) -> None:
-        self.talk(f"sending to worker {to}", lambda: dist.send(tensor.contiguous(), dst=self.among_all(to)), [to])
+    def begin_to_send(self, tensor: Tensor, to: int) -> list[tuple[Any, Tensor]]:
+        """(what can be waited for, the tensor until then) of each message under way; the receiver calls `receive`."""
+        messages, there = [tensor.contiguous()], self.among_all(to)
+        if self.links is not None and self.links.crosses(to):
+            arrival = self.links.arrival(to, tensor.nbytes)
+            messages.insert(0, torch.tensor([arrival], dtype=torch.float64, device=self.device))
         self.watch.moved(tensor.nbytes, 0)
+        return [(self.talk(f"sending to worker {to}", lambda m=m: dist.isend(m, dst=there), [to]), m) for m in messages]
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        for work, _ in self.begin_to_send(tensor, to):
+            self.talk(f"sending to worker {to}", work.wait, [to])
 
     def receive(self, tensor: Tensor, source: int) -> Tensor:
         """Fill `tensor` with what worker `source` sends."""
-        self.talk(f"waiting for worker {source}", lambda: dist.recv(tensor, src=self.among_all(source)), [source])
+
+        def message() -> None:
+            arrival, there = torch.zeros(1, dtype=torch.float64, device=self.device), self.among_all(source)
+            if self.links is not None and self.links.crosses(source):
+                dist.recv(arrival, src=there)
+            dist.recv(tensor, src=there)
+            time.sleep(max(0.0, float(arrival) - time.monotonic()))
+
+        self.talk(f"waiting for worker {source}", message, [source])
         self.watch.moved(0, tensor.nbytes)
         return tensor
+
+    def crossed(self, doing: str, messages: Iterable[tuple[Sequence[int] | None, int | None, int]]) -> None:
+        """After collectives that ran at once: wait as long as pretended cables take for them.
+
+        Args:
+            doing: as in `talk`.
+            messages: of each the workers (None: all), the one that alone sends or receives (None: all do), bytes.
+        """
+        if (links := self.links) is not None:
+            whole = [(ranks or range(self.size), root, size) for ranks, root, size in messages]
+            self.talk(doing, lambda: links.collectives(whole))
 
     def agree(self, facts: dict[str, Any]) -> None:
         """Raises InputError, on every worker, naming the first worker and fact that differ from worker 0's."""

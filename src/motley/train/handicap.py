@@ -1,11 +1,19 @@
-"""Slow chips for those who have none: a worker of a crew made slower, by a cap of its CPU or by waiting.
+"""Slow chips for those who have none: a worker made slower, truly or by waiting.
 
-    cap      a control group gives the process its share of CPU time: caches, memory and pauses are as real as it gets
-    wait     after every piece of work the worker sleeps as long as a slower chip would have worked on
+    cap        a control group gives the process its share of CPU time: caches, memory and pauses are as real as it gets
+    priority   all workers on the same cores, the slow ones with low priority: shares hold only while all have work
+    wait       after every piece of work the worker sleeps as long as a slower chip would have worked on
 
-A cap needs the right to write control groups (root, mostly); `handicap` says which of the two it used.
+A cap needs the right to write control groups: root, or on version 2 a user whose session was given them.
+
+    version 1   /sys/fs/cgroup/cpu/OWN GROUP/motley-PID          inside the process's own group: its limits still hold
+    version 2   /sys/fs/cgroup/PARENT OF OWN GROUP/motley-PID    beside it: a group there has processes or children
+
+A group goes when its process ends. One whose process was killed is removed by the next worker that makes one there.
 """
 
+import atexit
+import math
 import os
 import time
 from collections.abc import Callable
@@ -14,11 +22,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import psutil
+import torch
+
 from motley.errors import InputError
 
-Way = Literal["auto", "cap", "wait"]
+Way = Literal["auto", "cap", "priority", "wait"]
 PERIOD_MICROSECONDS = 20_000
-GROUPS = Path("/sys/fs/cgroup")
+LEAST_QUOTA_MICROSECONDS = 1_000  # the kernel's
+MOUNT = Path("/sys/fs/cgroup")
+GROUP = "motley-"
+NICE_STEP = 1.25  # the kernel's: of the CPU time that one step of priority is worth
+MOST_NICE = 19
+AUTOGROUP = Path("/proc/self/autogroup")  # sessions share the CPU before their processes do
 
 
 @dataclass
@@ -28,92 +44,130 @@ class Handicap:
     Attributes:
         speed: share of its full speed.
         way: how.
+        means: the same in words.
+        end: gives the process its full speed back.
     """
 
     speed: float
-    way: Literal["cap", "wait"]
+    way: Literal["cap", "priority", "wait"]
+    means: str = "by waiting after each piece of work"
+    end: Callable[[], None] = lambda: None
     _cpu: float = field(default_factory=time.process_time)
 
     def pace(self, seconds: float) -> float:
         """After `seconds` of work: wait as long as a slower chip would have; returns the seconds waited.
 
-        What counts is the CPU time of the work, so that a machine shared by many workers slows none of them twice.
+        What counts is the CPU time of the work where that is less, so that a machine shared by many workers slows none
+        of them twice.
         """
         spent, self._cpu = time.process_time() - self._cpu, time.process_time()
-        if self.way == "cap" or self.speed >= 1:
+        if self.way != "wait" or self.speed >= 1:
             return 0.0
-        rest = max(0.0, spent / self.speed - seconds)
+        rest = max(0.0, min(spent, seconds) / self.speed - seconds)
         time.sleep(rest)
         self._cpu = time.process_time()
         return rest
 
 
-def speeds_of(text: str, workers: int) -> list[float]:
-    """`1:2:4:1` → each worker's share of the fastest one's speed. Raises InputError for what is no such list."""
-    try:
-        speeds = [float(part) for part in text.split(":")]
-    except ValueError:
-        speeds = []
-    if len(speeds) != workers or min(speeds, default=0.0) <= 0:
-        raise InputError(
-            f"emulated speeds are {text!r}; write one number above 0 for each of the {workers} workers, such as 1:2:4"
-        )
-    return [speed / max(speeds) for speed in speeds]
-
-
-def handicap(speed: float, way: Way = "auto", cores: float = 1.0) -> Handicap:
-    """Slow this process down to `speed` (0 to 1) of its own.
+def handicap(speed: float, way: Way = "auto", fastest: float = 1.0) -> Handicap:
+    """Slow this process down.
 
     Args:
-        speed: share of full speed.
-        way: "cap", "wait", or "auto": cap where the system allows it.
-        cores: that it would use at full speed.
+        speed: share of its full speed, above 0 and at most 1: that of its threads, each with a core to itself.
+        way: "auto" caps where the system allows it and waits elsewhere.
+        fastest: speed of the fastest worker beside it, against which priorities count.
 
-    Raises InputError for a speed that is none, and for a cap that is asked for and not allowed.
+    Raises InputError for a speed that is none, and for a way that is asked for and not allowed.
     """
     if not 0 < speed <= 1:
         raise InputError(f"a handicap of {speed:g}: a speed is a share of the full one, above 0 and at most 1")
-    if speed == 1 or way == "wait":
-        return Handicap(speed, "wait")
-    failure = _cap(speed * cores)
-    if failure is None:
-        return Handicap(speed, "cap")
-    if way == "cap":
-        raise InputError(f"this system does not let CPU time be capped ({failure}); emulate by waiting instead")
-    return Handicap(speed, "wait")
+    if way == "priority":
+        return _priority(speed, fastest)
+    if way == "wait" or speed == 1:
+        return Handicap(speed, "wait", "at full speed" if speed == 1 else Handicap.means)
+    try:
+        return _cap(speed)
+    except OSError as error:
+        if way == "cap":
+            raise InputError(f"CPU time cannot be capped here ({error}); choose --emulate-by wait") from None
+        return Handicap(speed, "wait", f"{Handicap.means} (CPU time cannot be capped here: {error})")
 
 
-def _cap(cores: float) -> str | None:
-    """Give this process `cores` cores' worth of CPU time; returns why not, if not."""
-    quota = str(max(1000, int(cores * PERIOD_MICROSECONDS)))
-    tried: list[Callable[[], None]] = [lambda: _cap_v2(quota), lambda: _cap_v1(quota)]
-    failure = "no control groups here"
-    for attempt in tried:
-        try:
-            attempt()
-            return None
-        except OSError as error:
-            failure = str(error)
-    return failure
+# ------------------------------------------------------------------------------------------ control groups
 
 
-def _cap_v2(quota: str) -> None:
-    group = GROUPS / f"motley-{os.getpid()}"
-    if not (GROUPS / "cgroup.controllers").is_file():
-        raise OSError("no control groups of version 2")
-    with suppress(OSError):  # already on, or not ours to switch; what follows says whether it works
-        (GROUPS / "cgroup.subtree_control").write_text("+cpu")
+def _cap(speed: float) -> Handicap:
+    """Give this process its share of CPU time. Raises OSError where it may not."""
+    version, own, home = _groups()
+    _remove_stale(home)
+    group = home / f"{GROUP}{os.getpid()}"
+    quota = max(LEAST_QUOTA_MICROSECONDS, int(speed * torch.get_num_threads() * PERIOD_MICROSECONDS))
+    if version == 2:
+        with suppress(OSError):  # already on, or not ours to switch; whether cpu.max can be written says it
+            (home / "cgroup.subtree_control").write_text("+cpu")
     group.mkdir(exist_ok=True)
-    (group / "cpu.max").write_text(f"{quota} {PERIOD_MICROSECONDS}")
-    (group / "cgroup.procs").write_text(str(os.getpid()))
+    try:
+        if version == 2:
+            (group / "cpu.max").write_text(f"{quota} {PERIOD_MICROSECONDS}")
+        else:
+            (group / "cpu.cfs_period_us").write_text(str(PERIOD_MICROSECONDS))
+            (group / "cpu.cfs_quota_us").write_text(str(quota))
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError:
+        group.rmdir()
+        raise
+
+    def end() -> None:
+        atexit.unregister(end)
+        with suppress(OSError):  # a child of this process may live on in the group; it is removed later
+            (own / "cgroup.procs").write_text(str(os.getpid()))
+            group.rmdir()
+
+    atexit.register(end)
+    return Handicap(speed, "cap", f"CPU time capped by a control group (version {version})", end)
 
 
-def _cap_v1(quota: str) -> None:
-    root = GROUPS / "cpu"
-    if not root.is_dir():
-        raise OSError("no control groups of version 1")
-    group = root / f"motley-{os.getpid()}"
-    group.mkdir(exist_ok=True)
-    (group / "cpu.cfs_period_us").write_text(str(PERIOD_MICROSECONDS))
-    (group / "cpu.cfs_quota_us").write_text(quota)
-    (group / "cgroup.procs").write_text(str(os.getpid()))
+def _groups() -> tuple[int, Path, Path]:
+    """(version, this process's group of the cpu controller, where to make ours). Raises OSError: no control groups."""
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    paths = {name: path.lstrip("/") for _, names, path in lines for name in names.split(",")}
+    if (MOUNT / "cgroup.controllers").is_file():
+        group = MOUNT / paths.get("", "")
+        return 2, group, MOUNT if group == MOUNT else group.parent
+    if (MOUNT / "cpu").is_dir():
+        group = MOUNT / "cpu" / paths.get("cpu", "")
+        if not group.is_dir():  # a container sees its own group as the root
+            group = MOUNT / "cpu"
+        return 1, group, group.parent if group.name.startswith(GROUP) else group
+    raise OSError(f"no control groups at {MOUNT}")
+
+
+def _remove_stale(home: Path) -> None:
+    """Remove the groups of processes that are gone: a killed one removes nothing itself."""
+    for group in home.glob(f"{GROUP}*"):
+        number = group.name.removeprefix(GROUP)
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            with suppress(OSError):  # another worker was quicker
+                group.rmdir()
+
+
+# ------------------------------------------------------------------------------------------ priority
+
+
+def _priority(speed: float, fastest: float) -> Handicap:
+    """Share the first cores with all others, with a priority that is worth `speed` beside the fastest one's."""
+    if not hasattr(os, "sched_setaffinity"):
+        raise InputError("this system does not bind processes to cores; choose --emulate-by wait")
+    cores = sorted(os.sched_getaffinity(0))
+    steps = round(math.log(fastest / speed) / math.log(NICE_STEP))
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    if nice + steps > MOST_NICE:
+        raise InputError(
+            f"priorities reach down to 1/{NICE_STEP ** (MOST_NICE - nice):.0f} of the fastest worker's speed, "
+            f"{speed / fastest:.1%} is below; choose --emulate-by wait"
+        )
+    os.sched_setaffinity(0, cores[: torch.get_num_threads()])
+    os.nice(steps)
+    with suppress(OSError):  # systems without it go by the process's priority alone
+        AUTOGROUP.write_text(str(nice + steps))
+    return Handicap(speed, "priority", f"priority {nice + steps} on the cores of all others (coarse: while all work)")

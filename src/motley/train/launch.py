@@ -188,18 +188,25 @@ def hosts_of(plan: Mapping[str, Any], named: Sequence[str]) -> dict[str, list[st
     return hosts
 
 
+def ranks_of_pools(plan: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Which ranks, in the order of `from_plan`, work on the first, second, ... chip of each pool."""
+    ranks: dict[str, list[int]] = {entry["pool"]: [] for entry in plan["pools"]}
+    workers = 0
+    for team in plan["teams"]:
+        stages, copies = team["stages"], team["dp"]
+        for number, stage in enumerate(stages):
+            ranks[stage["pool"]] += [workers + copy * len(stages) + number for copy in range(copies)]
+        workers += copies * len(stages)
+    return ranks
+
+
 def seats_of(plan: Mapping[str, Any], hosts: Mapping[str, Sequence[str]]) -> list[Seat]:
     """Where each rank works, in the order of `from_plan`: teams, copies, stages.
 
     A pool's chips are filled team by team, stage by stage, copies of a stage side by side, as the planner assumes.
     """
-    waiting: dict[str, list[int]] = {entry["pool"]: [] for entry in plan["pools"]}
-    workers = 0
-    for team in plan["teams"]:
-        stages, copies = team["stages"], team["dp"]
-        for number, stage in enumerate(stages):
-            waiting[stage["pool"]] += [workers + copy * len(stages) + number for copy in range(copies)]
-        workers += copies * len(stages)
+    waiting = ranks_of_pools(plan)
+    workers = sum(map(len, waiting.values()))
     seats: dict[int, Seat] = {}
     taken: dict[str, int] = {}  # chips of a host that belong to pools before this one
     for entry in plan["pools"]:

@@ -78,6 +78,12 @@ def all_to_all(values: Tensor, leaving: list[int], arriving: list[int], crew: Cr
     )
     row, own = values.element_size() * values.shape[1:].numel(), ranks.index(crew.rank)
     crew.watch.moved(row * (sum(leaving) - leaving[own]), row * (sum(arriving) - arriving[own]))
+    if (links := crew.links) is not None:
+        sent, got = (
+            row * sum(count for count, rank in zip(counts, ranks, strict=True) if links.crosses(rank))
+            for counts in (leaving, arriving)
+        )
+        crew.talk("exchanging tokens of experts", lambda: links.exchange(ranks, sent, got), ranks)
     return received
 
 

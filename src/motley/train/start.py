@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,10 +20,9 @@ from motley.files import read_json
 from motley.fleet.device import choose_device, compute_dtype
 from motley.fleet.probe import Machine
 from motley.model import ModelConfig, Transformer
-from motley.progress import note
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew, join_crew
-from motley.train.handicap import handicap, speeds_of
+from motley.train.emulate import links_of, parts_of, play
 from motley.train.islands import USUAL_ROUND, Island
 from motley.train.layout import IslandLayout, islands_of_plan, islands_side_by_side
 from motley.train.memory import check_memory
@@ -50,25 +50,34 @@ def sources() -> str:
     return found.hexdigest()[:12]
 
 
-def islands_for(config: TrainingConfig, shape: ModelConfig, crew: Crew) -> tuple[list[IslandLayout], int]:
+def plan_of(config: TrainingConfig) -> dict[str, Any] | None:
+    """The plan that the settings name, if any. Raises InputError for a file that is none."""
+    if config.plan is None:
+        return None
+    values = read_json(config.plan)
+    if not isinstance(values, dict) or not {"teams", "pools"} <= set(values):
+        raise InputError(f"{config.plan} is no plan as `motley plan --out` writes it")
+    return values
+
+
+def islands_for(
+    config: TrainingConfig, shape: ModelConfig, crew: Crew, plan: dict[str, Any] | None
+) -> tuple[list[IslandLayout], int]:
     """(the islands that the settings ask for, steps in a round).
 
     Raises InputError where they do not fit the model or the crew.
     """
-    if config.plan is None:
+    if plan is None:
         layers, zero = shape.num_hidden_layers, config.zero
         islands = islands_side_by_side(config.islands, crew.size, layers, config.micro_batch, zero)
         return islands, config.sync_every or USUAL_ROUND
-    values = read_json(config.plan)
-    if not isinstance(values, dict) or "teams" not in values:
-        raise InputError(f"{config.plan} is no plan as `motley plan --out` writes it")
     if config.islands != "1":
         raise InputError(f"--islands {config.islands} beside --plan: the plan says itself which islands there are")
-    islands = islands_of_plan(values, shape)
+    islands = islands_of_plan(plan, shape)
     workers = sum(len(island.ranks) for island in islands)
     if workers != crew.size:
         raise InputError(f"the plan is for {workers} workers, but {crew.size} were started")
-    return islands, config.sync_every or values.get("inner_steps") or USUAL_ROUND
+    return islands, config.sync_every or plan.get("inner_steps") or USUAL_ROUND
 
 
 def employ(
@@ -91,7 +100,9 @@ def employ(
         machine: what was measured before, if anything.
         weights: makes the whole model on a device; called by worker 0 only.
     """
-    islands, every = crew.led(lambda: islands_for(config, shape, crew))
+    plan = crew.led(lambda: plan_of(config))
+    pretended = crew.led(lambda: parts_of(config.emulate, crew.size, plan)) if config.emulate else []
+    islands, every = crew.led(lambda: islands_for(config, shape, crew, plan))
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in OWN}
     known = read_json(data / DATA_FILE).get("fingerprint") if (data / DATA_FILE).is_file() else "missing"
     versions = {"motley": __version__, "source code": sources(), "PyTorch": torch.__version__.split("+")[0]}
@@ -100,19 +111,25 @@ def employ(
         check_memory(shape, config.optimizer, crew.device)
     bf16 = crew.led(lambda: compute_dtype(config.precision, lambda: run.machine(crew.device, machine)))
     wire = bf16 if bf16 == torch.bfloat16 else torch.float32
+    if pretended:
+        crew = dataclasses.replace(crew, links=links_of(pretended, crew))
     parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]
     if crew.alone:
         worker = Worker(shape, config, islands[0].layout, crew, weights(crew.device), bf16)
-        return Island(worker, crew, parts, speeds, every)
-    own = next(island for island in islands if crew.rank in island.ranks)
-    island_crew = crew.part(parts) if len(islands) > 1 else crew
-    worker = Worker(shape, config, own.layout, island_crew, dtype=bf16, wire=wire)
-    island = Island(worker, crew, parts, speeds, every)
-    if config.emulated_speeds:
-        speed = speeds_of(config.emulated_speeds, crew.size)[crew.rank]
-        slow = handicap(speed, "wait")
-        worker.lane.pace = slow.pace
-        note(f"worker {crew.rank}: emulated at {speed:.0%} of its speed, by waiting")
+        island = Island(worker, crew, parts, speeds, every)
+    else:
+        own = next(island for island in islands if crew.rank in island.ranks)
+        island_crew = crew.part(parts) if len(islands) > 1 else crew
+        worker = Worker(shape, config, own.layout, island_crew, dtype=bf16, wire=wire)
+        island = Island(worker, crew, parts, speeds, every)
+        hand_out(weights, island, crew)
+    if pretended:
+        play(pretended, config.emulate_by, worker, crew)
+    return island
+
+
+def hand_out(weights: Callable[[torch.device], Transformer], island: Island, crew: Crew) -> None:
+    """Worker 0 makes the whole model; every worker takes what it holds of it."""
     whole: Transformer | None = None
 
     def make() -> None:
@@ -121,4 +138,3 @@ def employ(
 
     crew.led(make)
     island.take_state(None if whole is None else (dict(whole.state_dict()), {}))
-    return island

@@ -25,10 +25,13 @@ class Traffic:
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
         self._under_way: deque[tuple[str, tuple[int, ...], dist.Work | None, Tensor]] = deque()
+        self._travelled: list[tuple[tuple[int, ...], int | None, int]] = []  # workers, owner, bytes
+        self._doing = ""  # the newest message
 
     def sum(self, flat: Tensor, holders: tuple[int, ...], owner: int | None) -> None:
         """Add up what all holders have; then `owner` has the sum (the others, anything), or with None all have."""
         group = self._crew.group(holders)
+        self._travelled.append((holders, owner, flat.nbytes))
         if owner is None:
             self._crew.watch.summed(flat.nbytes, len(holders))
             self._start(
@@ -44,6 +47,7 @@ class Traffic:
     def spread(self, flat: Tensor, holders: tuple[int, ...], owner: int) -> None:
         """Give all holders what the owner has."""
         group, source = self._crew.group(holders), self._crew.among_all(owner)
+        self._travelled.append((holders, owner, flat.nbytes))
         self._crew.watch.passed(flat.nbytes, gives=owner == self._crew.rank)
         self._start(
             "spreading weights", flat, holders, lambda piece: dist.broadcast(piece, source, group=group, async_op=True)
@@ -56,12 +60,16 @@ class Traffic:
             self._arrive(len(self._under_way) - 1)
 
     def finish(self) -> None:
-        """Wait until everything has arrived."""
+        """Wait until everything has arrived, over pretended cables too."""
         self._arrive(0)
+        if self._travelled:
+            self._crew.crossed(self._doing, self._travelled)
+        self._travelled.clear()
 
     def _start(
         self, doing: str, flat: Tensor, holders: tuple[int, ...], message: Callable[[Tensor], dist.Work | None]
     ) -> None:
+        self._doing = doing
         for piece in flat.split(MESSAGE_BYTES // flat.element_size()):
             self._arrive(AT_ONCE - 1)
             work = self._crew.talk(doing, lambda: message(piece), holders)  # noqa: B023  (called at once)

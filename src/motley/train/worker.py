@@ -9,7 +9,7 @@ step, and every worker sees the same losses, norm and router loads, so that all 
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class Worker:
         self.lane = Lane(self.model, config, place, crew, wire)
         self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
         self.timing = Timing()
+        self.before_step: Callable[[int], None] = lambda step: None
         self._rows: list[int] = []
 
     # ----------------------------------------------------------------------------------------------- a step
@@ -87,6 +88,7 @@ class Worker:
 
         rows: of the stream; None: the next batch_rows behind those of the steps before.
         """
+        self.before_step(step)
         self.crew.watch.begin()
         if rows is None:
             rows = range(step * self.settings.batch_rows, (step + 1) * self.settings.batch_rows)
