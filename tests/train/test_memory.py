@@ -1,16 +1,21 @@
 """A model that cannot fit is refused before anything is allocated; one that runs out later says what to do."""
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from crews import on_crew
 
 from motley.errors import InputError
 from motley.fleet.probe import host_memory
-from motley.model import SIZES, Transformer
+from motley.model import SIZES, Transformer, experts
 from motley.train.config import PretrainConfig
-from motley.train.memory import check_memory, state_bytes
+from motley.train.crew import Crew
+from motley.train.layout import islands_side_by_side, place_of, side_by_side
+from motley.train.memory import check_memory, row_bytes, state_bytes, within_memory
 from motley.train.metrics import read_metrics
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import pretrain
@@ -64,3 +69,50 @@ def test_the_memory_of_a_run_on_the_cpu_is_the_process_own_even_beside_a_gpu(
     pretrain(config)
     (step,) = (one for one in read_metrics(tmp_path) if one["kind"] == "train")
     assert step["memory_bytes"] > state_bytes(dataclasses.replace(SIZES["nano"], vocab_size=300), "muon")
+
+
+# ------------------------------------------------------------------------------------------ a crew
+
+NANO = dataclasses.replace(SIZES["nano"], vocab_size=300)
+STATE = 3 * 4 * sum(p.numel() for p in Transformer(NANO).parameters())  # with Muon, about
+
+
+def within(crew: Crew, budgets: list[float | None], **settings: Any) -> list[int] | str:
+    """Micro-batches of all workers, or why they are refused; each worker pretends to have its entry of `budgets`."""
+    config = PretrainConfig(seq_len=64, **settings)
+    islands = islands_side_by_side("1", crew.size, NANO.num_hidden_layers, config.micro_batch, 0)
+    try:
+        (fitting,) = within_memory(islands, NANO, config, crew, budgets[crew.rank])
+    except InputError as error:
+        return str(error)
+    return [team.micro_batch for team in fitting.layout.teams]
+
+
+def test_a_worker_over_its_budget_is_refused_on_all_with_need_and_budget() -> None:
+    first, second = on_crew(2, within, [None, STATE / 2])
+    assert first == second
+    assert re.match(r"worker 1 needs about \d+ MB \(\d+ MB for weights.* may hold \d+ MB; choose a smaller", str(first))
+
+
+def test_each_worker_takes_the_largest_micro_batch_that_fits_its_memory() -> None:
+    first, second = on_crew(2, within, [None, STATE + 60e6])
+    assert first == second
+    assert first[0] == 16
+    assert 1 <= first[1] < 16
+
+
+def test_activations_of_a_row_are_what_its_forward_pass_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "PAD", 16)  # as many rows as a small micro-batch leaves an expert
+    model, kept = Transformer(NANO), {}
+    model.initialize(0)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.hidden(torch.zeros(1, 128, dtype=torch.long), None, mtp=True)
+    measured = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    place = place_of(side_by_side(1, NANO.num_hidden_layers, 1), 0)
+    assert 0.9 * measured < row_bytes(NANO, place, 128, 4, recompute=False) < 1.4 * measured

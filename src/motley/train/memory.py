@@ -1,4 +1,12 @@
-"""Does the training state of a model fit? Asked before anything is allocated: a system short of memory kills."""
+"""Does training fit? Asked before anything is allocated: a system short of memory kills.
+
+alone     weights, gradients and optimizer state against the device's memory
+a crew    the same by layout, and the activations of a micro-batch, against each worker's own: device, or pretended
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -6,9 +14,19 @@ from motley.errors import InputError
 from motley.fleet.probe import device_memory, host_memory, in_gigabytes
 from motley.model import ModelConfig
 from motley.plan.cost import parts
+from motley.plan.engine import load_engine
+from motley.plan.layout import RECOMPUTES, Layouts
+from motley.plan.memory import saved_bytes
+from motley.plan.operators import VALUE_BYTES
+from motley.plan.shape import shape_of
+from motley.train.config import TrainingConfig
+from motley.train.crew import Crew
+from motley.train.layout import IslandLayout, Place, place_of
 from motley.train.optimizer import OptimizerName
+from motley.train.parts import held_bytes
 
 FP32_BYTES = 4
+SPARE = 1.15  # of saved activations over the planner's count of them: 1.12 for nano, in fp32
 STATES = {"muon": 1, "adamw": 2}  # tensors of a parameter's size (Muon leaves AdamW's two to the few others)
 
 
@@ -26,3 +44,90 @@ def check_memory(config: ModelConfig, optimizer: OptimizerName, device: torch.de
             f"training this model takes at least {in_gigabytes(needed)} for weights, gradients and optimizer state, "
             f"and {device} has {in_gigabytes(held)}; choose a smaller --model"
         )
+
+
+# ------------------------------------------------------------------------------------------ a crew
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one worker, in bytes.
+
+    Attributes:
+        held: weights, gradients and optimizer state.
+        row: activations of one row of every micro-batch in flight.
+        rows: that a micro-batch must have.
+        budget: what it may hold.
+    """
+
+    held: int
+    row: float
+    rows: int
+    budget: float
+
+    @property
+    def most_rows(self) -> int:
+        """Of a micro-batch that fits; below 1: none does."""
+        return int((self.budget - self.held) / self.row)
+
+
+def budget(device: torch.device, pretended: float | None) -> float:
+    """Bytes that this worker may hold: its accelerator's, or an even part of the host's; less where pretended."""
+    own = device_memory(device)[1] or host_memory()[0] / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(own, pretended or own)
+
+
+def row_bytes(shape: ModelConfig, place: Place, seq_len: int, number_bytes: int, recompute: bool) -> float:
+    """Activations that a worker holds for one row of each micro-batch that its schedule has in flight."""
+    plain, engine = shape_of(shape, "model", ""), load_engine("motley-cpu")
+    blocks = [block for block, count in plain.runs for _ in range(count)]
+    own = [blocks[layer] for layer in place.team.stage_layers(place.stage)] + list(plain.mtp if place.last else ())
+    how = RECOMPUTES.index("full" if recompute or place.team.recompute else "none")
+    one = Layouts.of(
+        tp=1, cp=1, ep=1, dp=1, pp=1, micro_batch=1, micro_batches=1, recompute=how, schedule=0, chunks=1, zero=0
+    )
+    saved = sum(float(saved_bytes(block, plain, one, engine, seq_len)[0]) for block in own)
+    return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES * (place.team.stages - place.stage))
+
+
+def within_memory(
+    islands: list[IslandLayout], shape: ModelConfig, config: TrainingConfig, crew: Crew, pretended: float | None
+) -> list[IslandLayout]:
+    """`islands`, in which every worker fits its memory; without a plan micro-batches shrink to what fits.
+
+    Every worker calls this. Raises InputError on all of them, naming the one that fits least.
+    """
+    own = next(island for island in islands if crew.rank in island.ranks)
+    rank = list(own.ranks).index(crew.rank)
+    held = held_bytes(shape, own.layout, rank, config.optimizer, mtp=bool(config.mtp_weight)).total
+    place, number_bytes = place_of(own.layout, rank), 2 if config.precision == "bf16" else 4
+    row = row_bytes(shape, place, config.seq_len, number_bytes, config.recompute)
+    rows = place.team.micro_batch if config.plan else 1
+    needs: list[Need] = crew.all_values(Need(held, row, rows, budget(crew.device, pretended)))
+    tight = min(range(crew.size), key=lambda other: needs[other].most_rows - needs[other].rows)
+    need = needs[tight]
+    if need.most_rows < need.rows:
+        raise InputError(
+            f"worker {tight} needs about {in_megabytes(need.held + need.rows * need.row)} "
+            f"({in_megabytes(need.held)} for weights, gradients and optimizer state, the rest for a micro-batch of "
+            f"{need.rows} x {config.seq_len} tokens) and may hold {in_megabytes(need.budget)}; choose a smaller "
+            "--model or --seq-len, --recompute, or a plan that gives it less"
+        )
+    return (
+        islands
+        if config.plan
+        else [_fitting(island, [needs[other].most_rows for other in island.ranks]) for island in islands]
+    )
+
+
+def _fitting(island: IslandLayout, most: Sequence[int]) -> IslandLayout:
+    """The island with micro-batches of at most what each of its workers can hold."""
+    teams = [
+        replace(team, micro_batch=min(team.micro_batch, *(most[rank] for lane in team.lanes for rank in lane)))
+        for team in island.layout.teams
+    ]
+    return replace(island, layout=replace(island.layout, teams=tuple(teams)))
+
+
+def in_megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"
