@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 from motley import __version__
-from motley.errors import InputError
+from motley.errors import CrewError, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,8 @@ def find(path: str) -> Any:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 when stopped."""
+    """Run one command; returns the exit status: 0, 1 when other workers were lost, 2 for what the user can mend,
+    130 when stopped."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -154,6 +155,9 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"motley {name}: {error}", file=sys.stderr)
         return 2
+    except CrewError as error:
+        print(f"motley {name}: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         raise
     except OSError as error:  # what no stage foresaw: a folder without permission, a disk that is gone

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors that end a command with a sentence."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
     The message is one clear sentence: what was wrong, where, and what to do. The command line prints it
     without a traceback and exits with status 2; the server answers with a 4xx status.
+    """
+
+
+class CrewError(RuntimeError):
+    """Another worker of a crew is gone or does not answer; the message says what this one waited for.
+
+    The command line prints it without a traceback and exits with status 1.
     """

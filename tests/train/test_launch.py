@@ -297,6 +297,18 @@ def test_when_one_fails_all_are_ended_and_it_is_named(tmp_path: Path, ssh: dict[
     assert (tmp_path / "ended").exists()
 
 
+def test_with_restarts_all_are_started_again_when_one_fails(tmp_path: Path):
+    (tmp_path / "plan.json").write_text(json.dumps(TWO))
+    (tmp_path / "torchrun").write_text("#!/bin/sh\necho once >> tried; [ $(wc -l < tried) = 3 ]\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    asked = ["launch", "plan.json", "--hosts", "a=x,y", "b=z", "--here=y", f"--torchrun={tmp_path}/torchrun"]
+    for restarts, ended in ((1, 2), (2, 0)):
+        (tmp_path / "tried").unlink(missing_ok=True)
+        words = [sys.executable, "-m", "motley", *asked, f"--restarts={restarts}"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("starting all again")) == (ended, restarts), done.stderr
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_the_launcher(how: signal.Signals, tmp_path: Path, ssh: dict[str, str]):
     process = started(tmp_path, ssh, "exec sleep 60")

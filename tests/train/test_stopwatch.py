@@ -10,8 +10,9 @@ from rich.console import Console
 from test_gradients import random_model
 from test_layouts import DEEP, FEW, ROWS, Rows, settings
 
+from motley.errors import CrewError
 from motley.model import experts
-from motley.train.crew import Crew, CrewError
+from motley.train.crew import Crew
 from motley.train.layout import Layout, Team, side_by_side
 from motley.train.live import MOST_LINES, crew_table
 from motley.train.stopwatch import KINDS, WAITS, Span, Stopwatch, visible

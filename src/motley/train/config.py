@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from motley.errors import InputError
+from motley.train.crew import PATIENCE_SECONDS
 from motley.train.handicap import Way
 from motley.train.optimizer import OptimizerName
 from motley.train.schedule import Schedule
@@ -82,6 +83,8 @@ class TrainingConfig:
     outer_learning_rate: float = 0.7
     outer_momentum: float = 0.9
     """Of the step that all islands take together (SGD with Nesterov momentum)."""
+    patience: float = PATIENCE_SECONDS
+    """Seconds that a worker of a crew waits for a silent one before it ends; one that died is noticed at once."""
     seed: int = 0
     valid_every: int = 100
     """Steps between validations; the last step always validates."""
@@ -109,6 +112,7 @@ class TrainingConfig:
         self._demand("overlap", self.overlap >= 0, "at least 0")
         self._demand("outer_learning_rate", 0 < self.outer_learning_rate < math.inf, "above 0 and finite")
         self._demand("outer_momentum", 0 <= self.outer_momentum < 1, "at least 0 and below 1")
+        self._demand("patience", 0 < self.patience < math.inf, "above 0 and finite")
 
     def _demand(self, name: str, holds: bool, what: str) -> None:
         if not holds:

@@ -10,29 +10,32 @@ of a crew can be a crew of their own (`part`): they are numbered from 0 again, a
 """
 
 import os
+import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from motley.errors import InputError
+from motley.errors import CrewError, InputError
 from motley.train.links import Links
 from motley.train.stopwatch import Stopwatch
 
-PATIENCE_SECONDS = 1800.0
-"""How long a worker waits for a silent one (worker 0 may be preparing data) before it says so and ends.
-
-One that died is noticed at once.
-"""
-
-
-class CrewError(RuntimeError):
-    """Another worker is gone or does not answer; the message says what this one waited for."""
+PATIENCE_SECONDS = 300.0
+"""How long a worker waits for a silent one before it says so and ends. One that died is noticed at once."""
+PREPARING_SECONDS = 1800.0
+"""The same where worker 0 speaks for all: it may be preparing data or writing a checkpoint."""
+LAST_LOOK_SECONDS = 2.0
+"""How long one that lost the others looks for who is gone."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Crew:
         device: what it computes on; messages travel from there.
         groups: process groups made so far, by their workers' numbers among all.
         watch: what this worker does with its time; all messages are waits.
+        patience: seconds to wait for a silent worker.
+        processes: (host, process id) of each worker, where they are known.
         members: of a part, its workers' numbers among all.
         whole: the crew that a part belongs to.
         links: slow cables between the workers, where some are pretended.
@@ -55,6 +60,8 @@ class Crew:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     groups: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False)
     watch: Stopwatch = field(default_factory=Stopwatch, compare=False)
+    patience: float = PATIENCE_SECONDS
+    processes: tuple[tuple[str, int], ...] = ()
     members: tuple[int, ...] = ()
     whole: "Crew | None" = None
     links: Links | None = field(default=None, compare=False)
@@ -73,7 +80,9 @@ class Crew:
         self.form(parts)
         own = tuple(next(part for part in parts if self.rank in part))
         links = self.links and self.links.among(own)
-        return Crew(own.index(self.rank), len(own), self.device, self.groups, self.watch, own, self, links)
+        processes = tuple(self.processes[rank] for rank in own) if self.processes else ()
+        place = own.index(self.rank)
+        return Crew(place, len(own), self.device, self.groups, self.watch, self.patience, processes, own, self, links)
 
     def form(self, groups: Iterable[Sequence[int]]) -> None:
         """Make process groups of these ranks; every worker calls this with the same groups.
@@ -85,7 +94,7 @@ class Crew:
             wanted = set[tuple[int, ...]]().union(*self.whole.all_values(wanted))
         for ranks in sorted(wanted):
             if ranks not in self.groups:
-                self.groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=PATIENCE_SECONDS))
+                self.groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=self.patience))
 
     def among_all(self, rank: int) -> int:
         """The number of one of these workers among all, which torch.distributed goes by."""
@@ -126,9 +135,17 @@ class Crew:
         if self.alone:
             return value
         box = [value]
-        self.talk("sharing settings", lambda: dist.broadcast_object_list(box, self.among_all(source), self.group()))
+        with self._waiting(max(self.patience, PREPARING_SECONDS)):
+            self.talk("sharing settings", lambda: dist.broadcast_object_list(box, self.among_all(source), self.group()))
         self.crossed("sharing settings", [(None, source, 0)])
         return box[0]
+
+    def acquainted(self) -> "Crew":
+        """This crew, knowing the process of each worker, and waiting no longer than its patience from now on."""
+        processes = tuple(self.all_values((socket.gethostname(), os.getpid())))
+        assert dist.group.WORLD is not None
+        dist.group.WORLD.set_timeout(timedelta(seconds=self.patience))
+        return replace(self, processes=processes)
 
     def led(self, work: Callable[[], Any]) -> Any:
         """What `work` returns at worker 0, on all. An error there is raised everywhere: nobody waits in vain."""
@@ -217,10 +234,30 @@ class Crew:
             raise
         except RuntimeError as error:  # torch.distributed raises nothing finer
             first = str(error).strip().splitlines()[0][:200]
-            raise CrewError(
-                f"worker {self.rank} lost the others while {doing}: {first}; start the job again, it goes on from its "
-                "newest checkpoint"
-            ) from error
+        # Raised out here, where the first error is gone: its frames hold messages, which hold connections open.
+        raise CrewError(
+            f"worker {self.rank} lost {self._lost()} while {doing}: {first}; start the job again, it goes on from its "
+            "newest checkpoint"
+        )
+
+    @contextmanager
+    def _waiting(self, seconds: float) -> Iterator[None]:
+        """Inside, wait so long for messages instead of `patience`."""
+        group: Any = self.group() or dist.group.WORLD
+        group.set_timeout(timedelta(seconds=seconds))
+        yield
+        group.set_timeout(timedelta(seconds=self.patience))
+
+    def _lost(self) -> str:
+        """Who is gone, where that can be seen: processes of this machine."""
+        host, deadline = socket.gethostname(), time.monotonic() + LAST_LOOK_SECONDS
+        here = {rank: pid for rank, (where, pid) in enumerate(self.processes) if where == host and rank != self.rank}
+        while True:
+            states = {rank: _state(pid) for rank, pid in here.items()}
+            found = [f"worker {rank}, whose process {here[rank]} {state}," for rank, state in states.items() if state]
+            if found or not here or time.monotonic() > deadline:
+                return " and ".join(found) or "the others"
+            time.sleep(0.05)  # a process that was killed a moment ago may still look alive
 
     def leave(self) -> None:
         """End talking; the process may exit afterwards."""
@@ -228,12 +265,51 @@ class Crew:
             dist.destroy_process_group()
 
 
-def join_crew(device: torch.device) -> Crew:
-    """Meet the other workers of this job, if torchrun (or anything that sets its variables) started one."""
+def _state(pid: int) -> str | None:
+    """What is wrong with a process of this machine, in words."""
+    try:
+        status = psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return "is gone"
+    return {psutil.STATUS_ZOMBIE: "is gone", psutil.STATUS_STOPPED: "is stopped"}.get(status)
+
+
+def _fresh(store: Store, rank: int, size: int) -> Store:
+    """A part of `store` that nobody wrote to before: when torchrun starts workers again, it keeps the old addresses.
+
+    worker 0   start = its name                              start/all = all names that came
+    others     read start, start/RANK = own name             own name in start/all: yes, this is the new start
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", mine)
+        names = [store.get(f"{mine}/{other}").decode() for other in range(1, size)]
+        store.set(f"{mine}/all", " ".join(names))
+        return PrefixStore(mine, store)
+    deadline = time.monotonic() + PREPARING_SECONDS
+    while time.monotonic() < deadline:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", mine)
+        if store.check([f"{start}/all"]) and mine in store.get(f"{start}/all").decode().split():
+            return PrefixStore(start, store)
+        time.sleep(0.05)
+    raise CrewError(f"worker {rank} waited {PREPARING_SECONDS:.0f} s for worker 0 to begin; start the job again")
+
+
+def join_crew(device: torch.device, patience: float = PATIENCE_SECONDS) -> Crew:
+    """Meet the other workers of this job, if torchrun (or anything that sets its variables) started one.
+
+    Args:
+        device: what this worker computes on.
+        patience: seconds to wait for a silent worker, once all have met.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Crew(device=device)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_SECONDS))
-    return Crew(dist.get_rank(), size, device)
+        limit = timedelta(seconds=PREPARING_SECONDS)
+        store, rank, _ = next(rendezvous("env://", timeout=limit))
+        store = _fresh(store, rank, size)
+        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
+    return Crew(dist.get_rank(), size, device, patience=patience).acquainted()

@@ -57,12 +57,19 @@ class LaunchConfig:
     """Where the commands run on every machine (relative paths are seen from there); default: this folder."""
     torchrun: str = "torchrun"
     """The torchrun of the environment that has motley, such as .venv/bin/torchrun."""
+    restarts: int = 0
+    """How often to start everything again when a command that was run failed; training goes on from its newest
+    checkpoint."""
     port: int = 29500
     """Of the machine of worker 0; the others must be able to reach it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise InputError(f"--port is {self.port}; it must be from 1 to 65535")
+        if self.restarts < 0:
+            raise InputError(f"--restarts is {self.restarts}; it must be at least 0")
+        if self.restarts and not (self.ssh or self.here):
+            raise InputError("--restarts is for commands that are run; add --ssh or --here HOST")
         if self.ssh and self.here is not None:
             raise InputError("--ssh runs all machines, --here only one; give one of them")
         if self.job_words[:1] not in [[name] for name in STAGES_OF_TRAINING]:
@@ -126,8 +133,9 @@ def launch(config: LaunchConfig) -> dict[str, Any]:
         raise InputError(f"--here is {config.here}, which has no workers in this plan; those that have: {there_are}")
     run = config.ssh or config.here is not None
     if run:
-        run_together(
-            [(groups[n], held(words[n], config.folder, groups[n].host if config.ssh else None)) for n in chosen]
+        run_again(
+            [(groups[n], held(words[n], config.folder, groups[n].host if config.ssh else None)) for n in chosen],
+            config.restarts,
         )
     return {
         "workers": len(groups) * len(groups[0].ranks),
@@ -269,6 +277,17 @@ def held(words: Sequence[str], folder: Path, host: str | None) -> list[str]:
     )
     command = ["sh", "-c", script]
     return command if host is None else [*SSH, host, shlex.join(command)]
+
+
+def run_again(commands: Sequence[tuple[Group, Sequence[str]]], restarts: int) -> None:
+    """Run all at once, and up to `restarts` times again when one of them fails."""
+    for left in reversed(range(restarts + 1)):
+        try:
+            return run_together(commands)
+        except InputError as failed:
+            if not left:
+                raise
+            note(f"{failed}; starting all again ({left} more times at most)")
 
 
 def run_together(commands: Sequence[tuple[Group, Sequence[str]]]) -> None:

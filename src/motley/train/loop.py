@@ -78,6 +78,12 @@ def train(
         Progress(title, config.steps * step_tokens, "tokens", done=at.step * step_tokens, shown=world.leads) as bar,
         stop_requests() as asked,
     ):
+        if metrics.forgotten > at.step:
+            metrics.write(
+                "event", step=at.step, tokens=at.tokens, seconds=at.seconds,
+                message=f"steps {at.step + 1} to {metrics.forgotten} are computed again, from the state after "
+                f"step {at.step}",
+            )  # fmt: skip
         if not crew.alone:
             about = introduction(crew, worker.layout, config.plan is not None, len(island.rows))
             metrics.write("crew", step=at.step, tokens=at.tokens, seconds=at.seconds, **about)

@@ -53,6 +53,9 @@ class MetricsWriter:
         folder: the stage's run folder; made if missing.
         resume_step: step of the checkpoint the run goes on from; 0 starts the file anew.
 
+    Attributes:
+        forgotten: last step whose records were forgotten, or 0.
+
     Raises:
         InputError: a line of an existing file is broken, other than a half-written last one.
     """
@@ -61,7 +64,7 @@ class MetricsWriter:
         self._folder, self._resume_step = Path(folder), resume_step
         self._folder.mkdir(parents=True, exist_ok=True)
         self.path = self._folder / METRICS_FILE
-        _keep_until(self.path, resume_step)
+        self.forgotten = _keep_until(self.path, resume_step)
         self._file = self.path.open("ab", buffering=0)  # a record is on its way to the disk when `write` returns
         self._events: SummaryWriter | None = None  # opened with the first record: its import takes seconds
 
@@ -147,6 +150,8 @@ class MetricsWriter:
 class Silence:
     """What the workers that do not lead write: nothing."""
 
+    forgotten = 0
+
     def write(self, kind: str, *, step: int, **values: Any) -> None: ...
 
     def flush(self) -> None: ...
@@ -195,16 +200,18 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop records after `step`, and a half-written last line, from the file at `path`, if there is one."""
+def _keep_until(path: Path, step: int) -> int:
+    """Drop records after `step`, and a half-written last line, from the file at `path`, if there is one.
+
+    Returns the last step of which something was dropped, or 0.
+    """
     if not path.exists():
-        return
-    if step <= 0:
-        path.unlink()
-        return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
+        return 0
+    records = read_metrics(path)
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        kept = (record for record in records if record["step"] <= step)
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    return max((record["step"] for record in records if record["step"] > step), default=0)
 
 
 def _finite(value: Any) -> Any:

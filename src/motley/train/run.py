@@ -28,8 +28,8 @@ except ImportError:  # Windows
 
 CONFIG_FILE, MACHINE_FILE, RESULT_FILE, LOCK_FILE = "config.json", "machine.json", "result.json", "lock"
 FREE_TO_CHANGE = {  # these do not change what is learned
-    "out", "micro_batch", "recompute", "device", "plan", "zero", "emulate", "emulate_by", "islands", "valid_every",
-    "valid_rows", "checkpoint_every", "keep_last",
+    "out", "micro_batch", "recompute", "device", "plan", "zero", "emulate", "emulate_by", "islands", "patience",
+    "valid_every", "valid_rows", "checkpoint_every", "keep_last",
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def meet(config: TrainingConfig) -> Crew:
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    return join_crew(device)
+    return join_crew(device, config.patience)
 
 
 def sources() -> str:
