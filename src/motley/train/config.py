@@ -10,6 +10,7 @@ import tyro
 from motley.errors import InputError
 from motley.train.crew import PATIENCE_SECONDS
 from motley.train.handicap import Way
+from motley.train.layout import Zero
 from motley.train.optimizer import OptimizerName
 from motley.train.schedule import Schedule
 from motley.train.wire import Bits
@@ -58,8 +59,9 @@ class TrainingConfig:
     plan: Path | None = None
     """A plan file (`motley plan`) that says who holds and computes what; without one every worker of a crew (torchrun)
     holds the whole model and takes rows in proportion to its measured speed."""
-    zero: Literal[0, 1] = 1
-    """Without a plan: 0 every worker of a crew keeps the whole optimizer state, 1 they share it."""
+    zero: Zero = 1
+    """Without a plan: what the workers of a crew share instead of each keeping the whole: 0 nothing, 1 optimizer state,
+    2 gradients too (more messages), 3 weights too (more still, and about a third more computing)."""
     emulate: str = ""
     """Pretend that the workers of this machine are the chips of a fleet file, which says how they are `emulated:`; or
     that they are unequal: one relative speed each, such as 1:2:4:1."""

@@ -71,8 +71,8 @@ class Layout:
     """All teams of a job.
 
     Attributes:
-        zero: 0 every holder keeps optimizer state, 1 one of them does.
-        memory: how much optimizer state each rank takes, relative to the others; empty: even.
+        zero: what is kept by one of its holders only: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.
+        memory: how much of that each rank takes, relative to the others; empty: even.
         rates: rows a second of each lane, lanes of the first team first, to begin with; empty: even.
     """
 
@@ -111,6 +111,11 @@ class Layout:
                 raise InputError(
                     f"{name} shares experts among {team.expert_lanes} lanes, which do not divide its {len(team.lanes)}"
                 )
+        if self.zero >= 2 and any(team.stages > 1 or team.expert_lanes > 1 for team in self.teams):
+            raise InputError(
+                f"ZeRO {self.zero} is for workers that each compute with the whole model; pipelines and spread experts "
+                "run with ZeRO 0 and 1"
+            )
         if self.memory and (len(self.memory) != workers or min(self.memory) < 0 or not sum(self.memory)):
             raise InputError(f"memory shares {list(self.memory)}: one for each of {workers} workers, none below 0")
         if self.rates and (len(self.rates) != len(self.lanes) or min(self.rates) <= 0):
@@ -254,8 +259,6 @@ def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
                 f"the plan splits {pools} by tensor or context parallelism, which this runtime does not have; "
                 "make the plan with --engine motley"
             )
-        if entry["zero"] > 1:
-            raise InputError(f"the plan runs {pools} with ZeRO {entry['zero']}; this runtime has ZeRO 0 and 1")
         if entry["schedule"] not in ("1f1b", "zero_bubble"):
             raise InputError(f"the plan runs {pools} as {entry['schedule']}; this runtime has 1f1b and zero_bubble")
         if entry["island"] != plan["teams"][0]["island"]:

@@ -75,7 +75,7 @@ class Optimizer:
         decayed = [p for p in self.others.values() if p.dim() >= 2]
         plain = [p for p in self.others.values() if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=self.BETAS, eps=1e-8, fused=True)
+        self.adamw = torch.optim.AdamW(groups, betas=self.BETAS, eps=1e-8, fused=True)
         self._same_shape: dict[torch.Size, list[str]] = defaultdict(list)
         for name, parameter in self.matrices.items():
             self._same_shape[as_matrices(name, parameter).shape[1:]].append(name)

@@ -115,7 +115,7 @@ class Shards:
     @torch.no_grad()
     def reduce(self) -> None:
         """Sum the gradient of each part over its holders; with ZeRO only the owner knows the sum afterwards."""
-        for run in self._shared:
+        for run in self._shared if self.zero < 2 else []:  # from 2 on it is under way already
             owner = run[0].owner if self.zero else None
             self.traffic.sum(self.gradients.span(run), run[0].holders, owner)
         self.traffic.finish()
@@ -137,7 +137,7 @@ class Shards:
     @torch.no_grad()
     def spread(self) -> None:
         """After the owners' update: new weights for all holders."""
-        if self.zero:
+        if self.zero in (1, 2):
             for run in self._shared:
                 self.traffic.spread(self.weights.span(run), run[0].holders, run[0].owner)
             self.traffic.finish()
@@ -152,8 +152,11 @@ class Shards:
             own.setdefault(part.name, []).append(part)
         made: dict[int, nn.Parameter] = {}
         for name, shape in list(model.named_parameters()):
+            if self.zero == 3:  # its weights come when they are needed
+                made[id(shape)] = nn.Parameter(torch.empty(0, device=self.crew.device))
+                continue
             made[id(shape)] = there = nn.Parameter(self.weights.span(own[name]).view(shape.shape))
-            if own[name][0] in self.gradients:
+            if self.zero < 2 and own[name][0] in self.gradients:
                 there.grad = self.gradients.span(own[name]).view(shape.shape)
         for module in model.modules():
             for name, shape in list(module.named_parameters(recurse=False)):

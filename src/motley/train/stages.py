@@ -31,6 +31,7 @@ from motley.train.crew import Crew
 from motley.train.layout import Place, Schedule
 from motley.train.spread_experts import SpreadExperts
 from motley.train.step import Counts, LossWeights, Tally, attended_documents, batch_rows, micro_batches, predicted_loss
+from motley.train.turns import Turns
 
 Kind = Literal["F", "B", "W"]
 Sending = list[tuple[dist.Work | None, Tensor]]
@@ -103,15 +104,17 @@ class Lane:
     """One worker's stage at work on the rows of its lane.
 
     Attributes:
-        span_seconds: from the first to the last piece of work of the last step, gaps of the pipeline included: what a
-            lane needs for its rows.
+        span_seconds: from the first to the last piece of work of the last step, gaps of the pipeline included (but not
+            the waits of `turns`): what a lane needs for its rows.
         pace: called after each piece of work with its seconds; returns seconds that it added (emulated slowness).
+        turns: what all workers exchange during a micro-batch (ZeRO 2 and 3), or None.
     """
 
     def __init__(self, model: Transformer, config: ModelConfig, place: Place, crew: Crew, wire: torch.dtype) -> None:
         self.model, self.place, self.crew, self.wire = model, place, crew, wire
         self.span_seconds = 0.0
         self.pace: Callable[[float], float] = lambda seconds: 0.0
+        self.turns: Turns | None = None
         self._layers = [model.model.layers[layer] for layer in place.team.stage_layers(place.stage)]
         self._config = config
         self._later: list[Callable[[], None]] | None = None
@@ -127,19 +130,23 @@ class Lane:
         Args:
             batch: the lane's rows of the step; may be empty.
             count: micro-batches to compute; more than the rows make are filled with padding that teaches nothing, so
-                that workers which share experts keep step.
+                that workers which share experts keep step. With `turns`: their number, over which the rows are spread.
             counts: of the whole step.
             weights: of the parts of the loss.
             confined: attention stays within documents.
         """
-        started = time.perf_counter()
-        batch, rows = _filled(batch, self.place.team.micro_batch, count)
+        started, waited = time.perf_counter(), self.crew.watch.waited
+        batch, rows = self._cut(batch, count)
         tally = Tally.empty(self.model.device)
         flights: dict[int, _Flight] = {}
         sending: Sending = []
         depths = bool(weights.mtp)
         for kind, micro in order(self.place.team.schedule, self.place.stage, self.place.team.stages, count):
             if kind == "F":
+                if self.turns is not None:
+                    self.turns.begin(backward=True)
+                if not _any(rows[micro]):
+                    continue
                 part = batch_rows(batch, rows[micro], self.model.device)
                 received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
                 with self.working("forward", micro):
@@ -147,11 +154,16 @@ class Lane:
                 flights[micro] = flight
                 if flight.sent is not None:
                     self._send(flight.sent.detach(), self.place.ranks[self.place.stage + 1], sending)
+            elif kind == "B" and not _any(rows[micro]):
+                assert self.turns is not None
+                self.turns.finish()
             elif kind == "B":
                 flight = flights[micro]
                 grad = None if self.place.last else self._receive(flight.batch, self.place.ranks[self.place.stage + 1])
                 with self.working("backward", micro):
                     self._backward(flight, grad)
+                if self.turns is not None:
+                    self.turns.finish()
                 if flight.received is not None:
                     assert flight.received.grad is not None
                     self._send(flight.received.grad, self.place.ranks[self.place.stage - 1], sending)
@@ -163,15 +175,22 @@ class Lane:
                         work()
         self._finish(sending)
         self.span_seconds = time.perf_counter() - started
+        if self.turns is not None:  # each message is a wait for everyone
+            self.span_seconds -= self.crew.watch.waited - waited
         return tally
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, count: int, confined: bool) -> float:
         """Summed loss in nats of the lane's rows (0 on stages without the head); `count` as in `run`."""
         total = 0.0
-        batch, rows = _filled(batch, self.place.team.micro_batch, count)
+        batch, rows = self._cut(batch, count)
         sending: Sending = []
         for part_rows in rows:
+            if self.turns is not None:
+                self.turns.begin(backward=False)
+                if not _any(part_rows):
+                    self.turns.finish()
+                    continue
             part = batch_rows(batch, part_rows, self.model.device)
             received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
             tally = Tally.empty(self.model.device)
@@ -206,7 +225,8 @@ class Lane:
         if self.place.last:
             main = model.model.norm(x)
             further, more = model.further(main, part.input_ids, documents) if depths else ([], [])
-            loss = predicted_loss(model, main, further, part, counts, weights.mtp, tally)
+            predicted = predicted_loss if self.turns is None else self.turns.predicted_loss
+            loss = predicted(model, main, further, part, counts, weights.mtp, tally)
             routings = routings + more
         else:
             sent = x.to(self.wire)
@@ -214,6 +234,13 @@ class Lane:
         moe = sum(self._config.is_moe_layer(layer) for layer in range(layers))
         loss = loss + tally.add_routings(routings, counts, weights.balance, max(1, moe))
         return _Flight(part, received, sent, loss)
+
+    def _cut(self, batch: Batch, count: int) -> tuple[Batch, Sequence[slice]]:
+        """(the batch, the rows of each of `count` micro-batches)."""
+        if self.turns is None:
+            return _filled(batch, self.place.team.micro_batch, count)
+        rows = len(batch.input_ids)
+        return batch, [slice(rows * number // count, rows * (number + 1) // count) for number in range(count)]
 
     def _backward(self, flight: _Flight, grad: Tensor | None) -> None:
         outputs, grads = [], []
@@ -231,13 +258,13 @@ class Lane:
 
     @contextmanager
     def working(self, kind: str, micro_batch: int = -1) -> Iterator[None]:
-        """Time what is done inside as work of this kind, and let `pace` slow it down."""
+        """Time what is done inside as work of this kind, waits inside left out, and let `pace` slow it down."""
         self._settle()
         with self.crew.watch.at(kind, micro_batch):
-            started = time.perf_counter()
+            started, waited = time.perf_counter(), self.crew.watch.waited
             yield
             self._settle()
-            self.pace(time.perf_counter() - started)
+            self.pace(time.perf_counter() - started - (self.crew.watch.waited - waited))
 
     def _settle(self) -> None:
         """Wait for a device that computes behind the host's back, so that its time is what is measured."""
@@ -257,6 +284,10 @@ class Lane:
         while len(sending) > left:
             work, _ = sending.pop(0)
             self.crew.talk("sending along a pipeline", lambda: work.wait() if work is not None else None)  # noqa: B023
+
+
+def _any(rows: slice) -> bool:
+    return rows.stop > rows.start
 
 
 def _filled(batch: Batch, micro_batch: int, count: int) -> tuple[Batch, Sequence[slice]]:

@@ -78,6 +78,11 @@ class Stopwatch:
         """Seconds of computing so far."""
         return sum(self.seconds[kind] for kind in WORK)
 
+    @property
+    def waited(self) -> float:
+        """Seconds of waiting so far."""
+        return sum(self.seconds[kind] for kind in WAITS)
+
     @contextmanager
     def at(self, kind: str, micro_batch: int = -1, whom: Sequence[int] = ()) -> Iterator[None]:
         """Inside, this worker is at something else."""

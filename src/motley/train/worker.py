@@ -30,6 +30,7 @@ from motley.train.spread_experts import SpreadExperts
 from motley.train.stages import Lane, build_stage
 from motley.train.step import Counts, LossWeights, StepLosses, Tally
 from motley.train.timing import Timing, measured_here
+from motley.train.turns import Turns, Visits
 
 
 class Worker:
@@ -76,6 +77,8 @@ class Worker:
         named = [(part.label, self.shards.view(part)) for part in self.shards.kept]
         self.optimizer = Optimizer(named, settings.optimizer, settings.weight_decay, products)
         self.lane = Lane(self.model, config, place, crew, wire)
+        if layout.zero >= 2 and not crew.alone:
+            self.lane.turns = (Turns if layout.zero == 2 else Visits)(self.model, self.shards)
         self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
         self.timing = Timing()
         self.before_step: Callable[[int], None] = lambda step: None
@@ -196,11 +199,13 @@ class Worker:
         return Batch(ids, torch.full_like(ids, NO_LOSS), torch.full_like(ids, PADDING))
 
     def _micro_batches(self, shares: list[int] | None = None) -> int:
-        """How many this worker computes: what its rows make, or what the busiest lane of its expert group needs."""
+        """How many this worker computes: what its rows make, or what the busiest of the lanes in step with it needs."""
         shares = shares or self._rows
         number, team = self.place.lane_number, self.place.team
         first = number - self.place.lane % team.expert_lanes
-        return max(math.ceil(shares[lane] / team.micro_batch) for lane in range(first, first + team.expert_lanes))
+        in_step = range(len(shares)) if self.lane.turns else range(first, first + team.expert_lanes)
+        sizes = [self.layout.teams[team].micro_batch for team, _ in self.layout.lanes]
+        return max(math.ceil(shares[lane] / sizes[lane]) for lane in in_step)
 
     def _moe_numbers(self) -> list[int]:
         """Number among the model's MoE layers (MTP's last) of each router of this stage."""
