@@ -11,7 +11,8 @@ from test_layouts import FEW, Rows, settings
 from motley.model import SIZES, Transformer, experts
 from motley.train import traffic
 from motley.train.crew import Crew
-from motley.train.layout import Layout, Team
+from motley.train.layout import IslandLayout, Layout, Team
+from motley.train.memory import dealt_by_memory
 from motley.train.parts import held_bytes
 from motley.train.worker import Worker
 
@@ -65,3 +66,18 @@ def test_what_is_kept_once_follows_the_workers_memory():
         for bytes_held, memory in zip(held, MEMORY, strict=True):
             assert bytes_held / once == pytest.approx(memory / sum(MEMORY), abs=0.02)
         assert once == pytest.approx(getattr(held_bytes(WIDE, layout(0), 0, "adamw"), kind), rel=1e-3)
+
+
+def test_without_a_plan_the_worker_with_more_memory_left_keeps_more():
+    def dealt(zero: int, *budgets: float) -> Layout:
+        islands = [IslandLayout((0, 1, 2), dataclasses.replace(layout(zero), memory=()))]
+        return dealt_by_memory(islands, WIDE, settings(), budgets)[0].layout
+
+    whole = held_bytes(WIDE, layout(1), 0, "muon")
+    needed = whole.weights + whole.gradients
+    found = dealt(1, needed, 2 * needed, 4 * needed)
+    assert found.memory == (0, needed, 3 * needed), "what it computes with must be there first"
+    assert held_bytes(WIDE, found, 0, "muon").optimizer == 0
+    assert dealt(1, needed / 2, needed / 2, needed / 2).memory == (), "nobody has any left"
+    assert dealt(0, needed, 2 * needed, 4 * needed).memory == (), "nothing is kept once"
+    assert dealt(3, 1, 2, 3).memory == (1, 2, 3)

@@ -77,6 +77,27 @@ def budget(device: torch.device, pretended: float | None) -> float:
     return min(own, pretended or own)
 
 
+def dealt_by_memory(
+    islands: list[IslandLayout], shape: ModelConfig, config: TrainingConfig, budgets: Sequence[float]
+) -> list[IslandLayout]:
+    """The islands, each worker keeping of what is kept once in proportion to the memory it has left for that.
+
+    budgets: bytes that each worker may hold. What a worker keeps in any case (weights below ZeRO 3, gradients below 2)
+    is not left. Where nothing is kept once, or no worker has anything left, an island stays as it is.
+    """
+    dealt = []
+    for island in islands:
+        layout, left = island.layout, []
+        for rank, among_all in enumerate(island.ranks):
+            held = held_bytes(shape, layout, rank, config.optimizer, mtp=bool(config.mtp_weight))
+            taken = (held.weights if layout.zero < 3 else 0) + (held.gradients if layout.zero < 2 else 0)
+            left.append(max(0.0, budgets[among_all] - taken))
+        if layout.zero and sum(left):
+            island = replace(island, layout=replace(layout, memory=tuple(left)))
+        dealt.append(island)
+    return dealt
+
+
 def row_bytes(shape: ModelConfig, place: Place, seq_len: int, number_bytes: int, recompute: bool) -> float:
     """Activations that a worker holds for one row of each micro-batch that its schedule has in flight."""
     plain, engine = shape_of(shape, "model", ""), load_engine("motley-cpu")

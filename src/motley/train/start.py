@@ -25,7 +25,7 @@ from motley.train.crew import Crew, join_crew
 from motley.train.emulate import links_of, parts_of, play
 from motley.train.islands import USUAL_ROUND, Island
 from motley.train.layout import IslandLayout, islands_of_plan, islands_side_by_side
-from motley.train.memory import check_memory, within_memory
+from motley.train.memory import budget, check_memory, dealt_by_memory, within_memory
 from motley.train.run import Run
 from motley.train.worker import Worker
 
@@ -111,6 +111,9 @@ def employ(
         check_memory(shape, config.optimizer, crew.device)
     if pretended or not crew.alone:
         memory = pretended[crew.rank].emulated.memory if pretended else None
+        budgets = crew.all_values(budget(crew.device, memory))
+        if plan is None:
+            islands = dealt_by_memory(islands, shape, config, budgets)
         islands = within_memory(islands, shape, config, crew, memory)
     bf16 = crew.led(lambda: compute_dtype(config.precision, lambda: run.machine(crew.device, machine)))
     wire = bf16 if bf16 == torch.bfloat16 else torch.float32
