@@ -1,0 +1,69 @@
+"""A layout that does not fit, and a plan that cannot be run, are refused with one sentence before anything is built."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from test_layouts import DEEP
+
+from motley.errors import InputError
+from motley.train.layout import Layout, Team, from_plan
+
+
+def plan() -> dict[str, Any]:
+    """One pipeline of two stages in two pools, for a model of four layers."""
+    stages = [
+        {"layers": [0, 1], "mtp": False, "head": False, "memory_bytes": {"optimizer": 1.0}},
+        {"layers": [2, 3], "mtp": True, "head": True, "memory_bytes": {"optimizer": 1.0}},
+    ]
+    team = {
+        "pools": ["big", "small"], "tp": {"big": 1, "small": 1}, "cp": 1, "zero": 1, "schedule": "1f1b", "island": 0,
+        "stages": stages, "dp": 1, "ep": 1, "recompute": "none", "micro_batch": 2, "sequences": 4,
+    }  # fmt: skip
+    return {"teams": [team], "step_seconds": 1.0}
+
+
+def test_the_plan_that_the_others_are_made_of_is_run():
+    assert from_plan(plan(), DEEP).teams == (Team(((0, 1),), (2, 2), micro_batch=2),)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: p["teams"][0].update(cp=2), "splits big and small by tensor or context parallelism"),
+        (lambda p: p["teams"][0]["tp"].update(small=2), "splits big and small by tensor or context parallelism"),
+        (lambda p: p["teams"][0].update(schedule="dualpipe"), "runs big and small as dualpipe"),
+        (lambda p: p["teams"][0]["stages"][0].update(mtp=True), "MTP module of big and small on another stage"),
+        (lambda p: p["teams"][0]["stages"][1].update(layers=[2, 4]), r"layers \[2, 3\], the model has 4"),
+        (lambda p: p["teams"][0].pop("dp"), "this is no plan as `motley plan --out` writes it: KeyError"),
+        (lambda p: p.update(teams=[3]), "this is no plan as `motley plan --out` writes it: TypeError"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused(change: Callable[[dict[str, Any]], Any], said: str):
+    values = plan()
+    change(values)
+    with pytest.raises(InputError, match=said) as refused:
+        from_plan(values, DEEP)
+    assert "\n" not in str(refused.value)
+
+
+WHOLE = Team(((0,), (1,)), (4,))
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (Layout((dataclasses.replace(WHOLE, lanes=((0,), (2,))),)), r"for workers \[0, 2\], but 2 were started"),
+        (Layout((dataclasses.replace(WHOLE, layers=(3,)),)), r"layers \[3\], the model has 4"),
+        (Layout((dataclasses.replace(WHOLE, micro_batch=0),)), "a micro-batch below 1"),
+        (Layout((dataclasses.replace(WHOLE, layers=(2, 2)),)), "2 stages, but a lane with another number"),
+        (Layout((dataclasses.replace(WHOLE, experts=(4, 0)),)), r"experts \[4, 0\], the model has"),
+        (Layout((WHOLE,), memory=(1.0,)), "memory shares .*one for each of 2 workers"),
+        (Layout((WHOLE,), memory=(0.0, 0.0)), "memory shares"),
+        (Layout((WHOLE,), rates=(1.0, 0.0)), "rates .*one above 0 for each of 2 lanes"),
+    ],
+)
+def test_a_layout_that_does_not_fit_model_or_workers_is_refused(layout: Layout, said: str):
+    with pytest.raises(InputError, match=said):
+        layout.check(DEEP, 2)
