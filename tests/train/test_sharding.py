@@ -81,3 +81,25 @@ def test_without_a_plan_the_worker_with_more_memory_left_keeps_more():
     assert dealt(1, needed / 2, needed / 2, needed / 2).memory == (), "nobody has any left"
     assert dealt(0, needed, 2 * needed, 4 * needed).memory == (), "nothing is kept once"
     assert dealt(3, 1, 2, 3).memory == (1, 2, 3)
+
+
+def passing(crew: Crew) -> list[int]:
+    """The most bytes that the passes of a step make, activations included, at ZeRO 2 and 3."""
+    experts.PAD, traffic.MESSAGE_BYTES = FEW, 1 << 16
+    peaks = []
+    for zero in (2, 3):
+        worker = Worker(WIDE, settings(micro_batch=1), layout(zero), crew)
+        whole = Transformer(WIDE)
+        whole.initialize(0)
+        worker.take_state((dict(whole.state_dict()), {}) if crew.leads else None)
+        with LiveBytes() as live:
+            worker.gradient(Rows(), 0)  # type: ignore[arg-type]
+        peaks.append(live.peak)
+    return peaks
+
+
+@pytest.mark.slow(10)
+def test_passes_never_hold_all_gradients_nor_all_weights_of_others():
+    whole = held_bytes(WIDE, layout(0), 0, "muon").gradients
+    for peaks in on_crew(3, passing):
+        assert max(peaks) < whole
