@@ -48,6 +48,10 @@ WORTH_CHANGING = 0.1
 """Inner steps are dealt out anew only where the round then takes so much less: measurements always differ a little."""
 
 
+HEAD_BYTES = 16
+"""Before each fragment, as float64: the tokens behind it; when it arrives, on the clock of pretended cables."""
+
+
 @dataclass
 class _Flight:
     """A fragment on its way: what each island sent, once `work` is done."""
@@ -219,14 +223,23 @@ class Island:
         wanted = change[:count] + self._own.residuals[number]
         numbers = encode(wanted, bits)
         self._own.residuals[number] = wanted - decode(numbers, count, bits)
-        learned = torch.tensor([self._own.learned_since[number]], dtype=torch.float64)
+        body = torch.cat([numbers, change[count:].view(torch.uint8)])
+        head = [self._own.learned_since[number], self._arrival(HEAD_BYTES + len(body))]
         self._own.learned_since[number] = 0.0
-        message = torch.cat([learned.view(torch.uint8), numbers, change[count:].view(torch.uint8)])
+        message = torch.cat([torch.tensor(head, dtype=torch.float64).view(torch.uint8), body])
         received = [torch.empty_like(message) for _ in range(self.count)]
         group = self.world.group(self.leaders)
         work = self._talk(lambda: dist.all_gather(received, message, group=group, async_op=True))
         self._flights[number] = _Flight(received, work)
         self.ledger.bytes_sent += len(message) * (self.count - 1)
+
+    def _arrival(self, size: int) -> float:
+        """When a message of so many bytes has reached all leaders over pretended cables (links.py); 0 without any."""
+        links = self.world.links
+        others = [leader for leader in self.leaders if leader != self.world.rank]
+        return max(
+            [links.arrival(other, size) for other in others if links.crosses(other)] if links else [], default=0.0
+        )
 
     def _take_in(self, number: int) -> None:
         """Wait for what all islands sent of a fragment; take the outer step; tell this island."""
@@ -235,14 +248,15 @@ class Island:
             assert self.outer is not None
             started = time.perf_counter()
             self._talk(lambda: flight.work.wait() if flight.work is not None else None)
+            heads = [message[:HEAD_BYTES].clone().view(torch.float64).tolist() for message in flight.messages]
+            tokens = [learned for learned, _ in heads]
+            time.sleep(max(0.0, max(arrival for _, arrival in heads) - time.monotonic()))
             self.ledger.waited_seconds += time.perf_counter() - started
             count, bits = fragment.parameters, self.settings.outer_bits
-            edge = 8 + encoded_bytes(count, bits)
-            changes, tokens = [], []
+            edge, changes = HEAD_BYTES + encoded_bytes(count, bits), []
             for message in flight.messages:
-                tokens.append(float(message[:8].clone().view(torch.float64)))
                 biases = message[edge:].clone().view(torch.float32)
-                changes.append(torch.cat([decode(message[8:edge], count, bits), biases]))
+                changes.append(torch.cat([decode(message[HEAD_BYTES:edge], count, bits), biases]))
             self.outer.step(number, changes, tokens)
             shared = fragment.named(self.outer.weights[number])
         keep = KEPT_IN_OVERLAP if self.settings.overlap else 0.0
