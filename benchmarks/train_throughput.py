@@ -24,7 +24,7 @@ import torch
 
 from motley.data.pack import DataConfig, prepare
 from motley.data.stream import Batch, TokenStream
-from motley.fleet.device import choose_device, compute_dtype
+from motley.fleet.device import ACTIVATIONS, choose_device, number_format
 from motley.fleet.probe import describe, probe
 from motley.model import SIZES, ModelConfig, Transformer
 from motley.plan.cost import training_flops_per_token
@@ -118,7 +118,7 @@ def race(warm_up: int, turns: int, steps: int) -> dict[str, Any]:
     """Run the comparison; `turns` turns of `steps` steps each after `warm_up` steps."""
     machine = probe(2.0)
     device = choose_device("auto")
-    dtype = compute_dtype("auto", lambda: machine)
+    dtype = ACTIVATIONS[number_format("auto", lambda: machine)]
     config = dataclasses.replace(SIZES["micro"], vocab_size=VOCAB_SIZE, num_nextn_predict_layers=0)
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(DataConfig(vocab_size=VOCAB_SIZE, max_bytes=TEXT_BYTES), Path(folder, "data")).folder

@@ -1,4 +1,4 @@
-"""Where to compute and in which dtype: decided by rule, and said."""
+"""Where to compute and in which number format: decided by rule, and said."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -7,6 +7,17 @@ import torch
 
 from motley.errors import InputError
 from motley.fleet.probe import Machine, best_device
+
+Format = Literal["bf16", "fp16", "fp32", "fp8"]
+Precision = Literal["auto", "bf16", "fp16", "fp32", "fp8"]
+
+ACTIVATIONS: dict[Format, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.bfloat16,
+}
+"""What stands between the products; with fp8 only the operands of the linear layers' products are fp8."""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -21,7 +32,6 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def compute_dtype(precision: Literal["auto", "bf16", "fp32"], machine: Callable[[], Machine]) -> torch.dtype:
-    """The dtype of activations and matrix products; `auto` asks `machine` what it measured to be faster."""
-    name = machine().compute_dtype if precision == "auto" else precision
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+def number_format(precision: Precision, machine: Callable[[], Machine]) -> Format:
+    """What to compute in; `auto` asks `machine` what it measured to be worth it."""
+    return machine().compute_dtype if precision == "auto" else precision  # pyright: ignore[reportReturnType]

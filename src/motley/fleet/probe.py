@@ -63,7 +63,8 @@ class Machine:
         device_memory_bytes: memory of the accelerator; None where the device computes in host memory.
         matmul_rates: measured products, per number format and shape.
         bandwidth_gigabytes_per_second: reading plus writing while copying a large array.
-        compute_dtype: number format to train in: "bf16" where it is clearly faster than fp32, else "fp32".
+        compute_dtype: number format to train in: "bf16" where it is clearly faster than fp32, "fp16" where that is so
+            and the chip has no bf16, else "fp32".
         device_free_bytes: what of the accelerator's memory a process could use when the probe began.
     """
 
@@ -177,15 +178,19 @@ def in_gigabytes(memory_bytes: int | None) -> str:
 
 
 def choose_dtype(rates: tuple[MatmulRate, ...]) -> str:
-    """bf16 if it beats fp32 by more than `GAIN_WORTH_BF16` in every shape measured in both, else fp32."""
+    """The chip's 16 bits if they beat fp32 by more than `GAIN_WORTH_BF16` in every shape measured in both, else fp32.
+
+    fp16 only where bf16 was not measured: its narrow range needs a loss scale.
+    """
+    half = "bf16" if any(rate.dtype == "bf16" for rate in rates) else "fp16"
     large = [rate for rate in rates if rate.groups == 1 and rate.rows * rate.inner * rate.columns >= DECIDING]
     speed = {(rate.dtype, rate.rows, rate.inner, rate.columns): rate.gflops for rate in large or rates}
     gains = [
         gflops / speed["fp32", rows, inner, columns]
         for (dtype, rows, inner, columns), gflops in speed.items()
-        if dtype == "bf16" and ("fp32", rows, inner, columns) in speed
+        if dtype == half and ("fp32", rows, inner, columns) in speed
     ]
-    return "bf16" if gains and min(gains) > GAIN_WORTH_BF16 else "fp32"
+    return half if gains and min(gains) > GAIN_WORTH_BF16 else "fp32"
 
 
 # ---------------------------------------------------------------------------------------------- measuring

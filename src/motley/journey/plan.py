@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from motley.errors import InputError
-from motley.fleet.device import choose_device, compute_dtype
+from motley.fleet.device import ACTIVATIONS, choose_device, number_format
 from motley.fleet.probe import Machine
 from motley.journey.trial import step_seconds
 from motley.model import SIZES, ModelConfig
@@ -79,7 +79,7 @@ def make_plan(machine: Machine, minutes: float, seed: int, spent: float = 0.0) -
     first = PretrainConfig(model=size, batch_rows=16, seq_len=256, micro_batch=16, learning_rate=4e-3, seed=seed)
     second = FinetuneConfig(batch_rows=8, seq_len=256, micro_batch=8, learning_rate=3e-3, seed=seed)
     device = choose_device("auto")
-    dtype = compute_dtype("auto", lambda: machine)
+    dtype = ACTIVATIONS[number_format("auto", lambda: machine)]
     shape = dataclasses.replace(SIZES[size], vocab_size=VOCAB_SIZE)
     first_step = step_seconds(shape, first, device, dtype)
     second_step = step_seconds(shape, second, device, dtype)

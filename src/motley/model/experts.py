@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from motley.model.layers import add_gradient
+from motley.model.layers import add_gradient, wide
 
 PAD = 64  # rows, on a CPU
 
@@ -95,7 +95,13 @@ class Experts(nn.Module):
         """rows [rows, in] sorted by expert, weight [experts, out, in] → [rows, out]."""
         if self.later is not None and torch.is_grad_enabled():
             return _LaterGrouped.apply(rows, weight, ends, self.later)  # pyright: ignore[reportReturnType]
-        return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
+        return grouped_product(rows, weight.to(rows.dtype).transpose(1, 2), ends)
+
+
+def grouped_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Products of runs that end at `ends`, in their dtype: of left's rows with one matrix of `right` each, or, where
+    both are matrices, of left's columns with right's rows: one matrix each."""
+    return F.grouped_mm(wide(left), wide(right), offs=ends).to(left.dtype)
 
 
 class _LaterGrouped(torch.autograd.Function):
@@ -105,15 +111,15 @@ class _LaterGrouped(torch.autograd.Function):
     def forward(ctx, rows: Tensor, weight: Tensor, ends: Tensor, later: list[Callable[[], None]]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(rows, ends)
         ctx.weight, ctx.later = weight, later
-        return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
+        return grouped_product(rows, weight.to(rows.dtype).transpose(1, 2), ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (rows, ends), weight = ctx.saved_tensors, ctx.weight
         grad = grad.contiguous()
-        ctx.later.append(lambda: add_gradient(weight, F.grouped_mm(grad.t(), rows, offs=ends)))
-        return F.grouped_mm(grad, weight.to(grad.dtype), offs=ends), None, None, None
+        ctx.later.append(lambda: add_gradient(weight, grouped_product(grad.t(), rows, ends)))
+        return grouped_product(grad, weight.to(grad.dtype), ends), None, None, None
 
 
 def _gather_sum(rows: Tensor, row_of_slot: Tensor, k: int) -> Tensor:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from motley.model.layers import wide
+
 BLOCK = 128  # queries a block
 LONGEST_BLOCKED = 2048  # tokens; beyond it, kept probabilities would outweigh everything else in memory
 
@@ -45,8 +47,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | No
     value = v.shape[-1]
     if value < q.shape[-1]:  # torch's fused kernels want equal widths; zeros change nothing and cost less
         v = F.pad(v, (0, q.shape[-1] - value))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale)
-    return out[..., :value]
+    out = F.scaled_dot_product_attention(
+        wide(q), wide(k), wide(v), attn_mask=visible, is_causal=visible is None, scale=scale
+    )
+    return out[..., :value].to(q.dtype)
 
 
 def _block_mask(start: int, end: int, documents: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:

@@ -8,14 +8,13 @@ from typing import Annotated, Literal
 import tyro
 
 from motley.errors import InputError
+from motley.fleet.device import Precision
 from motley.train.crew import PATIENCE_SECONDS
 from motley.train.handicap import Way
 from motley.train.layout import Zero
 from motley.train.optimizer import OptimizerName
 from motley.train.schedule import Schedule
 from motley.train.wire import Bits
-
-Precision = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ class TrainingConfig:
     confine_to_document: bool = False
     """Attention stays within each document of a packed sequence (DeepSeek-V3 pretrained without)."""
     precision: Precision = "auto"
-    """bf16 computes in bf16 over fp32 weights; auto takes it where this device gains from it."""
+    """Number format of this worker's products over fp32 weights; it may be another on each. fp16 scales its loss. auto
+    takes what the plan says, or bf16 (fp16 on chips without it) where this kind of chip gains from it, else fp32."""
     recompute: bool = False
     """Activation checkpointing: less memory, about a third more computing."""
     device: str = "auto"

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from motley.errors import InputError
+from motley.fleet.device import ACTIVATIONS, Format
 from motley.model import ModelConfig
 
 Schedule = Literal["1f1b", "zero_bubble"]
@@ -32,6 +33,7 @@ class Team:
         schedule: order of forward and backward passes in the pipeline.
         micro_batch: rows computed at a time.
         recompute: keep only each block's input for the backward pass.
+        formats: what a plan lets each stage compute in; empty: each worker decides.
     """
 
     lanes: tuple[tuple[int, ...], ...]
@@ -40,6 +42,7 @@ class Team:
     schedule: Schedule = "1f1b"
     micro_batch: int = 16
     recompute: bool = False
+    formats: tuple[Format, ...] = ()
 
     @property
     def stages(self) -> int:
@@ -85,6 +88,15 @@ class Layout:
     def lanes(self) -> list[tuple[int, int]]:
         """(team, lane of it) of every lane, in order."""
         return [(number, lane) for number, team in enumerate(self.teams) for lane in range(len(team.lanes))]
+
+    def expert_groups(self) -> list[tuple[int, ...]]:
+        """Workers that share a stage's experts, in the order of the experts they hold; alone where nobody shares."""
+        return [
+            tuple(lane[stage] for lane in team.lanes[start : start + team.expert_lanes])
+            for team in self.teams
+            for start in range(0, len(team.lanes), team.expert_lanes)
+            for stage in range(team.stages)
+        ]
 
     @property
     def workers(self) -> int:
@@ -152,6 +164,10 @@ class Place:
     def lane_number(self) -> int:
         """Of all lanes of the layout."""
         return self.layout.lanes.index((self.team_number, self.lane))
+
+    @property
+    def planned_format(self) -> Format | None:
+        return self.team.formats[self.stage] if self.team.formats else None
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
@@ -275,7 +291,10 @@ def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
         experts = config.n_routed_experts or 0
         spread = (experts // entry["ep"],) * entry["ep"] if entry["ep"] > 1 else ()
         recompute = entry["recompute"] != "none"
-        teams.append(Team(lanes, layers, spread, entry["schedule"], entry["micro_batch"], recompute))
+        formats = tuple(entry["precision"][stage["pool"]] for stage in entry["stages"])
+        if unknown := set(formats) - set(ACTIVATIONS):
+            raise InputError(f"the plan computes in {min(unknown)} on {pools}; known are {', '.join(ACTIVATIONS)}")
+        teams.append(Team(lanes, layers, spread, entry["schedule"], entry["micro_batch"], recompute, formats))
         rates += [entry["sequences"] / entry["dp"] / plan["step_seconds"]] * entry["dp"]
         for _ in lanes:
             memory += [max(stage["memory_bytes"]["optimizer"], 1.0) for stage in entry["stages"]]

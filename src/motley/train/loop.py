@@ -1,7 +1,8 @@
 """The training loop both stages share.
 
 rows at step * batch_rows ──▶ accumulate (exact gradient) ──▶ guard ──▶ clip ──▶ optimizer ──▶ router bias
-         ▲                                                      │ skip: say so, go on
+         ▲                                                      │ skip: say so, go on (fp16 overflowed: with a
+         │                                                      │ lower loss scale)
          └── position is just the step: resuming needs no more ─┘      every so often: validate, checkpoint
 
 An update can break the weights, and only the next gradient shows it. So a checkpoint is written between the next
@@ -67,6 +68,7 @@ def train(
     at, guard = Position(), Guard()
     if (known := restore(run, island)) is not None:
         at, guard = Position(**known[0]["position"]), Guard(**known[1]["guard"])
+        worker.scales.restore(known[1]["scales"])
     token_bytes = tokenizer.token_bytes()
 
     step_tokens = config.batch_rows * config.seq_len
@@ -89,20 +91,27 @@ def train(
             metrics.write("crew", step=at.step, tokens=at.tokens, seconds=at.seconds, **about)
             bar.beneath(lambda: crew_table(about["names"], worker.timing))
         while at.step < config.steps or due:
-            facts, own_facts = {"step": at.step, "position": asdict(at)}, {"guard": asdict(guard)}
+            own_facts = {"guard": asdict(guard), "scales": asdict(worker.scales)}
+            facts = {"step": at.step, "position": asdict(at)}
             began = time.perf_counter()
             stop = island.between_rounds and bool(world.sum(world.outgoing(torch.tensor(int(asked.is_set())))))
             started, rows = time.perf_counter(), island.rows
-            try:
-                losses, norm = worker.gradient(train_rows, at.step, rows)
-            except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"{worker.model.device} has too little memory for --micro-batch {config.micro_batch} rows of "
-                    f"{config.seq_len} tokens; lower it (the result stays the same), or add --recompute"
-                ) from error
-            finite = losses.finite and math.isfinite(norm)
-            reason = guard.verdict(losses.main, norm, finite)
             ended = at.step == config.steps
+            while True:
+                try:
+                    losses, norm = worker.gradient(train_rows, at.step, rows)
+                except torch.OutOfMemoryError as error:
+                    raise InputError(
+                        f"{worker.model.device} has too little memory for --micro-batch {config.micro_batch} rows of "
+                        f"{config.seq_len} tokens; lower it (the result stays the same), or add --recompute"
+                    ) from error
+                overflow = worker.scales.follow(losses.culprits)
+                if overflow is None or not (ended or stop):
+                    break  # otherwise this gradient has to prove the weights: once more, with a lower loss scale
+            finite = losses.finite and math.isfinite(norm)
+            reason = overflow or guard.verdict(losses.main, norm, finite)
+            if reason and not overflow:
+                reason += worker.scales.hopeless(losses.culprits)
             # Behind the last step nothing is learned: there a single odd batch says nothing against the weights.
             proven = reason is None or (ended and finite and guard.skipped_in_a_row == 1)
             paused = time.perf_counter()
@@ -133,9 +142,12 @@ def train(
             where: dict[str, Any] = {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
             rate = len(rows) * config.seq_len / elapsed
             learning_rate = _learning_rate(config, before)
-            metrics.write("train", **where, **_numbers(losses, norm, learning_rate, rate, crew.device))
+            numbers = _numbers(losses, norm, learning_rate, rate, crew.device)
+            if crew.alone and worker.scales.workers:
+                numbers["loss_scale"] = worker.scales.values[0]
+            metrics.write("train", **where, **numbers)
             if not crew.alone:
-                metrics.write("workers", **where, **worker.timing.numbers())
+                metrics.write("workers", **where, **worker.timing.numbers(), loss_scales=worker.scales.values)
                 if is_drawn(at.step, config.steps):
                     spans = everyones_spans(crew, worker.timing.step_seconds)
                     metrics.write("timeline", **where, step_seconds=worker.timing.step_seconds, spans=spans)

@@ -5,10 +5,12 @@
                                       tokens_per_second, memory_bytes
     valid     at each validation      loss, bits_per_byte
     experts   with it                 load: share of the routed tokens per expert, one list per MoE layer
+                                      (with fp16 on one process: loss_scale)
     crew      when a crew starts      names, teams, lanes, stages of the workers; predicted_step_seconds with a plan
     workers   every step of a crew    rows of each lane, step_seconds; of each worker tokens_per_second (its own),
                                       share (of the rows), busy_seconds, wait_seconds by kind, other_seconds,
-                                      idle_share, memory_bytes, sent_bytes, received_bytes, link_bytes_per_second
+                                      idle_share, memory_bytes, sent_bytes, received_bytes, link_bytes_per_second,
+                                      loss_scales
     timeline  a few of these steps    step_seconds; spans of each worker: kind, micro-batch, workers waited for, start,
                                       end (train/stopwatch.py)
     islands   at each meeting         round, its steps, round_seconds; of each island its inner_steps, rows [first,
@@ -125,7 +127,7 @@ class MetricsWriter:
         if kind in ("crew", "timeline"):
             return
         if kind == "workers":
-            for name in ("share", "idle_share", "tokens_per_second"):
+            for name in ("share", "idle_share", "tokens_per_second", "loss_scales"):
                 for worker, value in enumerate(record[name]):
                     events.add_scalar(f"workers/{name}_{worker}", value, step)
             return

@@ -2,6 +2,7 @@
 
 runs/NAME/config.json    the settings; the same command goes on, another one is refused
 runs/NAME/machine.json   what it began on, measured
+runs/NAME/formats.json   what --precision auto chose for each kind of chip
 runs/NAME/result.json    written last: the stage is complete and is not repeated
 runs/NAME/lock           held by the process that is at work here; the file itself says nothing
 """
@@ -17,7 +18,8 @@ import torch
 
 from motley.errors import InputError
 from motley.files import read_json, remove_unfinished, write_json
-from motley.fleet.probe import Machine, probe
+from motley.fleet.device import Format
+from motley.fleet.probe import Machine, device_name, probe
 from motley.progress import in_words, note
 from motley.train.config import TrainingConfig
 
@@ -27,6 +29,7 @@ except ImportError:  # Windows
     fcntl = None
 
 CONFIG_FILE, MACHINE_FILE, RESULT_FILE, LOCK_FILE = "config.json", "machine.json", "result.json", "lock"
+FORMATS_FILE = "formats.json"
 FREE_TO_CHANGE = {  # these do not change what is learned
     "out", "micro_batch", "recompute", "device", "plan", "zero", "emulate", "emulate_by", "islands", "patience",
     "valid_every", "valid_rows", "checkpoint_every", "keep_last",
@@ -46,16 +49,25 @@ class Run:
         return result
 
     def machine(self, device: torch.device, measured: Machine | None) -> Machine:
-        """The machine as it was first measured: going on exactly must not hang on the noise of another measurement.
-
-        A run that goes on with another kind of device measures again.
-        """
+        """The machine as it was first measured; a run that goes on with another kind of chip measures again."""
         file = self.folder / MACHINE_FILE
-        if file.is_file() and (kept := Machine.from_dict(read_json(file))).device == device.type:
-            return kept
+        if file.is_file():
+            kept = Machine.from_dict(read_json(file))
+            if (kept.device, kept.name) == (device.type, device_name(device)):
+                return kept
         machine = measured if measured is not None and measured.device == device.type else probe(device=device)
         write_json(file, dataclasses.asdict(machine))
         return machine
+
+    def formats(self) -> dict[str, Format]:
+        """What --precision auto chose so far, by the names of chips."""
+        file = self.folder / FORMATS_FILE
+        return read_json(file) if file.is_file() else {}
+
+    def keep_formats(self, formats: dict[str, Format]) -> None:
+        """Remember them, if there are new ones."""
+        if formats != self.formats():
+            write_json(self.folder / FORMATS_FILE, formats)
 
 
 @contextmanager

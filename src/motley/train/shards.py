@@ -113,6 +113,13 @@ class Shards:
             self.gradients.flat.mul_(factor)
 
     @torch.no_grad()
+    def finite(self) -> bool:
+        """Whether all of the gradient that this worker keeps is."""
+        grads = [p.grad for p in self._alone.values()] if self.crew.alone else [self.gradients.flat]
+        ends = [torch.stack(torch.aminmax(grad)) for grad in grads if grad is not None and grad.numel()]
+        return not ends or bool(torch.stack(ends).isfinite().all())
+
+    @torch.no_grad()
     def reduce(self) -> None:
         """Sum the gradient of each part over its holders; with ZeRO only the owner knows the sum afterwards."""
         for run in self._shared if self.zero < 2 else []:  # from 2 on it is under way already

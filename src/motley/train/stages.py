@@ -106,6 +106,8 @@ class Lane:
     Attributes:
         span_seconds: from the first to the last piece of work of the last step, gaps of the pipeline included (but not
             the waits of `turns`): what a lane needs for its rows.
+        broken: [3], above 0 where the last step had what is not finite: in what forward passes made, in activations
+            received, in gradients received.
         pace: called after each piece of work with its seconds; returns seconds that it added (emulated slowness).
         turns: what all workers exchange during a micro-batch (ZeRO 2 and 3), or None.
     """
@@ -113,6 +115,7 @@ class Lane:
     def __init__(self, model: Transformer, config: ModelConfig, place: Place, crew: Crew, wire: torch.dtype) -> None:
         self.model, self.place, self.crew, self.wire = model, place, crew, wire
         self.span_seconds = 0.0
+        self.broken = torch.zeros(3, device=model.device)
         self.pace: Callable[[float], float] = lambda seconds: 0.0
         self.turns: Turns | None = None
         self._layers = [model.model.layers[layer] for layer in place.team.stage_layers(place.stage)]
@@ -124,8 +127,10 @@ class Lane:
                 if isinstance(module, Linear | Experts) and module is not getattr(model, "lm_head", None):
                     module.later = self._later
 
-    def run(self, batch: Batch, count: int, counts: Counts, weights: LossWeights, confined: bool) -> Tally:
-        """Forward and backward passes of all rows of the lane; gradients land in the parameters' .grad.
+    def run(
+        self, batch: Batch, count: int, counts: Counts, weights: LossWeights, confined: bool, scale: float = 1.0
+    ) -> Tally:
+        """Forward and backward passes of all rows of the lane; gradients land in the parameters' .grad, times `scale`.
 
         Args:
             batch: the lane's rows of the step; may be empty.
@@ -134,9 +139,11 @@ class Lane:
             counts: of the whole step.
             weights: of the parts of the loss.
             confined: attention stays within documents.
+            scale: this worker's loss scale, a power of two; messages carry what is not scaled.
         """
         started, waited = time.perf_counter(), self.crew.watch.waited
         batch, rows = self._cut(batch, count)
+        self.broken.zero_()
         tally = Tally.empty(self.model.device)
         flights: dict[int, _Flight] = {}
         sending: Sending = []
@@ -150,8 +157,10 @@ class Lane:
                 part = batch_rows(batch, rows[micro], self.model.device)
                 received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
                 with self.working("forward", micro):
-                    flight = self._forward(part, received, counts, weights, confined, depths, tally)
+                    flight = self._forward(part, received, counts, weights, confined, depths, tally, scale)
                 flights[micro] = flight
+                self._look(1, received)
+                self._look(0, flight.loss if flight.sent is None else flight.sent)
                 if flight.sent is not None:
                     self._send(flight.sent.detach(), self.place.ranks[self.place.stage + 1], sending)
             elif kind == "B" and not _any(rows[micro]):
@@ -161,12 +170,14 @@ class Lane:
                 flight = flights[micro]
                 grad = None if self.place.last else self._receive(flight.batch, self.place.ranks[self.place.stage + 1])
                 with self.working("backward", micro):
-                    self._backward(flight, grad)
+                    self._look(2, grad)
+                    self._backward(flight, grad, scale)
                 if self.turns is not None:
                     self.turns.finish()
                 if flight.received is not None:
                     assert flight.received.grad is not None
-                    self._send(flight.received.grad, self.place.ranks[self.place.stage - 1], sending)
+                    true = (flight.received.grad.float() / scale).to(self.wire)
+                    self._send(true, self.place.ranks[self.place.stage - 1], sending)
                 if self._later is None:
                     del flights[micro]
             else:
@@ -195,7 +206,7 @@ class Lane:
             received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
             tally = Tally.empty(self.model.device)
             counts = Counts(1, (), 1)
-            flight = self._forward(part, received, counts, LossWeights(0.0, 0.0), confined, False, tally)
+            flight = self._forward(part, received, counts, LossWeights(0.0, 0.0), confined, False, tally, 1.0)
             total += float(tally.main)
             if flight.sent is not None:
                 self._send(flight.sent, self.place.ranks[self.place.stage + 1], sending)
@@ -211,6 +222,7 @@ class Lane:
         confined: bool,
         depths: bool,
         tally: Tally,
+        scale: float,
     ) -> _Flight:
         model = self.model
         documents = attended_documents(part, confined)
@@ -225,8 +237,10 @@ class Lane:
         if self.place.last:
             main = model.model.norm(x)
             further, more = model.further(main, part.input_ids, documents) if depths else ([], [])
-            predicted = predicted_loss if self.turns is None else self.turns.predicted_loss
-            loss = predicted(model, main, further, part, counts, weights.mtp, tally)
+            if self.turns is None:
+                loss = predicted_loss(model, main, further, part, counts, weights.mtp, tally, scale)
+            else:
+                loss = self.turns.predicted_loss(model, main, further, part, counts, weights.mtp, tally)
             routings = routings + more
         else:
             sent = x.to(self.wire)
@@ -242,19 +256,26 @@ class Lane:
         rows = len(batch.input_ids)
         return batch, [slice(rows * number // count, rows * (number + 1) // count) for number in range(count)]
 
-    def _backward(self, flight: _Flight, grad: Tensor | None) -> None:
+    def _backward(self, flight: _Flight, grad: Tensor | None, scale: float) -> None:
         outputs, grads = [], []
         if isinstance(flight.loss, Tensor) and flight.loss.requires_grad:
             outputs.append(flight.loss)
-            grads.append(torch.ones_like(flight.loss))
+            grads.append(torch.full_like(flight.loss, scale))
         if flight.sent is not None:
+            assert grad is not None
             outputs.append(flight.sent)
-            grads.append(grad)
+            grads.append(grad * scale)
         torch.autograd.backward(outputs, grads)
         flight.sent, flight.loss = None, 0.0
         if self._later is not None:
             flight.later = list(self._later)
             self._later.clear()
+
+    @torch.no_grad()
+    def _look(self, which: int, seen: Tensor | float | None) -> None:
+        """Take note where a message or a loss is not finite."""
+        if isinstance(seen, Tensor):
+            self.broken[which] += ~seen.isfinite().all()
 
     @contextmanager
     def working(self, kind: str, micro_batch: int = -1) -> Iterator[None]:

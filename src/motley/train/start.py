@@ -17,7 +17,7 @@ from motley import __version__
 from motley.data.pack import DATA_FILE
 from motley.errors import InputError
 from motley.files import read_json
-from motley.fleet.device import choose_device, compute_dtype
+from motley.fleet.device import Format, choose_device
 from motley.fleet.probe import Machine
 from motley.model import ModelConfig, Transformer
 from motley.train.config import TrainingConfig
@@ -26,11 +26,13 @@ from motley.train.emulate import links_of, parts_of, play
 from motley.train.islands import USUAL_ROUND, Island
 from motley.train.layout import IslandLayout, islands_of_plan, islands_side_by_side
 from motley.train.memory import budget, check_memory, dealt_by_memory, within_memory
+from motley.train.precision import asked_format, number_formats
 from motley.train.run import Run
 from motley.train.worker import Worker
 
 OWN = ("out", "device", "data", "model", "plan", "micro_batch", "precision")
-"""Settings that may differ: paths, and what worker 0 decides for all. Data and shape are compared themselves."""
+"""Settings that may differ: paths, what worker 0 decides for all, and each chip's number format. Data and shape are
+compared themselves."""
 
 
 def meet(config: TrainingConfig) -> Crew:
@@ -115,18 +117,20 @@ def employ(
         if plan is None:
             islands = dealt_by_memory(islands, shape, config, budgets)
         islands = within_memory(islands, shape, config, crew, memory)
-    bf16 = crew.led(lambda: compute_dtype(config.precision, lambda: run.machine(crew.device, machine)))
-    wire = bf16 if bf16 == torch.bfloat16 else torch.float32
+    own = next(island for island in islands if crew.rank in island.ranks)
+    played = pretended[crew.rank].emulated.precision if pretended else None
+    asked = asked_format(config.precision, played, own.layout, own.ranks.index(crew.rank))
+    everyone = number_formats(asked, crew, run, lambda: run.machine(crew.device, machine))
+    formats: list[Format] = [everyone[rank] for rank in own.ranks]
     if pretended:
         crew = dataclasses.replace(crew, links=links_of(pretended, crew))
     parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]
     if crew.alone:
-        worker = Worker(shape, config, islands[0].layout, crew, weights(crew.device), bf16)
+        worker = Worker(shape, config, own.layout, crew, weights(crew.device), formats)
         island = Island(worker, crew, parts, speeds, every)
     else:
-        own = next(island for island in islands if crew.rank in island.ranks)
         island_crew = crew.part(parts) if len(islands) > 1 else crew
-        worker = Worker(shape, config, own.layout, island_crew, dtype=bf16, wire=wire)
+        worker = Worker(shape, config, own.layout, island_crew, formats=formats)
         island = Island(worker, crew, parts, speeds, every)
         hand_out(weights, island, crew)
     if pretended:

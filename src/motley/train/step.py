@@ -8,8 +8,9 @@ Each micro-batch adds its share of every sum, already divided by the whole step'
 over any split of the rows gives the same sum. Router loads are counted over the whole step.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class StepLosses:
     balance: float
     expert_counts: list[Tensor]
     tokens: int
+    culprits: list[int] = field(default_factory=list)
+    """Workers where numbers that are not finite came from."""
 
     @property
     def finite(self) -> bool:
@@ -111,7 +114,14 @@ class Tally:
 
 
 def predicted_loss(
-    model: Transformer, main: Tensor, further: Sequence[Tensor], batch: Batch, counts: Counts, mtp: float, tally: Tally
+    model: Transformer,
+    main: Tensor,
+    further: Sequence[Tensor],
+    batch: Batch,
+    counts: Counts,
+    mtp: float,
+    tally: Tally,
+    scale: float = 1.0,
 ) -> Tensor:
     """What a micro-batch adds to the loss by its predictions.
 
@@ -123,13 +133,15 @@ def predicted_loss(
         counts: of the whole step.
         mtp: weight of the MTP loss.
         tally: takes note of the parts.
+        scale: what the loss will be multiplied by for its gradient.
     """
     head = model.lm_head.weight
-    total = summed_cross_entropy(main.flatten(0, 1), head, batch.targets.flatten()) / max(1, counts.tokens)
+    slope = 2.0 ** round(math.log2(scale / max(1, counts.tokens)))
+    total = summed_cross_entropy(main.flatten(0, 1), head, batch.targets.flatten(), slope) / max(1, counts.tokens)
     tally.main += total.detach()
     for depth, state in enumerate(further, start=1):
         targets = mtp_targets(batch.targets, batch.documents, depth).flatten()
-        part = summed_cross_entropy(state.flatten(0, 1), head, targets) / max(1, counts.further[depth - 1])
+        part = summed_cross_entropy(state.flatten(0, 1), head, targets, slope) / max(1, counts.further[depth - 1])
         part = part / len(further)
         total = total + mtp * part
         tally.mtp += part.detach()

@@ -9,13 +9,14 @@ step, and every worker sees the same losses, norm and router loads, so that all 
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from motley.data.stream import NO_LOSS, PADDING, Batch, TokenStream
 from motley.errors import InputError
+from motley.fleet.device import ACTIVATIONS, Format
 from motley.model import ModelConfig, Transformer
 from motley.plan.partition import apportion
 from motley.train.config import TrainingConfig
@@ -24,6 +25,8 @@ from motley.train.gather import State, gather, scatter
 from motley.train.layout import Layout, place_of
 from motley.train.optimizer import Optimizer, is_matrix
 from motley.train.parts import trained
+from motley.train.precision import check_formats, wire_dtype
+from motley.train.scale import LossScales, culprits
 from motley.train.shards import Shards
 from motley.train.shares import Shares
 from motley.train.spread_experts import SpreadExperts
@@ -42,8 +45,7 @@ class Worker:
         layout: who holds and computes what.
         crew: all workers; they call the same methods in the same order.
         model: the whole model with its weights, for a crew of one; None, or another crew: memory for its own stage.
-        dtype: of activations and products here; None: the weights' own.
-        wire: of messages between stages, the same on every worker.
+        formats: that each worker computes in; None: all in fp32.
     """
 
     def __init__(
@@ -53,10 +55,15 @@ class Worker:
         layout: Layout,
         crew: Crew,
         model: Transformer | None = None,
-        dtype: torch.dtype | None = None,
-        wire: torch.dtype = torch.float32,
+        formats: Sequence[Format] | None = None,
     ) -> None:
         layout.check(config, crew.size)
+        all_formats: Sequence[Format] = formats or ("fp32",) * crew.size
+        check_formats(all_formats, layout)
+        self.scales = LossScales.of(all_formats)
+        if layout.zero > 1 and self.scales.workers:
+            raise InputError("fp16 has a loss scale, which ZeRO 2 and 3 cannot carry; use --zero 1, bf16 or fp32")
+        dtype, wire = ACTIVATIONS[all_formats[crew.rank]], wire_dtype(all_formats)
         self.config, self.settings, self.layout, self.crew = config, settings, layout, crew
         self.place = place = place_of(layout, crew.rank)
         if place.team.stages > 1 and crew.device.type != "cpu":
@@ -73,7 +80,8 @@ class Worker:
         self.depths = config.num_nextn_predict_layers if self.weights.mtp else 0
         self._form_expert_groups()
         self.shards = Shards(self.model, config, layout, crew, lambda name: trained(name, bool(self.depths)))
-        products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        # Where several workers update the same weights, they must do it alike.
+        products = torch.bfloat16 if torch.bfloat16 in ((dtype,) if self.shards.zero else (wire,)) else torch.float32
         named = [(part.label, self.shards.view(part)) for part in self.shards.kept]
         self.optimizer = Optimizer(named, settings.optimizer, settings.weight_decay, products)
         self.lane = Lane(self.model, config, place, crew, wire)
@@ -93,6 +101,7 @@ class Worker:
         """
         self.before_step(step)
         self.crew.watch.begin()
+        scale = self.scales.values[self.crew.rank]
         if rows is None:
             rows = range(step * self.settings.batch_rows, (step + 1) * self.settings.batch_rows)
         self._rows = self.shares.rows(len(rows))
@@ -100,9 +109,14 @@ class Worker:
         own = Counts.of(batch, self.depths) if self.place.first else Counts(0, (0,) * self.depths, 0)
         counts = own.added_up(lambda values: self.crew.sum(self.crew.outgoing(values)).cpu())
         self.shards.clear()
-        tally = self.lane.run(batch, self._micro_batches(), counts, self.weights, self.settings.confine_to_document)
+        confined = self.settings.confine_to_document
+        tally = self.lane.run(batch, self._micro_batches(), counts, self.weights, confined, scale)
+        made, received, received_gradient = (self.lane.broken > 0).tolist()
+        broken = [made, received, not self.shards.finite(), received_gradient]
+        if scale != 1:
+            self.shards.scale(1 / scale)
         self.shards.reduce()
-        return self._losses(tally, counts), self.shards.norm()
+        return self._losses(tally, counts, broken), self.shards.norm()
 
     def update(self, losses: StepLosses, norm: float, learning_rate: float) -> None:
         """One step of the optimizer on the clipped gradient, and of the routers' biases."""
@@ -180,12 +194,7 @@ class Worker:
     # ----------------------------------------------------------------------------------------------- pieces
 
     def _form_expert_groups(self) -> None:
-        groups = set()
-        for team in self.layout.teams:
-            for start in range(0, len(team.lanes), team.expert_lanes):
-                lanes = team.lanes[start : start + team.expert_lanes]
-                groups |= {tuple(lane[stage] for lane in lanes) for stage in range(team.stages)}
-        self.crew.form(groups)
+        self.crew.form(self.layout.expert_groups())
         for module in self.model.modules():
             if isinstance(module, SpreadExperts):
                 module.connect(self.crew, self.place.expert_ranks)
@@ -217,7 +226,8 @@ class Worker:
             own |= set(range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers))
         return [number for number, layer in enumerate(moe) if layer in own]
 
-    def _losses(self, tally: Tally, counts: Counts) -> StepLosses:
+    def _losses(self, tally: Tally, counts: Counts, broken: list[bool]) -> StepLosses:
+        """The whole step's, from everyone's part; `broken` as `culprits` reads it."""
         config = self.config
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         moe = sum(config.is_moe_layer(layer) for layer in range(layers))
@@ -226,8 +236,12 @@ class Worker:
         for number, load in zip(self._moe_numbers(), tally.expert_counts, strict=False):
             loads[number] = load.double().cpu()
         sums = torch.stack([tally.main, tally.mtp, tally.balance]).double().cpu()
-        total: Tensor = self.crew.sum(self.crew.outgoing(torch.cat([sums, loads.flatten()]))).cpu()
-        main, mtp, balance = total[:3].tolist()
-        counted = total[3:].view(moe, experts).long()
+        seen = torch.zeros(self.crew.size, len(broken), dtype=torch.float64)
+        seen[self.crew.rank] = torch.tensor(broken)
+        total: Tensor = self.crew.sum(self.crew.outgoing(torch.cat([sums, seen.flatten(), loads.flatten()]))).cpu()
+        sums, seen, counted = total.split([len(sums), seen.numel(), loads.numel()])
+        main, mtp, balance = sums.tolist()
+        counted = counted.view(moe, experts).long()
+        found = culprits(seen.view(self.crew.size, len(broken)), self.layout.expert_groups())
         used = moe if self.depths else sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
-        return StepLosses(main, mtp, balance, list(counted[:used]), counts.tokens)
+        return StepLosses(main, mtp, balance, list(counted[:used]), counts.tokens, found)

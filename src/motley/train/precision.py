@@ -1,0 +1,75 @@
+"""A number format for each chip, and one for the messages between them.
+
+    chip         computes in                      loss scale      messages of the whole job
+    A100         bf16                             none            bf16 if all workers compute in bf16 or fp8,
+    H100         fp8 products, bf16 between       none            else fp32; a worker casts what it receives
+    V100, T4     fp16                             2^k, its own
+    P100, CPU    fp32                             none
+
+What a worker is told comes first (`--precision`), then the chip it plays, then the plan, then what its kind of chip was
+measured to gain from.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from motley.errors import InputError
+from motley.fleet.device import ACTIVATIONS, Format, Precision, number_format
+from motley.fleet.probe import Machine, device_name, probe
+from motley.progress import note
+from motley.train.crew import Crew
+from motley.train.layout import Layout, place_of
+from motley.train.run import Run
+
+
+def wire_dtype(formats: Sequence[Format]) -> torch.dtype:
+    """Of messages between stages, the same for all workers. Never fp16: it cannot hold what bf16 can."""
+    same = {ACTIVATIONS[name] for name in formats} == {torch.bfloat16}
+    return torch.bfloat16 if same else torch.float32
+
+
+def check_formats(formats: Sequence[Format], layout: Layout) -> None:
+    """Raises InputError where workers that share experts compute in different formats."""
+    for ranks in layout.expert_groups():
+        if len({formats[rank] for rank in ranks}) > 1:
+            each = ", ".join(f"worker {rank} {formats[rank]}" for rank in ranks)
+            raise InputError(
+                f"workers that share experts must compute in one format, but there are {each}; give them one "
+                "--precision, or choose a plan whose expert groups are of one kind of chip"
+            )
+
+
+def asked_format(precision: Precision, played: Format | None, layout: Layout, rank: int) -> Precision:
+    """What a worker was told: by its user, by the chip it plays (`--emulate`), or by the plan it follows."""
+    return precision if precision != "auto" else played or place_of(layout, rank).planned_format or "auto"
+
+
+def number_formats(asked: Precision, crew: Crew, run: Run, machine: Callable[[], Machine]) -> list[Format]:
+    """What each worker computes in. Every worker calls this; all see the same list.
+
+    Args:
+        asked: what this worker was told (`asked_format`).
+        crew: all workers.
+        run: keeps what `auto` chose for each kind of chip, so that going on exactly does not hang on the noise of
+            another measurement.
+        machine: measures worker 0's.
+
+    Raises InputError for a format that the device lacks.
+    """
+    chip = device_name(crew.device)
+    everyone: list[tuple[Precision, str]] = crew.all_values((asked, chip))
+    known: dict[str, Format] = crew.led(run.formats)
+    open_chips = {name for wish, name in everyone if wish == "auto"} - set(known)
+    own: dict[str, Format] = {}
+    if chip in open_chips and everyone.index(("auto", chip)) == crew.rank:  # one measures for all of its kind
+        own = {chip: number_format("auto", machine if crew.leads else lambda: probe(device=crew.device))}
+    for chosen in crew.all_values(own):
+        known |= chosen
+    crew.led(lambda: run.keep_formats(known))
+    formats: list[Format] = [known[name] if wish == "auto" else wish for wish, name in everyone]
+    if "fp8" in formats:
+        raise InputError("this runtime does not compute in fp8 yet; choose --precision bf16")
+    if crew.device.type == "cpu" and formats[crew.rank] == "fp16":
+        note(f"worker {crew.rank} computes in fp16, which CPUs do through fp32: slower than fp32, good for trying only")
+    return formats

@@ -1,0 +1,387 @@
+"""A number format per chip: loss scales change no gradient, an overflow anywhere is no step anywhere."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crews import on_crew
+from test_broken import data as data  # the fixture
+from test_broken import settings as run_settings
+from test_broken import tiny as tiny  # the fixture: nano is a few thousand parameters
+from test_gradients import SHAPE, random_batch, random_model
+from test_layouts import DEEP, FEW, ROWS, Rows, error, random_layout, settings
+
+from motley.errors import InputError
+from motley.fleet.device import Format
+from motley.fleet.probe import Machine, MatmulRate, choose_dtype
+from motley.model import ModelConfig, experts
+from motley.train import precision, scale
+from motley.train.crew import Crew
+from motley.train.layout import Layout, Team, from_plan, side_by_side
+from motley.train.loss import summed_cross_entropy
+from motley.train.precision import asked_format, check_formats, number_formats, wire_dtype
+from motley.train.pretrain import pretrain
+from motley.train.run import Run
+from motley.train.scale import LossScales, culprits
+from motley.train.state import checkpoints
+from motley.train.step import LossWeights, accumulate
+from motley.train.worker import Worker
+
+Case = tuple[ModelConfig, Layout, int, list[Format], list[float]]
+SMOOTH = dataclasses.replace(DEEP, num_experts_per_tok=DEEP.n_routed_experts)
+"""All experts are chosen: no rounding can tip a router's choice, which would be another model's gradient."""
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every new number of an expert's rows costs a kernel's compilation."""
+    monkeypatch.setattr(experts, "PAD", FEW)
+
+
+def employed(
+    crew: Crew, shape: ModelConfig, layout: Layout, seed: int, formats: list[Format], scales: list[float]
+) -> Worker:
+    experts.PAD = FEW
+    worker = Worker(shape, settings(), layout, crew, formats=formats)
+    worker.scales.values = list(scales)
+    whole = random_model(seed, shape).state_dict() if crew.leads else None
+    worker.take_state(None if whole is None else (dict(whole), {}))
+    return worker
+
+
+def first_gradients(crew: Crew, cases: list[Case]) -> list[Any]:
+    """Of every case: (this worker's parts of the first step's gradient, culprits)."""
+    results = []
+    for case in cases:
+        worker = employed(crew, *case)
+        losses, _ = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
+        parts = [part for part in worker.shards.trained if part.owner == crew.rank]
+        gradient = [(part, worker.shards.view(part).grad) for part in parts]
+        results.append(
+            ([(p.name, p.start, p.stop, grad.clone()) for p, grad in gradient if grad is not None], losses.culprits)
+        )
+    return results
+
+
+def distances(size: int, cases: list[Case]) -> list[float]:
+    """How far the gradient of each case is from a single fp32 process's, relative to its length."""
+    by_worker = on_crew(size, first_gradients, cases)
+    found = []
+    for index, (shape, _, seed, *_) in enumerate(cases):
+        model = random_model(seed, shape)
+        accumulate(model, Rows().rows(0, ROWS), 2, LossWeights(0.3, 0.05), confined=True)
+        expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        whole = {name: torch.full_like(grad, torch.nan) for name, grad in expected.items()}
+        for worker in by_worker:
+            parts, broke = worker[index]
+            assert broke == []
+            for name, start, stop, grad in parts:
+                whole[name][start:stop] = grad.view_as(whole[name][start:stop])
+        flat = [torch.cat([side[name].flatten() for name in expected]) for side in (whole, expected)]
+        found.append(error(*flat))
+    return found
+
+
+def for_groups(layout: Layout, size: int, chance: random.Random, choices: list[Any]) -> list[Any]:
+    """One of `choices` for every worker, the same within an expert group."""
+    chosen: list[Any] = [None] * size
+    for ranks in layout.expert_groups():
+        one = chance.choice(choices)
+        for rank in ranks:
+            chosen[rank] = one
+    return chosen
+
+
+@pytest.mark.slow(12)
+@pytest.mark.parametrize("size", [1, 4])
+def test_loss_scales_change_no_gradient_of_any_layout(size: int) -> None:
+    chance, cases = random.Random(size), []
+    for seed in range(1 if size == 1 else 5):
+        layout = random_layout(size, chance)
+        scales = for_groups(layout, size, chance, [2.0**k for k in (-6, 3, 16)])
+        cases.append((DEEP, layout, seed, ["fp32"] * size, scales))
+    assert max(distances(size, cases)) <= 1e-6
+
+
+@pytest.mark.slow(10)
+def test_mixed_formats_give_the_gradient_within_their_rounding() -> None:
+    """Three significant digits of fp16, two of bf16, added up over four layers."""
+    size, chance, cases = 3, random.Random(3), []
+    for seed in range(3):
+        layout = random_layout(size, chance)
+        for choices in (["fp16"], ["fp16", "bf16", "fp32"]):
+            formats = for_groups(layout, size, chance, choices)
+            scales = [2.0**12 if name == "fp16" else 1.0 for name in formats]
+            cases.append((SMOOTH, layout, seed, formats, scales))
+    found = distances(size, cases)
+    assert max(found[::2]) < 0.01
+    assert max(found[1::2]) < 0.08
+
+
+PIPE = Layout((Team(((0, 1),), (2, 2), micro_batch=2), Team(((2,),), (4,), micro_batch=2)), zero=1)
+SHARED = Layout((Team(((0,), (1,)), (4,), (2, 2), micro_batch=2), Team(((2,),), (4,), micro_batch=2)))
+
+
+def overflow(crew: Crew, layout: Layout, formats: list[Format], values: list[float], factor: float) -> Any:
+    """(culprits, is the norm finite, what is said, scales afterwards) of a step; weights of layer 1 times `factor`."""
+    worker = employed(crew, DEEP, layout, 0, formats, values)
+    for name, parameter in worker.model.named_parameters():
+        if name == "model.layers.1.self_attn.o_proj.weight":
+            parameter.data *= factor
+    losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
+    return losses.culprits, norm < float("inf"), worker.scales.follow(losses.culprits), worker.scales.values
+
+
+@pytest.mark.parametrize(
+    ("layout", "formats", "values", "factor", "expected"),
+    [
+        (PIPE, ["bf16", "fp16", "fp16"], [1.0, 2.0**40, 8.0], 1.0, [1]),  # backward pass of the last stage
+        (PIPE, ["fp16", "fp32", "fp16"], [2.0**40, 1.0, 8.0], 1.0, [0]),  # of the first
+        (PIPE, ["fp16", "fp32", "fp32"], [8.0, 1.0, 1.0], 1e6, [0]),  # activations, which reach the next stage
+        (PIPE, ["fp32", "fp16", "fp32"], [1.0, 8.0, 1.0], 1e6, [1]),  # that fp16 cannot receive
+        (PIPE, ["fp16", "fp32", "fp16"], [8.0, 1.0, 2.0**40], 1.0, [2]),  # another lane
+        (SHARED, ["fp16", "fp16", "fp16"], [2.0**40, 2.0**40, 8.0], 1.0, [0, 1]),  # those who share experts
+    ],
+)
+def test_an_overflow_is_no_step_anywhere_and_halves_the_scale_only_where_it_happened(
+    layout: Layout, formats: list[Format], values: list[float], factor: float, expected: list[int]
+) -> None:
+    halved = [value / 2 if rank in expected else value for rank, value in enumerate(values)]
+    for found, finite, said, after in on_crew(3, overflow, layout, formats, values, factor):
+        assert (found, finite, after) == (expected, False, halved)
+        assert said.endswith(f"overflowed fp16; loss scale now {halved[expected[0]]:g}")
+
+
+def test_who_only_passes_on_what_is_broken_is_no_culprit() -> None:
+    def seen(**rows: int) -> torch.Tensor:
+        table = torch.zeros(4, 4)
+        for name, bits in rows.items():
+            table[int(name[1:])] = torch.tensor([float(bit) for bit in f"{bits:04d}"])
+        return table
+
+    alone, shared = [(0,), (1,), (2,), (3,)], [(0, 1), (2, 3)]
+    assert culprits(seen(), alone) == []
+    assert culprits(seen(w0=1011, w1=1110), alone) == [0]  # activations, down the lane and back
+    assert culprits(seen(w0=11, w1=11, w2=10), alone) == [2]  # a gradient, up the lane
+    assert culprits(seen(w0=10, w3=10), alone) == [0, 3]
+    assert culprits(seen(w1=1011, w0=11, w2=1110, w3=1010), shared) == [0, 1]
+
+
+def test_a_scale_doubles_after_many_good_steps_and_never_where_none_is_needed() -> None:
+    scales = LossScales.of(["fp32", "fp16", "bf16", "fp16"])
+    assert scales.values == [1.0, 2.0**16, 1.0, 2.0**16]
+    assert scales.follow([3]) == "worker 3 overflowed fp16; loss scale now 32768"
+    for _ in range(scale.GOOD_STEPS):
+        assert scales.follow([]) is None
+    assert scales.values == [1.0, 2.0**17, 1.0, 2.0**16]
+
+
+def test_at_the_lowest_scale_an_overflow_is_a_broken_step_like_any_other() -> None:
+    scales = LossScales([1.0, 4.0, 1.0], [0, 0, 0], [1, 2])
+    assert scales.follow([2]) is None
+    assert scales.hopeless([2]) == "; worker 2 overflowed fp16 at a loss scale of 1: give it --precision fp32"
+    assert scales.follow([0, 1]) is None, "worker 0 has none to lower"
+    assert scales.hopeless([0]) == ""
+    assert scales.values == [1.0, 4.0, 1.0]
+
+
+def test_scales_of_a_checkpoint_go_on_and_another_crew_begins_at_the_lowest() -> None:
+    saved = dataclasses.asdict(LossScales([1.0, 64.0, 256.0], [5, 6, 7], [1, 2]))
+    saved = json.loads(json.dumps(saved))
+    same, fewer, none = (LossScales.of(f) for f in (["bf16", "fp16", "fp16"], ["fp16", "fp32"], ["bf16"] * 3))
+    for scales in (same, fewer, none):
+        scales.restore(saved)
+    assert (same.values, same.good) == ([1.0, 64.0, 256.0], [5, 6, 7])
+    assert (fewer.values, fewer.good) == ([64.0, 1.0], [0, 0])
+    assert none.values == [1.0] * 3
+
+
+def events(out: Path) -> list[str]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record["message"] for record in records if record["kind"] == "event"]
+
+
+def train_losses(out: Path) -> list[Any]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(record["loss"], record.get("loss_scale")) for record in records if record["kind"] == "train"]
+
+
+def test_a_run_finds_its_scale_and_goes_on_exactly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins far too high: more skipped steps in a row than the guard would bear."""
+    monkeypatch.setattr(scale, "FIRST", 2.0**40)
+    asked = {"precision": "fp16", "steps": 30}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    pretrain(run_settings(whole, data, **asked))
+    assert len(events(whole)) > 12
+    assert events(whole)[0] == "step skipped: worker 0 overflowed fp16; loss scale now 5.49756e+11"
+    assert len(checkpoints(whole)) > 1
+    stop = len(train_losses(whole)) - len(events(whole)) - 3
+
+    def stopped(self: Worker, *arguments: Any) -> None:
+        nonlocal stop
+        stop -= 1
+        if not stop:
+            raise KeyboardInterrupt
+        update(self, *arguments)
+
+    update = Worker.update
+    with monkeypatch.context() as once:
+        once.setattr(Worker, "update", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(run_settings(out, data, **asked))
+    assert len(train_losses(out)) < 30
+    pretrain(run_settings(out, data, **asked))
+    assert train_losses(out) == train_losses(whole)
+    assert events(out) == events(whole)
+
+
+def test_a_run_whose_last_gradient_overflows_is_still_complete(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follow, seen = LossScales.follow, []
+
+    def unlucky(self: LossScales, found: list[int]) -> str | None:
+        seen.append(found)
+        return follow(self, [0] if len(seen) == 13 else found)  # the gradient behind the last of 12 steps
+
+    monkeypatch.setattr(LossScales, "follow", unlucky)
+    pretrain(run_settings(tmp_path, data, precision="fp16"))
+    assert len(seen) == 14
+    assert checkpoints(tmp_path)[-1].name == "step-00000012"
+
+
+def test_what_overflows_at_any_scale_stops_with_the_way_out(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale, "FIRST", 4.0)
+    with pytest.raises(InputError, match="worker 0 overflowed fp16 at a loss scale of 1: give it --precision fp32"):
+        pretrain(run_settings(tmp_path, data, precision="fp16", learning_rate=1e30, steps=20))
+
+
+@pytest.mark.slow(10)
+def test_fp16_learns_what_fp32_learns(data: Path, tmp_path: Path) -> None:
+    found = {}
+    for name in ("fp32", "fp16"):
+        pretrain(run_settings(tmp_path / name, data, precision=name, steps=100, batch_rows=4, checkpoint_every=100))
+        found[name] = [loss for loss, _ in train_losses(tmp_path / name)]
+    assert events(tmp_path / "fp16") == []
+    assert found["fp32"][-1] < found["fp32"][0] - 1
+    ends = [sum(losses[-20:]) / 20 for losses in found.values()]
+    assert ends[1] == pytest.approx(ends[0], rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["full", "compressed queries", "tied"])
+def test_a_model_in_fp16_computes_what_it_computes_in_fp32(name: str) -> None:
+    shape = {
+        "full": SHAPE,
+        "compressed queries": dataclasses.replace(SHAPE, q_lora_rank=8),
+        "tied": dataclasses.replace(SHAPE, tie_word_embeddings=True),
+    }[name]
+    model, batch = random_model(1, shape), random_batch(1)
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        model.compute_dtype = dtype
+        model.zero_grad(set_to_none=True)
+        losses = accumulate(model, batch, 3, LossWeights(0.3, 0.05), confined=True)
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((losses.main, losses.mtp, grads))
+    assert results[1][:2] == pytest.approx(results[0][:2], rel=1e-3)
+    assert error(results[1][2], results[0][2]) < 0.01
+
+
+def test_small_slopes_survive_fp16_when_the_loss_will_be_scaled() -> None:
+    """A word that is hardly ever wrong still moves: its probability is below what fp16 can hold."""
+    hidden = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
+    hidden.data[:, 0] = 20.0
+    head = torch.zeros(3, 4, requires_grad=True)
+    head.data[1, 0] = -0.9
+    head.data[2, 0] = -0.95
+    targets = torch.zeros(8, dtype=torch.int64)
+    exact = torch.tensor([0.0, -18.0, -19.0], dtype=torch.float64).softmax(0)[1] * 20.0 * 8
+    moved = []
+    for slope in (1.0, 2.0**12):
+        head.grad = None
+        (summed_cross_entropy(hidden, head, targets, slope) * 2.0**12).backward()
+        assert head.grad is not None
+        moved.append(float(head.grad[1, 0]) / 2.0**12)
+    assert moved[1] == pytest.approx(float(exact), rel=0.01)
+    assert abs(moved[0] / float(exact) - 1) > 0.5
+
+
+# ------------------------------------------------------------------------------------------------- who decides
+
+
+def measured(name: str, **gflops: float) -> Machine:
+    rates = tuple(MatmulRate(dtype, 4096, 256, 1024, rate) for dtype, rate in gflops.items())
+    return Machine("cpu", name, 1, 1, 1, 1, None, rates, 1.0, choose_dtype(rates))
+
+
+def test_auto_takes_16_bits_where_they_pay_and_bf16_before_fp16() -> None:
+    assert measured("old CPU", fp32=100, bf16=60).compute_dtype == "fp32"
+    assert measured("A100", fp32=100, bf16=800, fp16=900).compute_dtype == "bf16"
+    assert measured("V100", fp32=14, fp16=90).compute_dtype == "fp16"
+    assert measured("P4", fp32=5, fp16=5).compute_dtype == "fp32"
+
+
+def test_messages_are_bf16_only_if_every_worker_can_make_and_take_them() -> None:
+    assert wire_dtype(["bf16", "fp8"]) == torch.bfloat16
+    assert wire_dtype(["bf16", "fp16"]) == wire_dtype(["fp32", "bf16"]) == wire_dtype(["fp16"]) == torch.float32
+
+
+def decide(crew: Crew, folder: Path, layout: Layout, asked: list[Any], chips: list[str]) -> Any:
+    """(formats, who measured) by a crew of pretended chips, on which the first kind gains from bf16."""
+    measuring: list[str] = []
+
+    def measure(**_: Any) -> Machine:
+        measuring.append(chips[crew.rank])
+        return measured(chips[crew.rank], fp32=1, **({"bf16": 2} if chips[crew.rank] == chips[0] else {"fp16": 2}))
+
+    precision.device_name = lambda device: chips[crew.rank]  # type: ignore[assignment]
+    precision.probe = measure  # type: ignore[assignment]
+    wish = asked_format(asked[crew.rank], None, layout, crew.rank)
+    return number_formats(wish, crew, Run(folder, None), measure), measuring
+
+
+def test_each_kind_of_chip_decides_once_for_itself_unless_told(tmp_path: Path) -> None:
+    layout, chips = side_by_side(4, 4, 2), ["A100", "V100", "V100", "A100"]
+    found = on_crew(4, decide, tmp_path, layout, ["auto", "auto", "auto", "fp32"], chips)
+    assert [formats for formats, _ in found] == [["bf16", "fp16", "fp16", "fp32"]] * 4
+    assert [who for _, who in found] == [["A100"], ["V100"], [], []]
+    later = on_crew(2, decide, tmp_path, side_by_side(2, 4, 2), ["auto"] * 2, ["V100", "A100"])
+    assert later == [(["fp16", "bf16"], [])] * 2, "what was chosen stays, whatever is measured now"
+
+
+def test_a_plan_says_what_its_chips_compute_in_unless_told(tmp_path: Path) -> None:
+    layout = Layout((Team(((0, 1),), (2, 2), formats=("bf16", "fp16")),))
+    found = on_crew(2, decide, tmp_path, layout, ["auto", "auto"], ["A100", "V100"])
+    assert found == [(["bf16", "fp16"], [])] * 2
+    found = on_crew(2, decide, tmp_path, layout, ["auto", "fp32"], ["A100", "V100"])
+    assert found == [(["bf16", "fp32"], [])] * 2
+
+
+def test_workers_that_share_experts_compute_in_one_format() -> None:
+    layout = Layout((Team(((0,), (1,)), (4,), (2, 2)), Team(((2,),), (4,))))
+    check_formats(["bf16", "bf16", "fp16"], layout)
+    with pytest.raises(InputError, match="must compute in one format, but there are worker 0 bf16, worker 1 fp16;"):
+        check_formats(["bf16", "fp16", "fp16"], layout)
+
+
+def test_a_plan_file_gives_every_stage_the_format_of_its_pool() -> None:
+    team: dict[str, Any] = {
+        "pools": ["new", "old"], "tp": {"new": 1, "old": 1}, "cp": 1, "zero": 1, "schedule": "1f1b", "island": 0,
+        "dp": 1, "ep": 1, "recompute": "none", "micro_batch": 2, "sequences": 4,
+        "precision": {"new": "bf16", "old": "fp16"},
+        "stages": [
+            {"pool": pool, "layers": layers, "mtp": head, "head": head, "memory_bytes": {"optimizer": 1.0}}
+            for pool, layers, head in (("new", [0, 2], False), ("old", [3, 3], True))
+        ],
+    }  # fmt: skip
+    plan = {"teams": [team], "step_seconds": 1.0}
+    assert from_plan(plan, DEEP).teams[0].formats == ("bf16", "fp16")
+    team["precision"]["old"] = "tf32"
+    with pytest.raises(InputError, match="the plan computes in tf32 on new and old"):
+        from_plan(plan, DEEP)
