@@ -96,12 +96,23 @@ def for_groups(layout: Layout, size: int, chance: random.Random, choices: list[A
     return chosen
 
 
+def scalable(layout: Layout) -> Layout:
+    """ZeRO 2 and 3 send gradients before they are divided, and refuse loss scales."""
+    return dataclasses.replace(layout, zero=min(layout.zero, 1))  # type: ignore[arg-type]
+
+
+def test_zero_2_refuses_what_needs_a_loss_scale() -> None:
+    layout = dataclasses.replace(side_by_side(1, DEEP.num_hidden_layers, 2), zero=2)
+    with pytest.raises(InputError, match="fp16 has a loss scale, which ZeRO 2 and 3 cannot carry"):
+        Worker(DEEP, settings(), layout, Crew(), formats=["fp16"])
+
+
 @pytest.mark.slow(12)
 @pytest.mark.parametrize("size", [1, 4])
 def test_loss_scales_change_no_gradient_of_any_layout(size: int) -> None:
     chance, cases = random.Random(size), []
     for seed in range(1 if size == 1 else 5):
-        layout = random_layout(size, chance)
+        layout = scalable(random_layout(size, chance))
         scales = for_groups(layout, size, chance, [2.0**k for k in (-6, 3, 16)])
         cases.append((DEEP, layout, seed, ["fp32"] * size, scales))
     assert max(distances(size, cases)) <= 1e-6
@@ -112,7 +123,7 @@ def test_mixed_formats_give_the_gradient_within_their_rounding() -> None:
     """Three significant digits of fp16, two of bf16, added up over four layers."""
     size, chance, cases = 3, random.Random(3), []
     for seed in range(3):
-        layout = random_layout(size, chance)
+        layout = scalable(random_layout(size, chance))
         for choices in (["fp16"], ["fp16", "bf16", "fp32"]):
             formats = for_groups(layout, size, chance, choices)
             scales = [2.0**12 if name == "fp16" else 1.0 for name in formats]
