@@ -135,7 +135,7 @@ class Crew:
         if self.alone:
             return value
         box = [value]
-        with self._waiting(max(self.patience, PREPARING_SECONDS)):
+        with self.waiting(max(self.patience, PREPARING_SECONDS)):
             self.talk("sharing settings", lambda: dist.broadcast_object_list(box, self.among_all(source), self.group()))
         self.crossed("sharing settings", [(None, source, 0)])
         return box[0]
@@ -241,9 +241,9 @@ class Crew:
         )
 
     @contextmanager
-    def _waiting(self, seconds: float) -> Iterator[None]:
-        """Inside, wait so long for messages instead of `patience`."""
-        group: Any = self.group() or dist.group.WORLD
+    def waiting(self, seconds: float, ranks: Sequence[int] | None = None) -> Iterator[None]:
+        """Inside, wait so long for messages among these workers (None: all) instead of `patience`."""
+        group: Any = self.group(ranks) or dist.group.WORLD
         group.set_timeout(timedelta(seconds=seconds))
         yield
         group.set_timeout(timedelta(seconds=self.patience))

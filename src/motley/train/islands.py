@@ -42,6 +42,8 @@ from motley.train.worker import Worker
 
 USUAL_ROUND = 30
 """Steps between two meetings where nothing says how many."""
+ROUND_PATIENCE_SECONDS = 1800.0
+"""How long an island at least waits for one that is still on its way, until their speeds are known say."""
 KEPT_IN_OVERLAP = 0.5
 """Share of an island's own weights that stays when an exchange ran behind its steps."""
 WORTH_CHANGING = 0.1
@@ -135,6 +137,7 @@ class Island:
         self.speeds, self.measured = list(speeds), Shares(list(speeds))
         self.outer: Outer | None = None
         self.rounds = 0
+        self._patience = max(world.patience, ROUND_PATIENCE_SECONDS)
         if self.count > 1:
             world.form([self.leaders])
         with torch.device("meta"):
@@ -229,7 +232,8 @@ class Island:
         message = torch.cat([torch.tensor(head, dtype=torch.float64).view(torch.uint8), body])
         received = [torch.empty_like(message) for _ in range(self.count)]
         group = self.world.group(self.leaders)
-        work = self._talk(lambda: dist.all_gather(received, message, group=group, async_op=True))
+        with self.world.waiting(self._patience, self.leaders):
+            work = self._talk(lambda: dist.all_gather(received, message, group=group, async_op=True))
         self._flights[number] = _Flight(received, work)
         self.ledger.bytes_sent += len(message) * (self.count - 1)
 
@@ -266,7 +270,8 @@ class Island:
         """All islands compare what they hold and tell what they did; the next round follows their speed."""
         started = time.perf_counter()
         digest = -1.0 if self.outer is None else float(self._digest())
-        told = self.world.everyone([digest, *dataclasses.astuple(self.ledger)])
+        with self.world.waiting(self._patience):
+            told = self.world.everyone([digest, *dataclasses.astuple(self.ledger)])
         self.ledger.waited_seconds += time.perf_counter() - started
         told = [told[leader] for leader in self.leaders]
         for island, (theirs, *_) in enumerate(told):
