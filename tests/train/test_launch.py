@@ -49,7 +49,7 @@ def plan_of(pools: dict[str, tuple[int, int]], teams: list[tuple[list[str], int,
         written.append({
             "pools": list(dict.fromkeys(stage_pools)), "tp": dict.fromkeys(stage_pools, 1), "cp": 1, "ep": 1,
             "dp": copies, "zero": 0, "schedule": "1f1b", "island": 0, "micro_batch": 1, "sequences": copies,
-            "recompute": "none",             "stages": stages,
+            "recompute": "none", "precision": dict.fromkeys(stage_pools, "bf16"), "stages": stages,
         })  # fmt: skip
     listed = [
         {"pool": name, "chips": chips[name], "nodes": nodes, "chips_per_node": each}
