@@ -82,8 +82,8 @@ class TrainingConfig:
     """Steps that islands go on for while an exchange is under way."""
     outer_bits: Bits = 8
     """Bits of a number that islands exchange."""
-    outer_learning_rate: float = 0.7
-    outer_momentum: float = 0.9
+    outer_learning_rate: float = 0.8
+    outer_momentum: float = 0.5
     """Of the step that all islands take together (SGD with Nesterov momentum)."""
     patience: float = PATIENCE_SECONDS
     """Seconds that a worker of a crew waits for a silent one before it ends; one that died is noticed at once."""
