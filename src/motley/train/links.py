@@ -37,10 +37,12 @@ class Links:
 
     def among(self, members: tuple[int, ...]) -> "Links":
         """The same cables for some of the workers, numbered from 0 again."""
-        pools, latencies, rates = (
-            tuple(values[rank] for rank in members) for values in (self.pools, self.latencies, self.rates)
+        return Links(
+            members.index(self.rank),
+            tuple(self.pools[rank] for rank in members),
+            tuple(self.latencies[rank] for rank in members),
+            tuple(self.rates[rank] for rank in members),
         )
-        return Links(members.index(self.rank), pools, latencies, rates)
 
     def crosses(self, other: int) -> bool:
         """Whether messages between this worker and `other` take a cable."""
