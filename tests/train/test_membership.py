@@ -2,17 +2,31 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from crews import SERVER
 from test_crew import alone as alone  # fixtures
 from test_crew import children, losses, torchrun, until
 from test_crew import shape as shape
-from test_resume import command
+from test_resume import STEPS, command, records
 from test_resume import data as data
+
+import motley.train.pretrain
+import motley.train.start
+from motley.data.stream import Batch, TokenStream
+from motley.errors import InputError
+from motley.train.config import PretrainConfig
+from motley.train.membership import Door
+from motley.train.pretrain import pretrain
+
+ROWS = 4
 
 
 def steps_done(out: Path) -> int:
@@ -63,3 +77,95 @@ def test_a_worker_that_stays_silent_beyond_the_patience_of_the_others_is_named(d
     assert process.returncode != 0
     assert said.startswith(f"motley pretrain: worker 0 lost worker 1, whose process {victim} is stopped, while ")
     assert said.endswith("start the job again, it goes on from its newest checkpoint\n")
+
+
+class Gated(TokenStream):
+    """Rows that wait, at some steps, until the test lets them through: whoever is to die or to join is in time."""
+
+    def rows(self, position: int, count: int) -> Batch:
+        folder, step = self.gates, position // ROWS
+        if self.split == "train" and (folder / f"{step}.gate").exists():
+            (folder / f"{step}.{os.getpid()}").touch()
+            while (folder / f"{step}.gate").exists():
+                time.sleep(0.01)
+        return super().rows(position, count)
+
+    gates: Path
+
+
+def member(gates: Path, said: Path, program: str, arguments: dict[str, Any]) -> None:
+    """One `motley pretrain --live` in a process of its own."""
+    torch.set_num_threads(1)
+    Gated.gates = gates
+    motley.train.pretrain.TokenStream = Gated  # type: ignore[misc]
+    motley.train.start.sources = lambda: program
+    try:
+        pretrain(PretrainConfig(**arguments))
+    except InputError as error:
+        said.write_text(str(error))
+
+
+def arrived(gates: Path, step: int) -> list[int]:
+    return sorted(int(file.suffix[1:]) for file in gates.glob(f"{step}.[0-9]*"))
+
+
+def wait(condition: Any) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow(15)
+@pytest.mark.parametrize("seed", range(2))
+def test_a_live_crew_loses_one_and_gains_one_and_learns_what_one_process_learns(
+    seed: int, data: Path, shape: Path, alone: Path, tmp_path: Path
+):
+    """Three begin; one, worker 0 or another, is killed in the middle of a step; one that is not like them is sent away;
+    a third joins."""
+    out, gates, chance = tmp_path / "run", tmp_path / "gates", random.Random(seed)
+    gates.mkdir()
+    for step in (0, 6, 12, 18):
+        (gates / f"{step}.gate").touch()
+    arguments = {
+        "out": out, "data": (str(data),), "model": str(shape), "steps": STEPS, "batch_rows": ROWS, "micro_batch": 3,
+        "seq_len": 64, "valid_every": 10, "checkpoint_every": 7, "keep_last": 2, "precision": "fp32",
+        "warmup_steps": 5, "device": "cpu", "live": True, "patience": 60.0,
+    }  # fmt: skip
+
+    def begin(program: str = "same") -> Any:
+        process = SERVER.Process(target=member, args=(gates, tmp_path / "said", program, arguments), daemon=True)
+        process.start()
+        return process
+
+    crew = Door(out / "crew", "", 0)
+    processes = [begin()]
+    wait(lambda: len(arrived(gates, 0)) == 1)  # the first works alone until the others knock
+    processes += [begin(), begin()]
+    wait(lambda: len(crew.members()) == 3 and crew.knocking(2) == 2)
+    (gates / "0.gate").unlink()
+    wait(lambda: len(arrived(gates, 6)) == 3)
+    victim = processes.pop(0) if seed == 0 else processes.pop(chance.choice([1, 2]))
+    os.kill(victim.pid, signal.SIGKILL)
+    (gates / "6.gate").unlink()
+    wait(lambda: len(arrived(gates, 12)) == 2)
+    stranger = begin("other")
+    stranger.join(90)
+    assert (tmp_path / "said").read_text().startswith("this worker has source code other, the crew at work has same;")
+    processes.append(begin())
+    wait(lambda: crew.knocking(crew.newest().number + 1) == 1)
+    (gates / "12.gate").unlink()
+    wait(lambda: len(arrived(gates, 18)) == 3)
+    (gates / "18.gate").unlink()
+    for process in processes:
+        process.join(90)
+        assert process.exitcode == 0
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-5)
+    steps = [record["step"] for record in records(out) if record["kind"] == "train"]
+    assert steps == list(range(1, STEPS + 1))
+    tokens = {r["step"]: r["tokens"] for r in records(out) if r["kind"] == "train"}
+    assert tokens == {r["step"]: r["tokens"] for r in records(alone) if r["kind"] == "train"}
+    said = events(out)
+    assert said[-2] == "2 workers go on with step 7 (0 new, 1 gone); what the gone had computed of it is computed again"
+    assert said[-1] == "3 workers go on with step 14 (1 new, 0 gone)"
+    assert json.loads((out / "result.json").read_text())["step"] == STEPS

@@ -85,6 +85,9 @@ class TrainingConfig:
     outer_learning_rate: float = 0.8
     outer_momentum: float = 0.5
     """Of the step that all islands take together (SGD with Nesterov momentum)."""
+    live: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Start any number of these at any time, with the same --out and without torchrun: they find each other there and
+    train together; when one dies the others repeat the step, and newcomers get their state from the others."""
     patience: float = PATIENCE_SECONDS
     """Seconds that a worker of a crew waits for a silent one before it ends; one that died is noticed at once."""
     seed: int = 0

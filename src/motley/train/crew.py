@@ -13,11 +13,11 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -140,7 +140,7 @@ class Crew:
         self.crossed("sharing settings", [(None, source, 0)])
         return box[0]
 
-    def acquainted(self) -> "Crew":
+    def acquainted(self) -> Self:
         """This crew, knowing the process of each worker, and waiting no longer than its patience from now on."""
         processes = tuple(self.all_values((socket.gethostname(), os.getpid())))
         assert dist.group.WORLD is not None
@@ -208,16 +208,15 @@ class Crew:
             whole = [(ranks or range(self.size), root, size) for ranks, root, size in messages]
             self.talk(doing, lambda: links.collectives(whole))
 
-    def agree(self, facts: dict[str, Any]) -> None:
+    def stopping(self, asked: bool) -> bool:
+        """Whether any worker was asked to stop; all of them then do."""
+        return bool(self.sum(self.outgoing(torch.tensor(int(asked)))))
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
         """Raises InputError, on every worker, naming the first worker and fact that differ from worker 0's."""
         gathered = self.all_values(facts)
         for rank, theirs in enumerate(gathered):
-            for name, value in gathered[0].items():
-                if theirs.get(name) != value:
-                    raise InputError(
-                        f"worker {rank} has {name} {theirs.get(name)}, worker 0 has {value}; "
-                        "every worker needs the same code, data and settings"
-                    )
+            compare(f"worker {rank}", theirs, "worker 0", gathered[0])
 
     def talk(self, doing: str, message: Callable[[], Any], whom: Sequence[int] = ()) -> Any:
         """Send or receive; a dead or silent peer becomes a CrewError that says what was going on.
@@ -263,6 +262,16 @@ class Crew:
         """End talking; the process may exit afterwards."""
         if not self.alone and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def compare(one: str, facts: Mapping[str, Any], other: str, expected: Mapping[str, Any]) -> None:
+    """Raises InputError naming the first of the facts of `one` that differs from what `other` has."""
+    for name, value in expected.items():
+        if facts.get(name) != value:
+            raise InputError(
+                f"{one} has {name} {facts.get(name)}, {other} has {value}; "
+                "every worker needs the same code, data and settings"
+            )
 
 
 def _state(pid: int) -> str | None:

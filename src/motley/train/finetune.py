@@ -19,6 +19,7 @@ from motley.progress import note
 from motley.train.checks import check_data, check_length
 from motley.train.config import FinetuneConfig
 from motley.train.crew import Crew
+from motley.train.elastic import Memory, live
 from motley.train.loop import train
 from motley.train.run import Run, claimed, open_run
 from motley.train.start import employ, meet
@@ -42,16 +43,18 @@ def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str
 
     Returns what the run amounts to; None on workers that do not lead.
     """
+    if config.live:
+        return live(config, lambda crew, memory: _finetune(config, crew, machine, memory))
     crew = meet(config)
     try:
         with ExitStack() as held:
             crew.led(lambda: held.enter_context(claimed(config.out)))
-            return _finetune(config, crew, machine)
+            return _finetune(config, crew, machine, Memory())
     finally:
         crew.leave()
 
 
-def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None) -> dict[str, Any] | None:
+def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None, memory: Memory) -> dict[str, Any] | None:
     source = find_model(config.model)
     tokenizer = Tokenizer.load(source)
     shape = ModelConfig.from_hf(read_json(source / "config.json"))
@@ -65,8 +68,10 @@ def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None) -> di
     data, run = crew.led(prepare_run)
     if run.finished is not None:
         return run.finished
-    island = employ(config, shape, crew, run, data, machine, lambda device: load(source, device=device).float())
+    weights = None if memory.serves(crew) else lambda device: load(source, device=device).float()
+    island = employ(config, shape, crew, run, data, machine, weights)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
-    at = train(island, rows, held_out, tokenizer, "fine-tuning")
-    return run.finish(asdict(at)) if crew.leads else None
+    at = train(island, memory.course(island, data), rows, held_out, tokenizer, "fine-tuning")
+    result = crew.led(lambda: run.finish(asdict(at)))
+    return result if crew.leads else None

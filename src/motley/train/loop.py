@@ -19,21 +19,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
-from motley.errors import InputError
+from motley.errors import CrewError, InputError
 from motley.progress import Progress
 from motley.train.config import TrainingConfig
 from motley.train.guard import Guard
 from motley.train.islands import Island
 from motley.train.live import crew_table
-from motley.train.metrics import MetricsWriter, Silence
+from motley.train.metrics import MetricsWriter, Recent, Silence
 from motley.train.schedule import factor
 from motley.train.state import checkpoints, prune, restore, save_checkpoint, save_model
 from motley.train.step import StepLosses
@@ -53,48 +54,90 @@ class Position:
     best_bits_per_byte: float = 1e30
 
 
+@dataclass
+class Course:
+    """Where a run stands between two steps: with model and optimizer all that going on needs.
+
+    A step changes it in one go, once the sums over all rows are there, so that a worker which loses the others holds
+    the state after a whole number of steps.
+
+    Attributes:
+        at: how far it is.
+        guard: what is usual.
+        due: a checkpoint is to be written.
+        unseen: the model is to be validated.
+        load: routed tokens per expert of the last step, one tensor per MoE layer.
+        recent: records of the last steps.
+        news: what the metrics are to say before the next step.
+    """
+
+    at: Position = field(default_factory=Position)
+    guard: Guard = field(default_factory=Guard)
+    due: bool = False
+    unseen: bool = False
+    load: list[Tensor] = field(default_factory=list)
+    recent: list[dict[str, Any]] = field(default_factory=list)
+    news: list[str] = field(default_factory=list)
+
+    @property
+    def written(self) -> int:
+        """The step up to which the metrics are surely on disk."""
+        return min([self.at.step, *(record["step"] - 1 for record in self.recent)])
+
+
+def begin(island: Island) -> Course:
+    """Where the newest checkpoint of the run left off, or the beginning; every worker calls this."""
+    if (known := restore(island.settings.out, island)) is None:
+        return Course()
+    island.worker.scales.restore(known[1]["scales"])
+    return Course(Position(**known[0]["position"]), Guard(**known[1]["guard"]))
+
+
 def train(
-    island: Island, train_rows: TokenStream, valid_rows: TokenStream, tokenizer: Tokenizer, title: str
+    island: Island, course: Course, train_rows: TokenStream, valid_rows: TokenStream, tokenizer: Tokenizer, title: str
 ) -> Position:
-    """Train for settings.steps steps in the run folder settings.out, going on from its newest checkpoint.
+    """Train for settings.steps steps in the run folder settings.out, going on from where `course` is.
 
     Every worker calls this; worker 0 of all writes the folder and talks to people.
 
-    Raises InputError when the run cannot go on (loss stays broken, a checkpoint of something else, full disk) and
-    KeyboardInterrupt after Ctrl-C or SIGTERM, once a checkpoint is written.
+    Raises InputError when the run cannot go on (loss stays broken, a checkpoint of something else, full disk),
+    KeyboardInterrupt after Ctrl-C or SIGTERM, once a checkpoint is written, and CrewError when workers are lost.
     """
     worker, world, crew, config = island.worker, island.world, island.worker.crew, island.settings
     run = config.out
-    at, guard = Position(), Guard()
-    if (known := restore(run, island)) is not None:
-        at, guard = Position(**known[0]["position"]), Guard(**known[1]["guard"])
-        worker.scales.restore(known[1]["scales"])
+    at = course.at
     token_bytes = tokenizer.token_bytes()
 
     step_tokens = config.batch_rows * config.seq_len
-    due = False  # a checkpoint is
     met = dataclasses.replace(at)  # where the round began
     worker.model.train()
     with (
-        MetricsWriter(run, at.step) if world.leads else Silence() as metrics,
+        MetricsWriter(run, course.written) if world.leads else Silence() as file,
         Progress(title, config.steps * step_tokens, "tokens", done=at.step * step_tokens, shown=world.leads) as bar,
         stop_requests() as asked,
     ):
-        if metrics.forgotten > at.step:
-            metrics.write(
-                "event", step=at.step, tokens=at.tokens, seconds=at.seconds,
-                message=f"steps {at.step + 1} to {metrics.forgotten} are computed again, from the state after "
-                f"step {at.step}",
-            )  # fmt: skip
+        metrics = Recent(file, course.recent)
+        if (forgotten := world.share(file.forgotten)) > at.step:
+            course.news.append(
+                f"steps {at.step + 1} to {forgotten} are computed again, from the state after step {at.step}"
+            )
+        if course.news:
+            metrics.write("event", **_where(at), message="; ".join(course.news))
+            course.news = []
         if not crew.alone:
             about = introduction(crew, worker.layout, config.plan is not None, len(island.rows))
             metrics.write("crew", step=at.step, tokens=at.tokens, seconds=at.seconds, **about)
             bar.beneath(lambda: crew_table(about["names"], worker.timing))
-        while at.step < config.steps or due:
-            own_facts = {"guard": asdict(guard), "scales": asdict(worker.scales)}
+        while at.step < config.steps or course.due:
+            if course.unseen:
+                held_out = _validate(island, valid_rows, at, token_bytes, metrics, course.load)
+                course.unseen = False
+                if at.step == config.steps and not math.isfinite(held_out):
+                    raise _stuck(run, at.step, f"held-out loss {held_out:g} is not finite")
+            own_facts = {"guard": asdict(course.guard), "scales": asdict(worker.scales)}
             facts = {"step": at.step, "position": asdict(at)}
             began = time.perf_counter()
-            stop = island.between_rounds and bool(world.sum(world.outgoing(torch.tensor(int(asked.is_set())))))
+            stop = island.between_rounds and world.stopping(asked.is_set())
             started, rows = time.perf_counter(), island.rows
             ended = at.step == config.steps
             while True:
@@ -109,13 +152,14 @@ def train(
                 if overflow is None or not (ended or stop):
                     break  # otherwise this gradient has to prove the weights: once more, with a lower loss scale
             finite = losses.finite and math.isfinite(norm)
+            guard = dataclasses.replace(course.guard)
             reason = overflow or guard.verdict(losses.main, norm, finite)
             if reason and not overflow:
                 reason += worker.scales.hopeless(losses.culprits)
             # Behind the last step nothing is learned: there a single odd batch says nothing against the weights.
             proven = reason is None or (ended and finite and guard.skipped_in_a_row == 1)
             paused = time.perf_counter()
-            settling = island.between_rounds and (ended or due or stop)
+            settling = island.between_rounds and (ended or course.due or stop)
             if settling:
                 proven = island.everywhere(proven)
             if ended and not proven:
@@ -124,7 +168,7 @@ def train(
                 metrics.flush()  # what stands in a checkpoint's past must never be missing from the metrics
                 save_checkpoint(run, island, facts, own_facts, tokenizer)
                 prune(run, island, config.keep_last, at.best_step)
-                due = False
+                course.due = False
             if ended:
                 break
             if stop:
@@ -133,19 +177,33 @@ def train(
             paused = time.perf_counter() - paused
             if reason is None:
                 worker.update(losses, norm, _learning_rate(config, at.step))
-            worker.share_again()
+            lost = None
+            try:
+                worker.share_again()
+            except CrewError as error:  # the step is learned: it is counted and written down before all part
+                lost = error
             elapsed = time.perf_counter() - started - paused
             meeting = island.moved(losses.tokens, reason is None, elapsed)
+            course.guard, course.load = guard, losses.expert_counts
             before, at.step = at.step, island.step
             at.tokens = met.tokens + meeting.tokens if meeting else at.tokens + losses.tokens
             at.seconds += time.perf_counter() - began
-            where: dict[str, Any] = {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
+            where = _where(at)
             rate = len(rows) * config.seq_len / elapsed
             learning_rate = _learning_rate(config, before)
             numbers = _numbers(losses, norm, learning_rate, rate, crew.device)
             if crew.alone and worker.scales.workers:
                 numbers["loss_scale"] = worker.scales.values[0]
             metrics.write("train", **where, **numbers)
+            if reason:
+                metrics.write("event", **where, message=f"step skipped: {reason}")
+            if island.between_rounds:
+                last = at.step == config.steps
+                course.unseen = last or _passes(met.step, at.step, config.valid_every)
+                course.due = course.due or last or _passes(met.step, at.step, config.checkpoint_every)
+                met = dataclasses.replace(at)
+            if lost is not None:
+                raise lost
             if not crew.alone:
                 metrics.write("workers", **where, **worker.timing.numbers(), loss_scales=worker.scales.values)
                 if is_drawn(at.step, config.steps):
@@ -153,22 +211,16 @@ def train(
                     metrics.write("timeline", **where, step_seconds=worker.timing.step_seconds, spans=spans)
             if meeting:
                 metrics.write("islands", **where, **meeting.numbers())
-            if reason:
-                metrics.write("event", **where, message=f"step skipped: {reason}")
             if guard.exhausted:
                 raise _stuck(run, at.step, f"{reason}, {guard.skipped_in_a_row} steps in a row")
             bar.advance((at.step - before) * step_tokens, loss=losses.main)
-            if island.between_rounds:
-                last = at.step == config.steps
-                if last or _passes(met.step, at.step, config.valid_every):
-                    held_out = _validate(island, valid_rows, at, token_bytes, metrics, losses)
-                    if last and not math.isfinite(held_out):
-                        raise _stuck(run, at.step, f"held-out loss {held_out:g} is not finite")
-                due = due or last or _passes(met.step, at.step, config.checkpoint_every)
-                met = dataclasses.replace(at)
     worker.model.eval()
     save_model(run / "model", island, tokenizer)
     return at
+
+
+def _where(at: Position) -> dict[str, Any]:
+    return {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
 
 
 def _passes(before: int, now: int, every: int) -> bool:
@@ -202,17 +254,15 @@ def _numbers(
 
 
 def _validate(
-    island: Island, valid_rows: TokenStream, at: Position, token_bytes: Any, metrics: MetricsWriter | Silence,
-    losses: StepLosses,
-) -> float:  # fmt: skip
+    island: Island, valid_rows: TokenStream, at: Position, token_bytes: Any, metrics: Recent, load: list[Tensor]
+) -> float:
     """Measure and write down; returns the held-out loss in nats per token."""
     started = time.perf_counter()
     read = validate(island.held_out_loss, valid_rows, island.settings.valid_rows, token_bytes)
     at.seconds += time.perf_counter() - started
-    where: dict[str, Any] = {"step": at.step, "tokens": at.tokens, "seconds": at.seconds}
-    metrics.write("valid", **where, loss=read.nats_per_token, bits_per_byte=read.bits_per_byte)
-    load = [(counts / counts.sum().clamp(min=1)).tolist() for counts in losses.expert_counts]
-    metrics.write("experts", **where, load=load)
+    metrics.write("valid", **_where(at), loss=read.nats_per_token, bits_per_byte=read.bits_per_byte)
+    shares = [(counts / counts.sum().clamp(min=1)).tolist() for counts in load]
+    metrics.write("experts", **_where(at), load=shares)
     if read.nats_per_token < at.best_loss:
         at.best_loss, at.best_bits_per_byte, at.best_step = read.nats_per_token, read.bits_per_byte, at.step
     return read.nats_per_token

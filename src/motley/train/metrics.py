@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
 KINDS = ("train", "valid", "experts", "crew", "workers", "timeline", "islands", "event")
+RECENT_STEPS = 2  # workers that lose each other are at most one step apart
 POSITION = ("step", "tokens", "seconds")  # where in the run: not curves of their own
 
 
@@ -162,6 +163,29 @@ class Silence:
         return self
 
     def __exit__(self, *_: object) -> None: ...
+
+
+class Recent:
+    """What every worker remembers of the last two steps, so that another can write what a dead worker 0 did not.
+
+    Args:
+        writer: where worker 0 writes at once.
+        records: what was written lately, by whoever led; those of them that the file may lack are written first.
+    """
+
+    def __init__(self, writer: MetricsWriter | Silence, records: list[dict[str, Any]]) -> None:
+        self._writer, self._records = writer, records
+        for record in records:
+            writer.write(**record)
+
+    def write(self, kind: str, *, step: int, **values: Any) -> None:
+        """As `MetricsWriter.write`."""
+        self._records[:] = [record for record in self._records if record["step"] > step - RECENT_STEPS]
+        self._records.append({"kind": kind, "step": step, **values})
+        self._writer.write(kind, step=step, **values)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
 
 def imbalances(load: list[list[float]]) -> list[float]:

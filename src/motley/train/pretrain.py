@@ -21,6 +21,7 @@ from motley.progress import note
 from motley.train.checks import check_data, check_length
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
+from motley.train.elastic import Memory, live
 from motley.train.loop import train
 from motley.train.run import Run, claimed, open_run
 from motley.train.start import employ, meet
@@ -59,16 +60,18 @@ def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str
 
     Returns what the run amounts to; None on workers that do not lead.
     """
+    if config.live:
+        return live(config, lambda crew, memory: _pretrain(config, crew, machine, memory))
     crew = meet(config)
     try:
         with ExitStack() as held:
             crew.led(lambda: held.enter_context(claimed(config.out)))
-            return _pretrain(config, crew, machine)
+            return _pretrain(config, crew, machine, Memory())
     finally:
         crew.leave()
 
 
-def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None) -> dict[str, Any] | None:
+def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None, memory: Memory) -> dict[str, Any] | None:
     source = find_model(Path(config.model)) if config.model not in SIZES and Path(config.model).is_dir() else None
 
     def prepare_run() -> tuple[Path, ModelConfig, Run]:
@@ -94,8 +97,9 @@ def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None) -> di
         model.initialize(config.seed)
         return model.to(device)
 
-    island = employ(config, shape, crew, run, data, machine, weights)
+    island = employ(config, shape, crew, run, data, machine, None if memory.serves(crew) else weights)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
-    at = train(island, rows, held_out, tokenizer, "pretraining")
-    return run.finish(asdict(at)) if crew.leads else None
+    at = train(island, memory.course(island, data), rows, held_out, tokenizer, "pretraining")
+    result = crew.led(lambda: run.finish(asdict(at)))
+    return result if crew.leads else None

@@ -31,7 +31,7 @@ except ImportError:  # Windows
 CONFIG_FILE, MACHINE_FILE, RESULT_FILE, LOCK_FILE = "config.json", "machine.json", "result.json", "lock"
 FORMATS_FILE = "formats.json"
 FREE_TO_CHANGE = {  # these do not change what is learned
-    "out", "micro_batch", "recompute", "device", "plan", "zero", "emulate", "emulate_by", "islands", "patience",
+    "out", "micro_batch", "recompute", "device", "plan", "zero", "emulate", "emulate_by", "islands", "live", "patience",
     "valid_every", "valid_rows", "checkpoint_every", "keep_last",
 }  # fmt: skip
 
@@ -71,8 +71,10 @@ class Run:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold `folder` (made if missing) for this process. The system lets go of it however the process ends.
+def claimed(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold `folder` (made if missing) for this process, or for it and others that share it.
+
+    The system lets go of it however the process ends.
 
     Raises InputError when another process holds it. Where files cannot be locked, that is said and nothing is held.
     """
@@ -81,7 +83,7 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             if fcntl is None:
                 raise OSError("this system has no flock")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"another process is at work in {folder}; wait until it ends, or choose another --out"

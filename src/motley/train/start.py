@@ -46,10 +46,18 @@ def meet(config: TrainingConfig) -> Crew:
 
 def sources() -> str:
     """A fingerprint of this program: versions alone do not tell an edited file."""
-    found = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        found.update(file.read_bytes())
+    found, folder = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(folder.rglob("*.py")):
+        found.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return found.hexdigest()[:12]
+
+
+def facts(config: TrainingConfig, device: torch.device, data: Path) -> dict[str, str]:
+    """What must be the same on all workers: program, kind of device, data and settings."""
+    settings = {name: str(value) for name, value in dataclasses.asdict(config).items() if name not in OWN}
+    known = str(read_json(data / DATA_FILE).get("fingerprint")) if (data / DATA_FILE).is_file() else "missing"
+    versions = {"motley": __version__, "source code": sources(), "PyTorch": torch.__version__.split("+")[0]}
+    return {**versions, "kind of device": device.type, "data": known, **settings}
 
 
 def plan_of(config: TrainingConfig) -> dict[str, Any] | None:
@@ -70,7 +78,7 @@ def islands_for(
     Raises InputError where they do not fit the model or the crew.
     """
     if plan is None:
-        layers, zero = shape.num_hidden_layers, config.zero
+        layers, zero = shape.num_hidden_layers, 0 if config.live else config.zero
         islands = islands_side_by_side(config.islands, crew.size, layers, config.micro_batch, zero)
         return islands, config.sync_every or USUAL_ROUND
     if config.islands != "1":
@@ -89,7 +97,7 @@ def employ(
     run: Run,
     data: Path,
     machine: Machine | None,
-    weights: Callable[[torch.device], Transformer],
+    weights: Callable[[torch.device], Transformer] | None,
 ) -> Island:
     """This worker, in its place in its island and with its weights.
 
@@ -100,15 +108,12 @@ def employ(
         run: the opened run folder.
         data: the prepared data, which every worker reads for itself.
         machine: what was measured before, if anything.
-        weights: makes the whole model on a device; called by worker 0 only.
+        weights: makes the whole model on a device; called by worker 0 only. None: its state comes later.
     """
     plan = crew.led(lambda: plan_of(config))
     pretended = crew.led(lambda: parts_of(config.emulate, crew.size, plan)) if config.emulate else []
     islands, every = crew.led(lambda: islands_for(config, shape, crew, plan))
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in OWN}
-    known = read_json(data / DATA_FILE).get("fingerprint") if (data / DATA_FILE).is_file() else "missing"
-    versions = {"motley": __version__, "source code": sources(), "PyTorch": torch.__version__.split("+")[0]}
-    crew.agree({**versions, "kind of device": crew.device.type, "data": known, "shape": shape, **settings})
+    crew.agree({**facts(config, crew.device, data), "shape": str(shape)})
     if crew.alone:
         check_memory(shape, config.optimizer, crew.device)
     if pretended or not crew.alone:
@@ -126,13 +131,14 @@ def employ(
         crew = dataclasses.replace(crew, links=links_of(pretended, crew))
     parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]
     if crew.alone:
-        worker = Worker(shape, config, own.layout, crew, weights(crew.device), formats)
+        worker = Worker(shape, config, own.layout, crew, weights and weights(crew.device), formats)
         island = Island(worker, crew, parts, speeds, every)
     else:
         island_crew = crew.part(parts) if len(islands) > 1 else crew
         worker = Worker(shape, config, own.layout, island_crew, formats=formats)
         island = Island(worker, crew, parts, speeds, every)
-        hand_out(weights, island, crew)
+        if weights is not None:
+            hand_out(weights, island, crew)
     if pretended:
         play(pretended, config.emulate_by, worker, crew)
     return island
