@@ -3,6 +3,7 @@
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from motley.data.pack import DataConfig, prepare
 from motley.errors import InputError
 from motley.model import SIZES, load
 from motley.train.config import PretrainConfig
+from motley.train.crew import Crew
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import pretrain
 from motley.train.state import checkpoints, prune, step_folder
@@ -115,13 +117,15 @@ def test_a_checkpoint_half_deleted_by_a_killed_run_does_not_look_whole(
         step_folder(tmp_path, step).mkdir(parents=True)
         (step_folder(tmp_path, step) / "training.json").write_text("{}")
 
+    one_island: Any = SimpleNamespace(world=Crew(), count=1)
+
     def die(folder: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as killed:
         killed.setattr(shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            prune(tmp_path, 2, None)
+            prune(tmp_path, one_island, 2, None)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
-    prune(tmp_path, 2, None)
+    prune(tmp_path, one_island, 2, None)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
