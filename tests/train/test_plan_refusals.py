@@ -14,18 +14,19 @@ from motley.train.layout import Layout, Team, from_plan
 def plan() -> dict[str, Any]:
     """One pipeline of two stages in two pools, for a model of four layers."""
     stages = [
-        {"layers": [0, 1], "mtp": False, "head": False, "memory_bytes": {"optimizer": 1.0}},
-        {"layers": [2, 3], "mtp": True, "head": True, "memory_bytes": {"optimizer": 1.0}},
+        {"pool": "big", "layers": [0, 1], "mtp": False, "head": False, "memory_bytes": {"optimizer": 1.0}},
+        {"pool": "small", "layers": [2, 3], "mtp": True, "head": True, "memory_bytes": {"optimizer": 1.0}},
     ]
     team = {
         "pools": ["big", "small"], "tp": {"big": 1, "small": 1}, "cp": 1, "zero": 1, "schedule": "1f1b", "island": 0,
         "stages": stages, "dp": 1, "ep": 1, "recompute": "none", "micro_batch": 2, "sequences": 4,
+        "precision": {"big": "bf16", "small": "fp16"},
     }  # fmt: skip
     return {"teams": [team], "step_seconds": 1.0}
 
 
 def test_the_plan_that_the_others_are_made_of_is_run():
-    assert from_plan(plan(), DEEP).teams == (Team(((0, 1),), (2, 2), micro_batch=2),)
+    assert from_plan(plan(), DEEP).teams == (Team(((0, 1),), (2, 2), micro_batch=2, formats=("bf16", "fp16")),)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ def test_the_plan_that_the_others_are_made_of_is_run():
         (lambda p: p["teams"][0]["stages"][0].update(mtp=True), "MTP module of big and small on another stage"),
         (lambda p: p["teams"][0]["stages"][1].update(layers=[2, 4]), r"layers \[2, 3\], the model has 4"),
         (lambda p: p["teams"][0].pop("dp"), "this is no plan as `motley plan --out` writes it: KeyError"),
+        (lambda p: p["teams"][0]["precision"].update(small="int3"), "int3"),
         (lambda p: p.update(teams=[3]), "this is no plan as `motley plan --out` writes it: TypeError"),
     ],
 )
