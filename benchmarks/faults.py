@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from motley.data.pack import DataConfig, prepare
 
 STEPS, LIMIT_SECONDS, PATIENCE = 40, 300.0, 10.0
@@ -184,8 +186,23 @@ def stop_for_ever(crew: Crew, chance: random.Random) -> None:
     os.kill(victim, signal.SIGKILL)
 
 
-def kill_agent(crew: Crew, chance: random.Random) -> None:
+def kill_coordinator(crew: Crew, chance: random.Random) -> None:
+    """torchrun itself, whose workers are left to themselves; of a live crew, worker 0, where the others met."""
+    workers = crew.workers()
+    if crew.live:
+        os.kill(workers[0], signal.SIGKILL)
+        return
     os.kill(crew.started[-1].pid, signal.SIGKILL)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while time.monotonic() < deadline and any(map(lives, workers)):
+        time.sleep(0.05)
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 FAULTS: dict[str, Callable[[Crew, random.Random], None]] = {
@@ -193,6 +210,7 @@ FAULTS: dict[str, Callable[[Crew, random.Random], None]] = {
     "kill worker 0": lambda crew, chance: kill(crew, chance, "worker 0"),
     "kill worker 0 in a checkpoint": kill_in_checkpoint,
     "kill while rebalancing": kill_while_rebalancing,
+    "kill the coordinator": kill_coordinator,
     "pause, shorter than patience": pause,
     "stop for ever": stop_for_ever,
 }
