@@ -35,7 +35,7 @@ def write_crew(folder: Path, steps: int = 12, drawn: tuple[int, ...] = (1, 3, 12
                 share=[0.4, 0.4, 0.4, 0.2], busy_seconds=[2.5] * 4, other_seconds=[0.0] * 4,
                 wait_seconds={kind: [1.0 + (kind == "gradients")] * 4 for kind in WAITS},
                 idle_share=[0.7, 0.7, 0.42, 0.02], memory_bytes=[2**30] * 4, sent_bytes=[1e6] * 4,
-                received_bytes=[1e6] * 4, link_bytes_per_second=[2e6] * 4,
+                received_bytes=[1e6] * 4, link_bytes_per_second=[2e6] * 4, loss_scales=[1.0] * 4,
             )  # fmt: skip
             if step in drawn:
                 metrics.write("timeline", **where, step_seconds=9.5, spans=TIMELINE)
