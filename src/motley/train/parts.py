@@ -15,6 +15,7 @@ Muon needs whole matrices, so parts are never finer than a matrix; the split fol
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -51,7 +52,8 @@ class Part:
         return self.name if self.whole else f"{self.start}:{self.stop}|{self.name}"
 
 
-def parts_of(config: ModelConfig, layout: Layout) -> list[Part]:
+@lru_cache(maxsize=2)  # a start asks for each worker of a layout; a large model has tens of thousands of parts
+def parts_of(config: ModelConfig, layout: Layout) -> tuple[Part, ...]:
     """All parts of the model in the order of its parameters, the same on every worker."""
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
@@ -61,7 +63,7 @@ def parts_of(config: ModelConfig, layout: Layout) -> list[Part]:
         for start, stop in pairwise(bounds):
             holders = tuple(sorted(_holders(name, start, config, layout)))
             found.append(Part(name, start, stop, (stop - start, *shape[1:]), holders, -1, len(bounds) == 2))
-    return [replace(part, owner=owner) for part, owner in zip(found, _owners(found, layout), strict=True)]
+    return tuple(replace(part, owner=owner) for part, owner in zip(found, _owners(found, layout), strict=True))
 
 
 Kind = Literal["weights", "gradients", "optimizer"]
