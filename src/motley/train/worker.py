@@ -112,7 +112,8 @@ class Worker:
         confined = self.settings.confine_to_document
         tally = self.lane.run(batch, self._micro_batches(), counts, self.weights, confined, scale)
         made, received, received_gradient = (self.lane.broken > 0).tolist()
-        broken = [made, received, not self.shards.finite(), received_gradient]
+        overflowed = bool(self.scales.workers) and not self.shards.finite()  # only loss scales ask who it was
+        broken = [made, received, overflowed, received_gradient]
         if scale != 1:
             self.shards.scale(1 / scale)
         self.shards.reduce()
