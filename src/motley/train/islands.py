@@ -31,12 +31,13 @@ from torch import Tensor
 from motley.data.stream import TokenStream
 from motley.errors import InputError
 from motley.model import Transformer
+from motley.plan.partition import apportion
 from motley.train.crew import Crew
 from motley.train.gather import State
 from motley.train.outer import Outer, fragments_of
 from motley.train.parts import trained
 from motley.train.rounds import Round
-from motley.train.shares import Shares, apportion
+from motley.train.shares import Shares
 from motley.train.wire import decode, encode, encoded_bytes
 from motley.train.worker import Worker
 

@@ -12,7 +12,7 @@ A round takes as many rows as its steps would take in one crew, so a run of isla
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from motley.train.shares import apportion
+from motley.plan.partition import apportion
 
 
 @dataclass(frozen=True)
