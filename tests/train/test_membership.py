@@ -18,7 +18,7 @@ from test_crew import shape as shape
 from test_resume import STEPS, command, records
 from test_resume import data as data
 
-import motley.train.pretrain
+import motley.train.carry_out
 import motley.train.start
 from motley.data.stream import Batch, TokenStream
 from motley.errors import InputError
@@ -97,7 +97,7 @@ def member(gates: Path, said: Path, program: str, arguments: dict[str, Any]) -> 
     """One `motley pretrain --live` in a process of its own."""
     torch.set_num_threads(1)
     Gated.gates = gates
-    motley.train.pretrain.TokenStream = Gated  # type: ignore[misc]
+    motley.train.carry_out.TokenStream = Gated  # type: ignore[misc]
     motley.train.start.sources = lambda: program
     try:
         pretrain(PretrainConfig(**arguments))

@@ -1,28 +1,26 @@
 """`motley sft`: a model learns from conversations; only what the assistant says counts."""
 
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from motley.data.pack import DATA_FILE, pack_conversations
 from motley.data.shards import CONVERSATIONS
 from motley.data.sources import fingerprint_files, read_conversations
-from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.probe import Machine
-from motley.model import ModelConfig, load
+from motley.model import ModelConfig, Transformer, load
 from motley.model.find import find_model
 from motley.progress import note
+from motley.train.carry_out import carry_out, with_crew
 from motley.train.checks import check_data, check_length
 from motley.train.config import FinetuneConfig
 from motley.train.crew import Crew
-from motley.train.elastic import Memory, live
-from motley.train.loop import train
-from motley.train.run import Run, claimed, open_run
-from motley.train.start import employ, meet
+from motley.train.elastic import Memory
+from motley.train.run import Run, open_run
 
 
 def packed_conversations(config: FinetuneConfig, tokenizer: Tokenizer) -> Path:
@@ -43,15 +41,7 @@ def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str
 
     Returns what the run amounts to; None on workers that do not lead.
     """
-    if config.live:
-        return live(config, lambda crew, memory: _finetune(config, crew, machine, memory))
-    crew = meet(config)
-    try:
-        with ExitStack() as held:
-            crew.led(lambda: held.enter_context(claimed(config.out)))
-            return _finetune(config, crew, machine, Memory())
-    finally:
-        crew.leave()
+    return with_crew(config, lambda crew, memory: _finetune(config, crew, machine, memory))
 
 
 def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None, memory: Memory) -> dict[str, Any] | None:
@@ -68,10 +58,8 @@ def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None, memor
     data, run = crew.led(prepare_run)
     if run.finished is not None:
         return run.finished
-    weights = None if memory.serves(crew) else lambda device: load(source, device=device).float()
-    island = employ(config, shape, crew, run, data, machine, weights)
-    rows = TokenStream(data, "train", config.seq_len, config.seed)
-    held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
-    at = train(island, memory.course(island, data), rows, held_out, tokenizer, "fine-tuning")
-    result = crew.led(lambda: run.finish(asdict(at)))
-    return result if crew.leads else None
+
+    def weights(device: torch.device) -> Transformer:
+        return load(source, device=device).float()
+
+    return carry_out(config, shape, crew, memory, run, data, machine, weights, tokenizer, "fine-tuning")

@@ -1,8 +1,6 @@
 """`motley pretrain`: a model from text, a new one or one that goes on."""
 
 import dataclasses
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,6 @@ import torch
 
 from motley.data.pack import DATA_FILE, DataConfig, prepare
 from motley.data.shards import TEXT
-from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json
@@ -18,13 +15,12 @@ from motley.fleet.probe import Machine
 from motley.model import SIZES, ModelConfig, Transformer, load
 from motley.model.find import find_model
 from motley.progress import note
+from motley.train.carry_out import carry_out, with_crew
 from motley.train.checks import check_data, check_length
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
-from motley.train.elastic import Memory, live
-from motley.train.loop import train
-from motley.train.run import Run, claimed, open_run
-from motley.train.start import employ, meet
+from motley.train.elastic import Memory
+from motley.train.run import Run, open_run
 
 
 def new_model_config(name: str, tokenizer: Tokenizer) -> ModelConfig:
@@ -60,15 +56,7 @@ def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str
 
     Returns what the run amounts to; None on workers that do not lead.
     """
-    if config.live:
-        return live(config, lambda crew, memory: _pretrain(config, crew, machine, memory))
-    crew = meet(config)
-    try:
-        with ExitStack() as held:
-            crew.led(lambda: held.enter_context(claimed(config.out)))
-            return _pretrain(config, crew, machine, Memory())
-    finally:
-        crew.leave()
+    return with_crew(config, lambda crew, memory: _pretrain(config, crew, machine, memory))
 
 
 def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None, memory: Memory) -> dict[str, Any] | None:
@@ -97,9 +85,4 @@ def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None, memor
         model.initialize(config.seed)
         return model.to(device)
 
-    island = employ(config, shape, crew, run, data, machine, None if memory.serves(crew) else weights)
-    rows = TokenStream(data, "train", config.seq_len, config.seed)
-    held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
-    at = train(island, memory.course(island, data), rows, held_out, tokenizer, "pretraining")
-    result = crew.led(lambda: run.finish(asdict(at)))
-    return result if crew.leads else None
+    return carry_out(config, shape, crew, memory, run, data, machine, weights, tokenizer, "pretraining")

@@ -1,0 +1,67 @@
+"""What pretraining and fine-tuning share: the crew that the settings ask for, and the run from its start to its end."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from motley.data.stream import TokenStream
+from motley.data.tokenizer import Tokenizer
+from motley.fleet.probe import Machine
+from motley.model import ModelConfig, Transformer
+from motley.train.config import TrainingConfig
+from motley.train.crew import Crew
+from motley.train.elastic import Memory, Result, live
+from motley.train.loop import train
+from motley.train.run import Run, claimed
+from motley.train.start import employ, meet
+
+
+def with_crew(config: TrainingConfig, work: Callable[[Crew, Memory], Result]) -> Result:
+    """`work` of this process with the others of its job, the run folder held meanwhile."""
+    if config.live:
+        return live(config, work)
+    crew = meet(config)
+    try:
+        with ExitStack() as held:
+            crew.led(lambda: held.enter_context(claimed(config.out)))
+            return work(crew, Memory())
+    finally:
+        crew.leave()
+
+
+def carry_out(
+    config: TrainingConfig,
+    shape: ModelConfig,
+    crew: Crew,
+    memory: Memory,
+    run: Run,
+    data: Path,
+    machine: Machine | None,
+    weights: Callable[[torch.device], Transformer],
+    tokenizer: Tokenizer,
+    title: str,
+) -> dict[str, Any] | None:
+    """Train to the end and write down what the run amounts to, which worker 0 returns; None elsewhere.
+
+    Args:
+        config: settings of the stage.
+        shape: of the model.
+        crew: all workers.
+        memory: what this worker keeps from crew to crew.
+        run: the opened run folder.
+        data: the prepared data.
+        machine: what was measured before, if anything.
+        weights: makes the whole model on a device, where the crew has no state to go on from.
+        tokenizer: of the model.
+        title: of the progress bar.
+    """
+    island = employ(config, shape, crew, run, data, machine, None if memory.serves(crew) else weights)
+    rows = TokenStream(data, "train", config.seq_len, config.seed)
+    held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
+    at = train(island, memory.course(island, data), rows, held_out, tokenizer, title)
+    result = crew.led(lambda: run.finish(asdict(at)))
+    return result if crew.leads else None
