@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from motley.model import ModelConfig
+from motley.train.parts import unit_of
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ def fragments_of(
     """Parameters and routers' biases (by name) in `count` fragments; the same on every island."""
     units: dict[str, list[str]] = {}
     for name in (*shapes, *biases):
-        parts = name.split(".")
-        layer = ".".join(parts[:3]) if name.startswith("model.layers.") else ".".join(parts[:2])
-        units.setdefault(layer, []).append(name)
+        units.setdefault(unit_of(name), []).append(name)
     weights = {unit: sum(shapes[name].numel() for name in names if name in shapes) for unit, names in units.items()}
     held: list[list[str]] = [[] for _ in range(count)]
     layers = [f"model.layers.{layer}" for layer in range(config.num_hidden_layers)]

@@ -79,6 +79,12 @@ def kept(parts: Iterable[Part], kind: Kind, zero: Zero, rank: int) -> list[Part]
     return [p for p in parts if (p.owner == rank if zero >= ALONE_FROM[kind] else rank in p.holders)]
 
 
+def unit_of(name: str) -> str:
+    """The module that a tensor belongs to: the embedding, a block, the last norm, the head, an MTP module."""
+    names = name.split(".")
+    return ".".join(names[: 3 if name.startswith("model.layers.") else min(2, len(names) - 1)])
+
+
 def trained(name: str, mtp: bool) -> bool:
     """Whether the loss depends on a parameter; `mtp`: it has a part that the MTP modules predict."""
     return mtp or not name.startswith("mtp.")

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from motley.model import Transformer
 from motley.model.moe import Routing
-from motley.train.parts import Part
+from motley.train.parts import Part, unit_of
 from motley.train.shards import Shards
 from motley.train.step import predicted_loss
 
@@ -64,12 +64,7 @@ class Unit:
 
 def units_of(parts: Sequence[Part]) -> dict[str, Unit]:
     """All units of a model by the module they are, in the order of its parameters."""
-
-    def module(part: Part) -> str:
-        names = part.name.split(".")
-        return ".".join(names[: 3 if part.name.startswith("model.layers.") else min(2, len(names) - 1)])
-
-    return {name: Unit(name, tuple(group)) for name, group in groupby(parts, module)}
+    return {name: Unit(name, tuple(group)) for name, group in groupby(parts, lambda part: unit_of(part.name))}
 
 
 Step = tuple[Literal["gather", "send"], Unit]
