@@ -111,7 +111,7 @@ def test_pretended_chips_are_read_and_go_before_what_was_measured():
         ("speed: 0.25", "speed: 0", r"line 13: pools\[1\].emulated.speed is 0: .*greater than 0"),
         ("speed: 0.25", "sped: 0.25", r"line 13: there is no field .*sped; known here: speed, memory, precision"),
         ("memory: 2 GB", "memory: 2", r"line 14: .*write a number and its unit, such as \"80 GiB\""),
-        ("precision: fp16", "precision: fp8", r"line 15: .*precision is 'fp8': .*'bf16', 'fp16' or 'fp32'"),
+        ("precision: fp16", "precision: fp4", r"line 15: .*precision is 'fp4': .*'bf16', 'fp16', 'fp8' or 'fp32'"),
         ("bandwidth: 100 Mb/s", "bandwidth: 100 ms", r"line 16: .*'ms' is not one of"),
         ("latency: 50 ms", "delay: 50 ms", r"line 16: there is no field .*delay; known here: bandwidth, latency"),
         ("8 steps, 2 min", "8, 2 min", r"line 17: .*is 8: write a number and its unit, such as \"8 steps\""),

@@ -20,7 +20,7 @@ from motley.model import SIZES, ModelConfig, Transformer, load, save
 from motley.model.checkpoint import places
 from motley.model.find import find_model
 from motley.model.moe import Gate
-from motley.model.quantize import dequantize
+from motley.model.quantize import dequantize_in_bands
 from motley.model.where import Where
 
 SHAPE = dataclasses.replace(
@@ -214,7 +214,7 @@ def test_dequantisation_follows_other_block_sizes() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 7, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(3, 3, generator=generator)
-    found = dequantize(weight, scale, (2, 3), torch.float32)
+    found = dequantize_in_bands(weight, scale, (2, 3), torch.float32)
     for row in range(5):
         for column in range(7):
             assert float(found[row, column]) == float(weight[row, column].float() * scale[row // 2, column // 3])

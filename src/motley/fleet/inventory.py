@@ -18,13 +18,13 @@ Whatever is wrong is named with its line. Rates and sizes carry their units.
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from motley.errors import InputError
-from motley.fleet.chips import PRECISIONS, Chip, find_chip
+from motley.fleet.chips import PRECISIONS, Chip, Precision, find_chip
 from motley.fleet.units import Duration, Memory, Moment, Rate, rate_text, size_text
 
 HOURS_BETWEEN_FAILURES = 50_000.0
@@ -53,7 +53,7 @@ class Measured(_Entry):
     memory: Memory | None = None
     """What a process may use of a chip's memory."""
     memory_bandwidth: Rate | None = None
-    matmul: dict[Literal["bf16", "fp16", "fp8", "fp32"], tuple[MatmulPoint, ...]] = {}
+    matmul: dict[Precision, tuple[MatmulPoint, ...]] = {}
     """Per number format: [groups, rows, inner, columns, GFLOP/s] of each product measured."""
 
 
@@ -71,8 +71,8 @@ class Emulated(_Entry):
     """Share of the speed of the machine that plays."""
     memory: Memory | None = None
     """What each worker may hold."""
-    precision: Literal["bf16", "fp16", "fp32"] | None = None
-    """The widest-ranging 16 bits that the pretended chip computes in; fp32: it has none."""
+    precision: Precision | None = None
+    """What the pretended chip trains in: the widest-ranging 16 bits that it has, fp32 where it has none, or fp8."""
     link: EmulatedLink = EmulatedLink()
     fails_after: tuple[Moment, ...] = ()
     """When the pool's first chip dies, its second, ...: `8 steps` or `60 s`; chips beyond the list live."""
@@ -94,7 +94,7 @@ class Pool(_Entry):
     availability: Annotated[float, Field(gt=0, le=1)] = 1.0
     hours_between_failures: Positive = HOURS_BETWEEN_FAILURES
     hours_between_node_failures: Positive | None = None
-    precision: Literal["bf16", "fp16", "fp8", "fp32"] | None = None
+    precision: Precision | None = None
     measured: Measured = Measured()
     emulated: Emulated | None = None
 

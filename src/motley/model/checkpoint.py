@@ -26,7 +26,7 @@ from motley.errors import InputError
 from motley.files import read_json, whole_folder, write_json
 from motley.model.config import ModelConfig
 from motley.model.find import is_model
-from motley.model.quantize import SCALE_SUFFIX, dequantize
+from motley.model.quantize import SCALE_SUFFIX, dequantize_in_bands
 from motley.model.rotary import Rotary
 from motley.model.safetensors_header import Entry, read_header
 from motley.model.transformer import Transformer
@@ -300,7 +300,7 @@ def _read_fp8(
     else:
         with safe_open(scale_file, framework="pt") as other:
             scale = other.get_tensor(scale_name)
-    return dequantize(shard.get_tensor(name), scale, block, dtype)
+    return dequantize_in_bands(shard.get_tensor(name), scale, block, dtype)
 
 
 # ------------------------------------------------------------------------------------------ writing

@@ -6,7 +6,8 @@
 
 On a CPU every new number of rows makes the matrix library compile another kernel, so that real routing, which never
 gives the same counts twice, would run three times slower than a benchmark that repeats itself. Rounded counts come
-from a small set. A filling row copies token 0 and weighs nothing, so neither values nor gradients notice it.
+from a small set. In fp8 each expert is filled up to whole tiles, so that no tile mixes two. A filling row copies the
+last token of its expert and weighs nothing: neither values nor gradients notice it, nor a tile's largest value.
 
 `moe_reference` is what one reads; `Experts.forward` is what runs; a test holds them equal.
 """
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from motley.model.layers import add_gradient, wide
+from motley.model.fp8 import TILE, fp8_product
+from motley.model.products import add_gradient, grouped_product
 
 PAD = 64  # rows, on a CPU
 
@@ -51,10 +53,9 @@ class Layout:
     row_of_slot: Tensor
 
     @classmethod
-    def of(cls, chosen: Tensor, experts: int) -> "Layout":
-        """Lay out chosen [tokens, k]."""
+    def of(cls, chosen: Tensor, experts: int, pad: int) -> "Layout":
+        """Lay out chosen [tokens, k], each expert filled up to a multiple of `pad` rows."""
         slots, k = chosen.numel(), chosen.shape[1]
-        pad = PAD if chosen.device.type == "cpu" and slots >= PAD * experts else 1
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=experts)
         padded = (counts + pad - 1) // pad * pad
@@ -66,8 +67,11 @@ class Layout:
         slot_of_row[rows_sorted] = order
         row_of_slot = torch.empty_like(order)
         row_of_slot[order] = rows_sorted
-        token_of_row = torch.where(slot_of_row < slots, slot_of_row // k, 0)
-        return cls(ends.int(), token_of_row, slot_of_row, row_of_slot)
+        slot_copied = slot_of_row
+        if pad > 1:
+            last = order[counts.cumsum(0) - 1]  # slot of each expert
+            slot_copied = slot_of_row.where(slot_of_row < slots, last.repeat_interleave(padded, output_size=rows))
+        return cls(ends.int(), slot_copied // k, slot_of_row, row_of_slot)
 
 
 class Experts(nn.Module):
@@ -77,11 +81,12 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
-        self.later: list[Callable[[], None]] | None = None  # as in Linear
+        self.later: list[Callable[[], None]] | None = None  # both as in Linear
+        self.fp8 = False
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, hidden], chosen [tokens, k], weights fp32 [tokens, k] → [tokens, hidden]."""
-        layout, k = Layout.of(chosen, self.gate_up_proj.shape[0]), chosen.shape[1]
+        layout, k = Layout.of(chosen, len(self.gate_up_proj), self._pad(chosen)), chosen.shape[1]
         rows = _Dispatch.apply(x, layout.token_of_row, layout.row_of_slot, k)
         gate_up = self._grouped(rows, self.gate_up_proj, layout.ends)  # pyright: ignore[reportArgumentType]
         # Weighing the inner activation instead of the output is the same sum and narrower.
@@ -91,17 +96,19 @@ class Experts(nn.Module):
         out = self._grouped(inner, self.down_proj, layout.ends)
         return _Combine.apply(out, layout.token_of_row, layout.row_of_slot, k)  # pyright: ignore[reportReturnType]
 
+    def _pad(self, chosen: Tensor) -> int:
+        """To what multiple of rows each expert is filled up."""
+        if self.fp8 and self.training:
+            return TILE
+        return PAD if chosen.device.type == "cpu" and chosen.numel() >= PAD * len(self.gate_up_proj) else 1
+
     def _grouped(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """rows [rows, in] sorted by expert, weight [experts, out, in] → [rows, out]."""
+        if self.fp8 and self.training:
+            return fp8_product(rows, weight, ends, self.later)
         if self.later is not None and torch.is_grad_enabled():
             return _LaterGrouped.apply(rows, weight, ends, self.later)  # pyright: ignore[reportReturnType]
         return grouped_product(rows, weight.to(rows.dtype).transpose(1, 2), ends)
-
-
-def grouped_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """Products of runs that end at `ends`, in their dtype: of left's rows with one matrix of `right` each, or, where
-    both are matrices, of left's columns with right's rows: one matrix each."""
-    return F.grouped_mm(wide(left), wide(right), offs=ends).to(left.dtype)
 
 
 class _LaterGrouped(torch.autograd.Function):

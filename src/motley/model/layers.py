@@ -7,42 +7,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-def wide(x: Tensor) -> Tensor:
-    """What a product is computed from: fp16 on a CPU goes through fp32, as its sums do inside a GPU.
-
-    PyTorch's own fp16 products for CPUs take fifty times as long as bf16's.
-    """
-    return x.float() if x.dtype == torch.float16 and x.device.type == "cpu" else x
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in their dtype."""
-    return (wide(left) @ wide(right)).to(left.dtype)
+from motley.model.fp8 import fp8_product
+from motley.model.products import add_gradient, product, wide
 
 
 class Linear(nn.Linear):
     """A linear map that computes in the dtype of its input; the weight itself stays in its own (fp32 in training).
 
     `later`, if set, receives what is left to do for the weight's gradient after each backward pass (zero-bubble
-    pipelines do it when there is time); None: everything at once.
+    pipelines do it when there is time); None: everything at once. `fp8`, if set, rounds the operands of its products in
+    training (`fp8.py`).
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)
         self.later: list[Callable[[], None]] | None = None
+        self.fp8 = False
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.fp8 and self.training:
+            y = fp8_product(input.flatten(0, -2), self.weight, later=self.later).unflatten(0, input.shape[:-1])
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         if self.later is not None and self.bias is None and torch.is_grad_enabled():
             return _LaterLinear.apply(input, self.weight, self.later)  # pyright: ignore[reportReturnType]
         bias = None if self.bias is None else wide(self.bias.to(input.dtype))
         return F.linear(wide(input), wide(self.weight.to(input.dtype)), bias).to(input.dtype)
-
-
-def add_gradient(weight: Tensor, gradient: Tensor) -> None:
-    """Accumulate into weight.grad as autograd would."""
-    gradient = gradient.to(weight.dtype)
-    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
 
 class _LaterLinear(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from motley.model.layers import wide
+from motley.model.products import wide
 
 BLOCK = 128  # queries a block
 LONGEST_BLOCKED = 2048  # tokens; beyond it, kept probabilities would outweigh everything else in memory

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from motley.model.block import make_block
 from motley.model.cache import Cache
 from motley.model.config import ModelConfig
+from motley.model.experts import Experts
 from motley.model.layers import Linear, RMSNorm
 from motley.model.moe import Gate, Routing
 from motley.model.mtp import MTPModule
@@ -92,6 +93,16 @@ class Transformer(nn.Module):
     def gates(self) -> list[Gate]:
         """The routers in the order of `Hidden.routings`."""
         return [module for module in self.modules() if isinstance(module, Gate)]
+
+    def train_in_fp8(self, wanted: bool) -> None:
+        """Whether linear maps and experts round the operands of their products in training (V3 report, 3.3.1).
+
+        Embedding, head, routers, norms and attention between tokens compute in `dtype` or fp32, as ever; so does all of
+        a model that is not in training mode.
+        """
+        for module in (*self.model.modules(), *self.mtp.modules()):
+            if isinstance(module, Linear | Experts):
+                module.fp8 = wanted
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of at most `capacity` tokens, in the dtype of the activations."""

@@ -51,8 +51,9 @@ class TrainingConfig:
     confine_to_document: bool = False
     """Attention stays within each document of a packed sequence (DeepSeek-V3 pretrained without)."""
     precision: Precision = "auto"
-    """Number format of this worker's products over fp32 weights; it may be another on each. fp16 scales its loss. auto
-    takes what the plan says, or bf16 (fp16 on chips without it) where this kind of chip gains from it, else fp32."""
+    """Number format of this worker's products over fp32 weights; it may be another on each. fp16 scales its loss. fp8
+    rounds the operands of linear layers, with bf16 between (emulated on CPUs, slow). auto takes what the plan says, or
+    bf16 (fp16 on chips without it) where this kind of chip gains from it, else fp32."""
     recompute: bool = False
     """Activation checkpointing: less memory, about a third more computing."""
     device: str = "auto"

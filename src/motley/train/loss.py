@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from motley.model.layers import product, wide
+from motley.model.products import product, wide
 
 GROUP_LOGITS = 4 << 20  # logits held at once
 CHUNK = 256  # positions; their logits stay in the cache of a core at the vocabularies of small models

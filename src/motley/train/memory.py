@@ -121,7 +121,7 @@ def within_memory(
     own = next(island for island in islands if crew.rank in island.ranks)
     rank = list(own.ranks).index(crew.rank)
     held = held_bytes(shape, own.layout, rank, config.optimizer, mtp=bool(config.mtp_weight)).total
-    place, number_bytes = place_of(own.layout, rank), 2 if config.precision in ("bf16", "fp16") else 4
+    place, number_bytes = place_of(own.layout, rank), 2 if config.precision in ("bf16", "fp16", "fp8") else 4
     row = row_bytes(shape, place, config.seq_len, number_bytes, config.recompute)
     rows = place.team.micro_batch if config.plan else 1
     needs: list[Need] = crew.all_values(Need(held, row, rows, budget(crew.device, pretended)))

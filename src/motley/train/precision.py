@@ -68,8 +68,9 @@ def number_formats(asked: Precision, crew: Crew, run: Run, machine: Callable[[],
         known |= chosen
     crew.led(lambda: run.keep_formats(known))
     formats: list[Format] = [known[name] if wish == "auto" else wish for wish, name in everyone]
-    if "fp8" in formats:
-        raise InputError("this runtime does not compute in fp8 yet; choose --precision bf16")
-    if crew.device.type == "cpu" and formats[crew.rank] == "fp16":
-        note(f"worker {crew.rank} computes in fp16, which CPUs do through fp32: slower than fp32, good for trying only")
+    if "fp8" in formats and crew.device.type != "cpu":
+        raise InputError("products in fp8 are only emulated on CPUs so far; choose --precision bf16 on a GPU")
+    if crew.device.type == "cpu" and formats[crew.rank] in ("fp8", "fp16"):
+        name = formats[crew.rank]
+        note(f"worker {crew.rank} computes in {name}, which CPUs do through fp32: slower than fp32, for trying it only")
     return formats

@@ -76,6 +76,7 @@ class Worker:
         else:
             self.model = build_stage(config, place, crew.device)
         self.model.compute_dtype, self.model.recompute = dtype, settings.recompute or place.team.recompute
+        self.model.train_in_fp8(all_formats[crew.rank] == "fp8")
         self.weights = LossWeights(settings.mtp_weight, settings.balance_weight)
         self.depths = config.num_nextn_predict_layers if self.weights.mtp else 0
         self._form_expert_groups()

@@ -1,0 +1,74 @@
+"""Training in fp8, alone and beside workers of other formats: the same step but for rounding."""
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from crews import on_crew
+from test_layouts import DEEP, ROWS, Rows, random_layout
+from test_precision import SMOOTH, Case, distances, employed, few, for_groups  # noqa: F401  (a fixture)
+
+from motley.errors import InputError
+from motley.fleet.device import Format
+from motley.train import precision
+from motley.train.crew import Crew
+from motley.train.layout import Layout, Team, side_by_side
+from motley.train.precision import number_formats
+from motley.train.run import Run
+
+
+@pytest.mark.slow(5)
+def test_the_gradient_of_any_layout_is_that_of_one_process_in_fp8_but_for_what_is_rounded_anew() -> None:
+    """Tiles of tokens follow the micro-batches, and spread experts are weighed behind their products, not inside."""
+    size, chance = 3, random.Random(5)
+    layouts = [random_layout(size, chance), random_layout(size, chance)]
+    layouts.append(Layout((Team(((0, 1, 2),), (1, 2, 1), schedule="zero_bubble", micro_batch=2),), zero=1))
+    layouts.append(dataclasses.replace(side_by_side(size, DEEP.num_hidden_layers, 2), zero=3))
+    cases: list[Case] = [(SMOOTH, layout, seed, ["fp8"] * size, [1.0] * size) for seed, layout in enumerate(layouts)]
+    shared = [any(team.experts for team in layout.teams) for layout in layouts]
+    assert shared == [False, True, False, False]
+    for distance, spread in zip(distances(size, cases, "fp8"), shared, strict=True):
+        assert distance < (0.12 if spread else 0.04)
+
+
+def losses(crew: Crew, layout: Layout, formats: list[Format], steps: int) -> Any:
+    """(loss of every step, weights afterwards, held-out loss)."""
+    worker = employed(crew, SMOOTH, layout, 0, formats, [1.0] * crew.size)
+    seen = []
+    for step in range(steps):
+        found, norm = worker.gradient(Rows(), step % 2)  # type: ignore[arg-type]
+        worker.update(found, norm, 0.01)
+        worker.share_again()
+        seen.append(found.main)
+    weights = torch.cat([p.detach().flatten() for p in worker.model.parameters()])
+    return seen, weights, worker.held_out_loss(Rows(), ROWS)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow(4)
+def test_a_crew_of_fp8_and_fp32_learns_what_fp32_learns_and_stays_one_model() -> None:
+    steps, layout = 12, dataclasses.replace(side_by_side(2, DEEP.num_hidden_layers, 2), zero=1)
+    (mixed, weights, held_out), (_, others, _) = on_crew(2, losses, layout, ["fp8", "fp32"], steps)
+    plain, _, expected = losses(Crew(), side_by_side(1, DEEP.num_hidden_layers, 2), ["fp32"], steps)
+    assert torch.equal(weights, others)
+    assert plain[-1] < plain[0] - 0.3
+    assert mixed == pytest.approx(plain, rel=0.05)
+    assert held_out == pytest.approx(expected, rel=0.05)
+
+
+def test_validation_reads_the_weights_as_bf16_does() -> None:
+    alone = side_by_side(1, DEEP.num_hidden_layers, 2)
+    found = [losses(Crew(), alone, [name], 0)[2] for name in ("fp8", "bf16")]  # type: ignore[list-item]
+    assert found[0] == found[1]
+
+
+def test_fp8_is_said_aloud_where_it_is_emulated_and_refused_on_a_gpu(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(precision, "device_name", lambda device: device.type)
+    run, unasked = Run(tmp_path, None), lambda: pytest.fail("nothing is to be measured")
+    assert number_formats("fp8", Crew(), run, unasked) == ["fp8"]
+    assert "worker 0 computes in fp8, which CPUs do through fp32" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(InputError, match="fp8 are only emulated on CPUs so far; choose --precision bf16"):
+        number_formats("fp8", dataclasses.replace(Crew(), device=torch.device("cuda")), run, unasked)
