@@ -60,11 +60,19 @@ class Even(Shares):
 
 
 def steps(
-    crew: Crew, slow: Handicap, rows: int, count: int, even: bool, straggle_at: int | None = None
+    crew: Crew,
+    slow: Handicap,
+    speeds: list[float],
+    rows: int,
+    count: int,
+    even: bool,
+    straggle_at: int | None = None,
 ) -> dict[str, Any]:
     """Seconds of `count` steps, and what they were spent on; the first, in which shares are found, do not count."""
     config = PretrainConfig(batch_rows=rows, micro_batch=MICRO_BATCH, seq_len=SEQ_LEN, steps=1000, precision="fp32")
     layout = side_by_side(crew.size, SHAPE.num_hidden_layers, MICRO_BATCH, zero=0 if crew.alone else 1)
+    if not even and not crew.alone:
+        layout = replace(layout, rates=tuple(speeds))  # as a start finds them (motley.train.start)
     model = Transformer(SHAPE)
     model.initialize(0)
     worker = Worker(SHAPE, config, layout, crew, model)
@@ -108,9 +116,9 @@ def work(rank: int, speeds: list[float], port: int, way: str, plan: list[tuple],
         dist.barrier()
         if what == "alone":
             own = max(MICRO_BATCH, round(rows * speeds[rank] / sum(speeds)))
-            answer = steps(Crew(), slow, own, count, even) | {"rows": own}
+            answer = steps(Crew(), slow, speeds, own, count, even) | {"rows": own}
         else:
-            answer = steps(Crew(rank, size), slow, rows, count, even, straggle_at)
+            answer = steps(Crew(rank, size), slow, speeds, rows, count, even, straggle_at)
         results.put((what, rank, slow.way, answer))
     dist.barrier()
     dist.destroy_process_group()
@@ -141,7 +149,7 @@ def main() -> None:
     parser.add_argument("--speeds", default="1:2:4:1")
     parser.add_argument("--capped", action="store_true", help="cap CPU time instead of waiting")
     parser.add_argument("--straggler", action="store_true")
-    parser.add_argument("--rows", type=int, help="of a step; default: 16 for each unit of speed")
+    parser.add_argument("--rows", type=int, help="of a step; default: 32 for each unit of speed")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one run of few steps")
     parser.add_argument("--json", action="store_true")
@@ -149,8 +157,8 @@ def main() -> None:
     relative = speeds_of(arguments.speeds, arguments.speeds.count(":") + 1)
     speeds = [speed * BUSIEST for speed in relative]
     way = "cap" if arguments.capped else "wait"
-    rows = arguments.rows or round(16 * sum(relative) / min(relative))
-    runs, count = (1, 2) if arguments.quick else (arguments.runs, 8)
+    rows = arguments.rows or round(32 * sum(relative) / min(relative))
+    runs, count = (1, 2) if arguments.quick else (arguments.runs, 6)
     outcomes = []
     for _ in range(runs):
         plan = [

@@ -73,7 +73,7 @@ def random_layout(size: int, chance: random.Random) -> Layout:
     return Layout(
         tuple(teams),
         zero=chance.choice([0, 1, 2, 3] if whole else [0, 1]),  # type: ignore[arg-type]
-        memory=tuple(chance.choice([1.0, 2.0, 5.0]) for _ in range(size)),
+        memory=tuple(chance.choice([1.0, 2e9, 5e9]) for _ in range(size)),  # none, or plenty
         rates=tuple(chance.choice([0.01, 1.0, 3.0]) for _ in range(lanes)),
     )
 

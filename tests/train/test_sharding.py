@@ -12,8 +12,8 @@ from motley.model import SIZES, Transformer, experts
 from motley.train import traffic
 from motley.train.crew import Crew
 from motley.train.layout import IslandLayout, Layout, Team
-from motley.train.memory import dealt_by_memory
-from motley.train.parts import held_bytes
+from motley.train.memory import dealt
+from motley.train.parts import bytes_kept_once, held_bytes, parts_of, update_work
 from motley.train.worker import Worker
 
 WIDE = dataclasses.replace(  # weights outweigh the activations of a few short rows
@@ -68,19 +68,48 @@ def test_what_is_kept_once_follows_the_workers_memory():
         assert once == pytest.approx(getattr(held_bytes(WIDE, layout(0), 0, "adamw"), kind), rel=1e-3)
 
 
-def test_without_a_plan_the_worker_with_more_memory_left_keeps_more():
-    def dealt(zero: int, *budgets: float) -> Layout:
-        islands = [IslandLayout((0, 1, 2), dataclasses.replace(layout(zero), memory=()))]
-        return dealt_by_memory(islands, WIDE, settings(), budgets)[0].layout
+def deal(zero: int, budgets: tuple[float, ...], speeds: tuple[float, ...] = (1.0, 1.0, 1.0)) -> Layout:
+    islands = [IslandLayout((0, 1, 2), dataclasses.replace(layout(zero), memory=(), rates=()))]
+    return dealt(islands, WIDE, settings(), budgets, speeds)[0].layout
 
+
+def work_of(layout: Layout) -> list[float]:
+    """Share of the update that each worker does."""
+    work = [0.0] * layout.workers
+    for part in parts_of(WIDE, layout, "muon"):
+        work[part.owner] += update_work(part, "muon")
+    return [own / sum(work) for own in work]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_updates_are_dealt_by_speed_where_memory_is_plenty(zero: int) -> None:
+    for speeds in ((1.0, 2.0, 4.0), (8.0, 1.0, 1.0), (1.0, 1.0, 1.0)):
+        for share, speed in zip(work_of(deal(zero, (1e9,) * 3, speeds)), speeds, strict=True):
+            assert share == pytest.approx(speed / sum(speeds), abs=0.04)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_slow_worker_with_memory_keeps_what_fast_ones_have_no_room_for(zero: int) -> None:
+    held = held_bytes(WIDE, layout(zero), 0, "muon")
+    anyway = (held.weights if zero < 3 else 0) + (held.gradients if zero < 2 else 0)
+    needed = sum(bytes_kept_once(part, layout(zero), "muon") for part in parts_of(WIDE, layout(zero), "muon"))
+    speeds, budgets = (1.0, 1.0, 10.0), (anyway + 4 * needed, anyway + 0.6 * needed, anyway + 0.4 * needed)
+    found = deal(zero, budgets, speeds)
+    for rank in range(3):
+        assert held_bytes(WIDE, found, rank, "muon").total <= budgets[rank]
+    slow, _, fast = work_of(found)
+    assert slow > fast, "the slowest has the room"
+    tight = deal(zero, (anyway + 0.5 * needed, anyway + 0.3 * needed, anyway + 0.2 * needed), speeds)
+    kept = [held_bytes(WIDE, tight, rank, "muon").total - anyway for rank in range(3)]
+    assert kept == pytest.approx([0.5 * needed, 0.3 * needed, 0.2 * needed], rel=0.15), "in proportion to memory"
+
+
+def test_without_room_or_anything_kept_once_only_the_first_shares_are_dealt() -> None:
     whole = held_bytes(WIDE, layout(1), 0, "muon")
     needed = whole.weights + whole.gradients
-    found = dealt(1, needed, 2 * needed, 4 * needed)
-    assert found.memory == (0, needed, 3 * needed), "what it computes with must be there first"
-    assert held_bytes(WIDE, found, 0, "muon").optimizer == 0
-    assert dealt(1, needed / 2, needed / 2, needed / 2).memory == (), "nobody has any left"
-    assert dealt(0, needed, 2 * needed, 4 * needed).memory == (), "nothing is kept once"
-    assert dealt(3, 1, 2, 3).memory == (1, 2, 3)
+    assert deal(1, (needed / 2,) * 3).memory == (), "nobody has any left"
+    assert deal(0, (needed, 2 * needed, 4 * needed)).memory == (), "nothing is kept once"
+    assert deal(0, (needed,) * 3, (1.0, 2.0, 5.0)).rates == (1.0, 2.0, 5.0)
 
 
 def passing(crew: Crew) -> list[int]:

@@ -261,6 +261,24 @@ def _seconds_of(action: Callable[[], object], times: int, device: torch.device) 
     return (time.perf_counter() - start) / times
 
 
+def glance(device: torch.device, dtype: str, seconds: float = 0.1) -> float:
+    """GFLOP/s of one large matrix product, measured for about so long: enough to tell workers apart at a start.
+
+    dtype: number format; where the device only emulates it, fp32 is measured.
+    """
+    dtype = dtype if dtype in formats_of(device) else "fp32"
+    side = 512 if device.type == "cpu" else 4096
+    product = _product(device, dtype, 1, side, side, side)
+    product()
+    wait_for(device)
+    started, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - started) < seconds or not count:
+        product()
+        wait_for(device)
+        count += 1
+    return 2e-9 * side**3 * count / spent
+
+
 def wait_for(device: torch.device) -> None:
     """Accelerators compute behind our back: wait until the queue is empty."""
     if device.type != "cpu":

@@ -75,8 +75,9 @@ class Layout:
 
     Attributes:
         zero: what is kept by one of its holders only: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.
-        memory: how much of that each rank takes, relative to the others; empty: even.
-        rates: rows a second of each lane, lanes of the first team first, to begin with; empty: even.
+        memory: bytes that each rank has room for of that, or parts of the whole where it has not enough; empty: plenty.
+        rates: rows a second of each lane, lanes of the first team first, to begin with; empty: even. What is kept once
+            is updated by workers in proportion to them, as far as memory allows.
     """
 
     teams: tuple[Team, ...]

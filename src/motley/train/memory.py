@@ -2,6 +2,8 @@
 
 alone     weights, gradients and optimizer state against the device's memory
 a crew    the same by layout, and the activations of a micro-batch, against each worker's own: device, or pretended
+
+What is kept once goes to whoever updates it fastest, as far as memory allows.
 """
 
 import os
@@ -23,10 +25,12 @@ from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
 from motley.train.layout import IslandLayout, Place, place_of
 from motley.train.optimizer import OptimizerName
-from motley.train.parts import held_bytes
+from motley.train.parts import bytes_kept_once, held_bytes, parts_of
 
 FP32_BYTES = 4
 SPARE = 1.15  # of saved activations over the planner's count of them: 1.12 for nano, in fp32
+STATE_SHARE = 0.5  # of the memory that is left may hold what is kept once, and more only where that is not enough
+SLACK = 1.05  # room for parts that do not fill it to the byte
 STATES = {"muon": 1, "adamw": 2}  # tensors of a parameter's size (Muon leaves AdamW's two to the few others)
 
 
@@ -77,25 +81,34 @@ def budget(device: torch.device, pretended: float | None) -> float:
     return min(own, pretended or own)
 
 
-def dealt_by_memory(
-    islands: list[IslandLayout], shape: ModelConfig, config: TrainingConfig, budgets: Sequence[float]
+def dealt(
+    islands: list[IslandLayout],
+    shape: ModelConfig,
+    config: TrainingConfig,
+    budgets: Sequence[float],
+    speeds: Sequence[float],
 ) -> list[IslandLayout]:
-    """The islands, each worker keeping of what is kept once in proportion to the memory it has left for that.
+    """The islands, in which workers begin with rows, and keep what is kept once, by their speed and memory.
 
     budgets: bytes that each worker may hold. What a worker keeps in any case (weights below ZeRO 3, gradients below 2)
-    is not left. Where nothing is kept once, or no worker has anything left, an island stays as it is.
+    is not left, and activations get half of what is, if the others' halves do for all that is kept once.
+    speeds: of each worker, relative to the others.
     """
-    dealt = []
+    found = []
     for island in islands:
-        layout, left = island.layout, []
+        layout = replace(island.layout, rates=tuple(speeds[rank] for rank in island.ranks))
+        parts = parts_of(shape, layout, config.optimizer)
+        left = []
         for rank, among_all in enumerate(island.ranks):
             held = held_bytes(shape, layout, rank, config.optimizer, mtp=bool(config.mtp_weight))
             taken = (held.weights if layout.zero < 3 else 0) + (held.gradients if layout.zero < 2 else 0)
             left.append(max(0.0, budgets[among_all] - taken))
         if layout.zero and sum(left):
-            island = replace(island, layout=replace(layout, memory=tuple(left)))
-        dealt.append(island)
-    return dealt
+            needed = sum(bytes_kept_once(part, layout, config.optimizer) for part in parts)
+            share = min(1.0, max(STATE_SHARE, SLACK * needed / sum(left)))
+            layout = replace(layout, memory=tuple(share * room for room in left))
+        found.append(replace(island, layout=layout))
+    return found
 
 
 def row_bytes(shape: ModelConfig, place: Place, seq_len: int, number_bytes: int, recompute: bool) -> float:

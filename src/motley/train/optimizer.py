@@ -15,7 +15,10 @@ from torch import Tensor, nn
 OptimizerName = Literal["muon", "adamw"]
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
+ITERATIONS = 5  # of Newton and Schulz
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = ITERATIONS) -> Tensor:
     """Nearest (semi-)orthogonal matrices to `matrices` [n, rows, columns], roughly: singular values in about 0.7 … 1.2.
 
     The quintic's coefficients are Jordan's: they push small singular values up fast and need not converge to 1.

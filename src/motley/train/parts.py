@@ -2,14 +2,14 @@
 
     part       a parameter, or some experts of a stack, or some rows of a vocabulary table
     holders    the workers that compute with it: one of every lane (of every group of lanes that share experts)
-    owner      the holder that keeps what is kept once, in proportion to the workers' memory
+    owner      the holder that keeps and updates what is kept once: all are done at the same time, within their memory
 
     ZeRO       0         1         2         3
     weights    holders   holders   holders   owner
     gradients  holders   holders   owner     owner
     optimizer  holders   owner     owner     owner
 
-Muon needs whole matrices, so parts are never finer than a matrix; the split follows the shares as well as that allows.
+Muon needs whole matrices, so parts are never finer than a matrix; the split is as even as that allows.
 """
 
 import math
@@ -23,10 +23,14 @@ import torch
 
 from motley.model import ModelConfig, Transformer
 from motley.train.layout import Layout, Team, Zero
-from motley.train.optimizer import OptimizerName, is_matrix
+from motley.train.optimizer import ITERATIONS, OptimizerName, as_matrices, is_matrix
 
 NUMBER_BYTES = 4
+ELEMENTWISE = 400
+"""What one number costs an optimizer besides matrix products, as floating-point operations that take as long: some 35
+bytes to and fro, on a core with 10 GB/s and 100 GFLOP/s. GPUs have more of both, in about the same proportion."""
 TABLE_PARTS = 16  # a vocabulary table is cut into so many parts: AdamW updates number by number
+BISECTIONS = 12  # of the time that updates may take: to a four-thousandth of what the slowest would need for all
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -53,7 +57,7 @@ class Part:
 
 
 @lru_cache(maxsize=2)  # a start asks for each worker of a layout; a large model has tens of thousands of parts
-def parts_of(config: ModelConfig, layout: Layout) -> tuple[Part, ...]:
+def parts_of(config: ModelConfig, layout: Layout, optimizer: OptimizerName) -> tuple[Part, ...]:
     """All parts of the model in the order of its parameters, the same on every worker."""
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
@@ -63,7 +67,8 @@ def parts_of(config: ModelConfig, layout: Layout) -> tuple[Part, ...]:
         for start, stop in pairwise(bounds):
             holders = tuple(sorted(_holders(name, start, config, layout)))
             found.append(Part(name, start, stop, (stop - start, *shape[1:]), holders, -1, len(bounds) == 2))
-    return tuple(replace(part, owner=owner) for part, owner in zip(found, _owners(found, layout), strict=True))
+    owners = _owners(found, layout, optimizer)
+    return tuple(replace(part, owner=owner) for part, owner in zip(found, owners, strict=True))
 
 
 Kind = Literal["weights", "gradients", "optimizer"]
@@ -103,13 +108,24 @@ class HeldBytes:
         return self.weights + self.gradients + self.optimizer
 
 
+def states_of(part: Part, optimizer: OptimizerName) -> int:
+    """Numbers that the optimizer keeps for each number of a part: Muon's momentum, or AdamW's two."""
+    return 1 if optimizer == "muon" and is_matrix(part.name, len(part.shape)) else 2
+
+
+def bytes_kept_once(part: Part, layout: Layout, optimizer: OptimizerName) -> int:
+    """What a part's owner keeps for all its holders."""
+    numbers = states_of(part, optimizer) * (layout.zero >= 1) + (layout.zero >= 2) + (layout.zero >= 3)
+    return NUMBER_BYTES * part.numbers * numbers
+
+
 def held_bytes(config: ModelConfig, layout: Layout, rank: int, optimizer: OptimizerName, mtp: bool = True) -> HeldBytes:
     """What worker `rank` of a layout keeps, all of it in fp32 (the routers' biases, a few numbers each, left out)."""
-    parts = parts_of(config, layout)
+    parts = parts_of(config, layout, optimizer)
     learning = [part for part in parts if trained(part.name, mtp)]
     states = 0
     for part in kept(parts, "optimizer", layout.zero, rank):
-        if optimizer == "muon" and is_matrix(part.name, len(part.shape)):
+        if states_of(part, optimizer) == 1:
             states += part.numbers
         elif trained(part.name, mtp):
             states += 2 * part.numbers + 1  # AdamW counts its steps
@@ -152,17 +168,80 @@ def _stages(name: str, config: ModelConfig, team: Team) -> set[int]:
     return {last}
 
 
-def _owners(parts: Sequence[Part], layout: Layout) -> list[int]:
-    """One holder for each part: of what a group of workers holds, each takes the next run up to its share."""
+def _owners(parts: Sequence[Part], layout: Layout, optimizer: OptimizerName) -> list[int]:
+    """One holder for each part, so that all are done with their updates as early as their memory allows.
+
+    Where there is not enough memory for all, what each keeps is in proportion to what it has.
+    """
+    work = [update_work(part, optimizer) for part in parts]
+    size = [bytes_kept_once(part, layout, optimizer) for part in parts]
+    speeds = [0.0] * layout.workers
+    for rate, (team, lane) in zip(layout.rates or (1.0,) * len(layout.lanes), layout.lanes, strict=True):
+        for rank in layout.teams[team].lanes[lane]:
+            speeds[rank] = rate
+    room = layout.memory or (math.inf,) * layout.workers
+
+    def in_time(seconds: float) -> list[int] | None:
+        return _filled(parts, work, [seconds * speed for speed in speeds], size, room)
+
+    longest = sum(work) / min(speeds)
+    if (found := in_time(longest)) is None:
+        return _by_memory(parts, room)
+    shortest = 0.0
+    for _ in range(BISECTIONS):
+        middle = (shortest + longest) / 2
+        if (owners := in_time(middle)) is None:
+            shortest = middle
+        else:
+            longest, found = middle, owners
+    return found
+
+
+def update_work(part: Part, optimizer: OptimizerName) -> float:
+    """Floating-point operations of one update of a part, or what takes as long."""
+    products = 0.0
+    if states_of(part, optimizer) == 1:
+        count, rows, columns = as_matrices(part.name, torch.empty(part.shape, device="meta")).shape
+        short, long = sorted((rows, columns))
+        products = count * ITERATIONS * (4 * short**2 * long + 2 * short**3)
+    return products + ELEMENTWISE * part.numbers
+
+
+def _filled(
+    parts: Sequence[Part], work: Sequence[float], most: Sequence[float], size: Sequence[int], room: Sequence[float]
+) -> list[int] | None:
+    """Owners where none works more than its `most` nor keeps more bytes than its `room`; None where that fails.
+
+    Of what a group of workers holds, each takes the next run.
+    """
+    worked, kept_bytes = [0.0] * len(most), [0] * len(most)
+    places: dict[tuple[int, ...], int] = {}
+    owners = []
+    for part, own_work, own_size in zip(parts, work, size, strict=True):
+        place = places.get(part.holders, 0)
+        rank = part.holders[place]
+        while worked[rank] + own_work > most[rank] or kept_bytes[rank] + own_size > room[rank]:
+            place += 1
+            if place == len(part.holders):
+                return None
+            rank = part.holders[place]
+        places[part.holders] = place
+        worked[rank] += own_work
+        kept_bytes[rank] += own_size
+        owners.append(rank)
+    return owners
+
+
+def _by_memory(parts: Sequence[Part], room: Sequence[float]) -> list[int]:
+    """Of what a group of workers holds, each takes the next run up to its share of their memory."""
     whole: dict[tuple[int, ...], int] = {}
     for part in parts:
         whole[part.holders] = whole.get(part.holders, 0) + part.numbers
-    memory = layout.memory or (1.0,) * layout.workers
     done = dict.fromkeys(whole, 0)
     owners = []
     for part in parts:
         holders = part.holders
-        shares = [memory[rank] for rank in holders]
+        shares = [room[rank] for rank in holders]
         middle = (done[holders] + part.numbers / 2) / whole[holders] * sum(shares)
         done[holders] += part.numbers
         place = 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from motley.model import ModelConfig, Transformer
 from motley.train.crew import Crew
 from motley.train.layout import Layout
+from motley.train.optimizer import OptimizerName
 from motley.train.parts import Part, kept, parts_of
 from motley.train.traffic import Traffic
 
@@ -61,6 +62,7 @@ class Shards:
         layout: who holds what.
         crew: all workers.
         trained: whether the loss depends on a parameter; the others keep no gradient and stay as they are.
+        optimizer: that updates them.
 
     Attributes:
         here: parts whose weights this worker keeps.
@@ -69,10 +71,16 @@ class Shards:
     """
 
     def __init__(
-        self, model: Transformer, config: ModelConfig, layout: Layout, crew: Crew, trained: Callable[[str], bool]
+        self,
+        model: Transformer,
+        config: ModelConfig,
+        layout: Layout,
+        crew: Crew,
+        trained: Callable[[str], bool],
+        optimizer: OptimizerName,
     ) -> None:
         self.crew, self.zero = crew, layout.zero
-        self.all_parts = parts_of(config, layout)
+        self.all_parts = parts_of(config, layout, optimizer)
         self.names = {part.name for part in self.all_parts}
         crew.form({part.holders for part in self.all_parts})
         self.trained = [part for part in self.all_parts if trained(part.name)]

@@ -18,14 +18,15 @@ from motley.data.pack import DATA_FILE
 from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.device import Format, choose_device
-from motley.fleet.probe import Machine
+from motley.fleet.inventory import Emulated
+from motley.fleet.probe import Machine, glance
 from motley.model import ModelConfig, Transformer
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew, join_crew
 from motley.train.emulate import links_of, parts_of, play
 from motley.train.islands import USUAL_ROUND, Island
 from motley.train.layout import IslandLayout, islands_of_plan, islands_side_by_side
-from motley.train.memory import budget, check_memory, dealt_by_memory, within_memory
+from motley.train.memory import budget, check_memory, dealt, within_memory
 from motley.train.precision import asked_format, number_formats
 from motley.train.run import Run
 from motley.train.worker import Worker
@@ -116,17 +117,18 @@ def employ(
     crew.agree({**facts(config, crew.device, data), "shape": str(shape)})
     if crew.alone:
         check_memory(shape, config.optimizer, crew.device)
-    if pretended or not crew.alone:
-        memory = pretended[crew.rank].emulated.memory if pretended else None
-        budgets = crew.all_values(budget(crew.device, memory))
-        if plan is None:
-            islands = dealt_by_memory(islands, shape, config, budgets)
-        islands = within_memory(islands, shape, config, crew, memory)
     own = next(island for island in islands if crew.rank in island.ranks)
-    played = pretended[crew.rank].emulated.precision if pretended else None
-    asked = asked_format(config.precision, played, own.layout, own.ranks.index(crew.rank))
+    emulated = pretended[crew.rank].emulated if pretended else Emulated()
+    asked = asked_format(config.precision, emulated.precision, own.layout, own.ranks.index(crew.rank))
     everyone = number_formats(asked, crew, run, lambda: run.machine(crew.device, machine))
     formats: list[Format] = [everyone[rank] for rank in own.ranks]
+    if pretended or not crew.alone:
+        if plan is None:
+            budgets = crew.all_values(budget(crew.device, emulated.memory))
+            glances = crew.all_values(emulated.speed * glance(crew.device, everyone[crew.rank]))
+            islands = dealt(islands, shape, config, budgets, glances)
+        islands = within_memory(islands, shape, config, crew, emulated.memory)
+        own = next(island for island in islands if crew.rank in island.ranks)
     if pretended:
         crew = dataclasses.replace(crew, links=links_of(pretended, crew))
     parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]

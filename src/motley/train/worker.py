@@ -80,7 +80,9 @@ class Worker:
         self.weights = LossWeights(settings.mtp_weight, settings.balance_weight)
         self.depths = config.num_nextn_predict_layers if self.weights.mtp else 0
         self._form_expert_groups()
-        self.shards = Shards(self.model, config, layout, crew, lambda name: trained(name, bool(self.depths)))
+        self.shards = Shards(
+            self.model, config, layout, crew, lambda name: trained(name, bool(self.depths)), settings.optimizer
+        )
         # Where several workers update the same weights, they must do it alike.
         products = torch.bfloat16 if torch.bfloat16 in ((dtype,) if self.shards.zero else (wire,)) else torch.float32
         named = [(part.label, self.shards.view(part)) for part in self.shards.kept]
