@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from motley.train.guard import PATIENCE, WINDOW, Guard
-from motley.train.optimizer import Optimizer, as_matrices, is_matrix, orthogonalize
+from motley.train.optimizer import Optimizer, as_matrices, by_muon, orthogonalize
 from motley.train.schedule import factor
 
 
@@ -55,7 +55,7 @@ def muon_by_hand(weight: torch.Tensor, grads: list[torch.Tensor], rate: float, d
 
 
 def test_muon_takes_linear_maps_and_leaves_tables_routers_and_vectors_to_adamw() -> None:
-    taken = [name for name, parameter in parameters().items() if is_matrix(name, parameter.dim())]
+    taken = [name for name, parameter in parameters().items() if by_muon("muon", name, parameter.dim())]
     assert taken == [
         "model.layers.0.self_attn.o_proj.weight",
         "model.layers.0.mlp.down_proj.weight",

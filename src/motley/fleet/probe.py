@@ -268,15 +268,8 @@ def glance(device: torch.device, dtype: str, seconds: float = 0.1) -> float:
     """
     dtype = dtype if dtype in formats_of(device) else "fp32"
     side = 512 if device.type == "cpu" else 4096
-    product = _product(device, dtype, 1, side, side, side)
-    product()
-    wait_for(device)
-    started, count = time.perf_counter(), 0
-    while (spent := time.perf_counter() - started) < seconds or not count:
-        product()
-        wait_for(device)
-        count += 1
-    return 2e-9 * side**3 * count / spent
+    (spent,) = _take_turns([_product(device, dtype, 1, side, side, side)], device, seconds)
+    return 2e-9 * side**3 / spent
 
 
 def wait_for(device: torch.device) -> None:

@@ -9,7 +9,7 @@ parameter is held by one worker of every lane (an expert, of every group of lane
 the sum over all rows of the step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -206,6 +206,11 @@ class IslandLayout:
     ranks: tuple[int, ...]
     layout: Layout
     speed: float = 1.0
+
+
+def island_of(islands: Sequence[IslandLayout], rank: int) -> IslandLayout:
+    """The island that `rank` of all workers belongs to."""
+    return next(island for island in islands if rank in island.ranks)
 
 
 def islands_side_by_side(text: str, workers: int, layers: int, micro_batch: int, zero: Zero) -> list[IslandLayout]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from motley.errors import InputError
+from motley.fleet.device import ACTIVATIONS
 from motley.fleet.probe import device_memory, host_memory, in_gigabytes
 from motley.model import ModelConfig
 from motley.plan.cost import parts
@@ -23,7 +24,7 @@ from motley.plan.operators import VALUE_BYTES
 from motley.plan.shape import shape_of
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
-from motley.train.layout import IslandLayout, Place, place_of
+from motley.train.layout import IslandLayout, Place, island_of, place_of
 from motley.train.optimizer import OptimizerName
 from motley.train.parts import bytes_kept_once, held_bytes, parts_of
 
@@ -131,10 +132,11 @@ def within_memory(
 
     Every worker calls this. Raises InputError on all of them, naming the one that fits least.
     """
-    own = next(island for island in islands if crew.rank in island.ranks)
+    own = island_of(islands, crew.rank)
     rank = list(own.ranks).index(crew.rank)
     held = held_bytes(shape, own.layout, rank, config.optimizer, mtp=bool(config.mtp_weight)).total
-    place, number_bytes = place_of(own.layout, rank), 2 if config.precision in ("bf16", "fp16", "fp8") else 4
+    place = place_of(own.layout, rank)
+    number_bytes = FP32_BYTES if config.precision == "auto" else ACTIVATIONS[config.precision].itemsize
     row = row_bytes(shape, place, config.seq_len, number_bytes, config.recompute)
     rows = place.team.micro_batch if config.plan else 1
     needs: list[Need] = crew.all_values(Need(held, row, rows, budget(crew.device, pretended)))

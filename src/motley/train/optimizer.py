@@ -44,10 +44,10 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def is_matrix(name: str, dimensions: int) -> bool:
-    """Whether Muon takes a parameter. Rows of embedding, head and router stand for tokens and experts."""
+def by_muon(kind: OptimizerName, name: str, dimensions: int) -> bool:
+    """Whether Muon updates a parameter. Rows of embedding, head and router stand for tokens and experts."""
     apart = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
-    return dimensions >= 2 and not name.endswith(apart)
+    return kind == "muon" and dimensions >= 2 and not name.endswith(apart)
 
 
 class Optimizer:
@@ -71,7 +71,7 @@ class Optimizer:
         dtype: torch.dtype,
     ) -> None:
         named = [(name, p) for name, p in parameters if p.requires_grad]
-        self.matrices = {name: p for name, p in named if kind == "muon" and is_matrix(name, p.dim())}
+        self.matrices = {name: p for name, p in named if by_muon(kind, name, p.dim())}
         self.others = {name: p for name, p in named if name not in self.matrices}
         self.momentum = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
         self.weight_decay, self.dtype = weight_decay, dtype

@@ -22,13 +22,14 @@ from typing import Literal
 import torch
 
 from motley.model import ModelConfig, Transformer
-from motley.train.layout import Layout, Team, Zero
-from motley.train.optimizer import ITERATIONS, OptimizerName, as_matrices, is_matrix
+from motley.train.layout import Layout, Team, Zero, place_of
+from motley.train.optimizer import ITERATIONS, OptimizerName, as_matrices, by_muon
 
 NUMBER_BYTES = 4
 ELEMENTWISE = 400
 """What one number costs an optimizer besides matrix products, as floating-point operations that take as long: some 35
-bytes to and fro, on a core with 10 GB/s and 100 GFLOP/s. GPUs have more of both, in about the same proportion."""
+bytes to and fro, on a core with 10 GB/s and 100 GFLOP/s. GPUs compute some ten times as much a byte: there it is too
+little, but little beside the products of wide matrices."""
 TABLE_PARTS = 16  # a vocabulary table is cut into so many parts: AdamW updates number by number
 BISECTIONS = 12  # of the time that updates may take: to a four-thousandth of what the slowest would need for all
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -108,14 +109,10 @@ class HeldBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def states_of(part: Part, optimizer: OptimizerName) -> int:
-    """Numbers that the optimizer keeps for each number of a part: Muon's momentum, or AdamW's two."""
-    return 1 if optimizer == "muon" and is_matrix(part.name, len(part.shape)) else 2
-
-
 def bytes_kept_once(part: Part, layout: Layout, optimizer: OptimizerName) -> int:
     """What a part's owner keeps for all its holders."""
-    numbers = states_of(part, optimizer) * (layout.zero >= 1) + (layout.zero >= 2) + (layout.zero >= 3)
+    states = 1 if by_muon(optimizer, part.name, len(part.shape)) else 2
+    numbers = states * (layout.zero >= 1) + (layout.zero >= 2) + (layout.zero >= 3)
     return NUMBER_BYTES * part.numbers * numbers
 
 
@@ -125,7 +122,7 @@ def held_bytes(config: ModelConfig, layout: Layout, rank: int, optimizer: Optimi
     learning = [part for part in parts if trained(part.name, mtp)]
     states = 0
     for part in kept(parts, "optimizer", layout.zero, rank):
-        if states_of(part, optimizer) == 1:
+        if by_muon(optimizer, part.name, len(part.shape)):
             states += part.numbers
         elif trained(part.name, mtp):
             states += 2 * part.numbers + 1  # AdamW counts its steps
@@ -175,10 +172,8 @@ def _owners(parts: Sequence[Part], layout: Layout, optimizer: OptimizerName) -> 
     """
     work = [update_work(part, optimizer) for part in parts]
     size = [bytes_kept_once(part, layout, optimizer) for part in parts]
-    speeds = [0.0] * layout.workers
-    for rate, (team, lane) in zip(layout.rates or (1.0,) * len(layout.lanes), layout.lanes, strict=True):
-        for rank in layout.teams[team].lanes[lane]:
-            speeds[rank] = rate
+    rates = layout.rates or (1.0,) * len(layout.lanes)
+    speeds = [rates[place_of(layout, rank).lane_number] for rank in range(layout.workers)]
     room = layout.memory or (math.inf,) * layout.workers
 
     def in_time(seconds: float) -> list[int] | None:
@@ -200,7 +195,7 @@ def _owners(parts: Sequence[Part], layout: Layout, optimizer: OptimizerName) -> 
 def update_work(part: Part, optimizer: OptimizerName) -> float:
     """Floating-point operations of one update of a part, or what takes as long."""
     products = 0.0
-    if states_of(part, optimizer) == 1:
+    if by_muon(optimizer, part.name, len(part.shape)):
         count, rows, columns = as_matrices(part.name, torch.empty(part.shape, device="meta")).shape
         short, long = sorted((rows, columns))
         products = count * ITERATIONS * (4 * short**2 * long + 2 * short**3)

@@ -25,7 +25,7 @@ from motley.train.config import TrainingConfig
 from motley.train.crew import Crew, join_crew
 from motley.train.emulate import links_of, parts_of, play
 from motley.train.islands import USUAL_ROUND, Island
-from motley.train.layout import IslandLayout, islands_of_plan, islands_side_by_side
+from motley.train.layout import IslandLayout, island_of, islands_of_plan, islands_side_by_side
 from motley.train.memory import budget, check_memory, dealt, within_memory
 from motley.train.precision import asked_format, number_formats
 from motley.train.run import Run
@@ -117,7 +117,7 @@ def employ(
     crew.agree({**facts(config, crew.device, data), "shape": str(shape)})
     if crew.alone:
         check_memory(shape, config.optimizer, crew.device)
-    own = next(island for island in islands if crew.rank in island.ranks)
+    own = island_of(islands, crew.rank)
     emulated = pretended[crew.rank].emulated if pretended else Emulated()
     asked = asked_format(config.precision, emulated.precision, own.layout, own.ranks.index(crew.rank))
     everyone = number_formats(asked, crew, run, lambda: run.machine(crew.device, machine))
@@ -128,7 +128,7 @@ def employ(
             glances = crew.all_values(emulated.speed * glance(crew.device, everyone[crew.rank]))
             islands = dealt(islands, shape, config, budgets, glances)
         islands = within_memory(islands, shape, config, crew, emulated.memory)
-        own = next(island for island in islands if crew.rank in island.ranks)
+        own = island_of(islands, crew.rank)
     if pretended:
         crew = dataclasses.replace(crew, links=links_of(pretended, crew))
     parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]

@@ -23,7 +23,7 @@ from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
 from motley.train.gather import State, gather, scatter
 from motley.train.layout import Layout, place_of
-from motley.train.optimizer import Optimizer, is_matrix
+from motley.train.optimizer import Optimizer, by_muon
 from motley.train.parts import trained
 from motley.train.precision import check_formats, wire_dtype
 from motley.train.scale import LossScales, culprits
@@ -189,11 +189,9 @@ class Worker:
 
     def momentum_names(self) -> set[str]:
         """Parameters of the whole model that have a momentum: all that Muon updates."""
-        if self.settings.optimizer != "muon":
-            return set()
         with torch.device("meta"):
             whole = Transformer(self.config).named_parameters()
-            return {name for name, parameter in whole if is_matrix(name, parameter.dim())}
+            return {name for name, parameter in whole if by_muon(self.settings.optimizer, name, parameter.dim())}
 
     # ----------------------------------------------------------------------------------------------- pieces
 
