@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from motley.errors import InputError
 from motley.fleet.device import ACTIVATIONS, choose_device, number_format
 from motley.fleet.probe import Machine
 from motley.journey.trial import step_seconds
 from motley.model import SIZES, ModelConfig
+from motley.progress import in_words, note
 from motley.train.config import FinetuneConfig, PretrainConfig
 
 VOCAB_SIZE = 2048  # a small head leaves more of the time to the layers
@@ -30,6 +30,7 @@ MEASURED_FP32_GFLOPS = 190.0
 OVERHEAD = 1.06  # reading rows, validation and checkpoints, on top of the steps themselves
 FIXED_SECONDS = 4.0  # of a training stage: packing, first steps, writing the model
 FEWEST_STEPS = 20
+FEWEST_EVALUATED = 60  # so little training does not deserve more: a model that learned nothing never stops talking
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class DemoPlan:
 def make_plan(machine: Machine, minutes: float, seed: int, spent: float = 0.0) -> DemoPlan:
     """Fit the journey into `minutes`, of which measuring took `spent` seconds and the trial here takes some more.
 
-    Raises InputError when this machine needs more for anything worth while.
+    Where that is less than the fewest steps worth while take here, those are planned, and it is said aloud.
     """
     started = time.monotonic() - spent
     size = "nano" if machine.device == "cpu" else "micro"
@@ -89,17 +90,21 @@ def make_plan(machine: Machine, minutes: float, seed: int, spent: float = 0.0) -
     training = 60 * minutes - (time.monotonic() - started) - sum(seconds.values()) - 2 * FIXED_SECONDS
     first_steps = int(PRETRAINING_SHARE * training / (first_step * OVERHEAD))
     second_steps = int((1 - PRETRAINING_SHARE) * training / (second_step * OVERHEAD))
+    evaluated = EVALUATED
     if min(first_steps, second_steps) < FEWEST_STEPS:
-        raise InputError(
-            f"--minutes {minutes:g} leaves no time for training on this machine (a step takes {first_step:.2f} s); "
-            f"give it more"
+        evaluated = FEWEST_EVALUATED
+        first_steps, second_steps = max(first_steps, FEWEST_STEPS), max(second_steps, FEWEST_STEPS)
+        longer = (first_steps * first_step + second_steps * second_step) * OVERHEAD - training
+        note(
+            f"--minutes {minutes:g} is too short for this machine (a step takes {first_step:.2f} s): the fewest steps "
+            f"worth while take about {in_words(60 * minutes + longer)}, and the answers will be poor"
         )
     first = _with_steps(first, first_steps)
     second = _with_steps(second, second_steps)
     seconds["pretrain"] = first_steps * first_step * OVERHEAD + FIXED_SECONDS
     seconds["sft"] = second_steps * second_step * OVERHEAD + FIXED_SECONDS
     problems = round(second_steps * second.batch_rows * second.seq_len / TOKENS_PER_PROBLEM * SPARE_PROBLEMS)
-    return DemoPlan(size, VOCAB_SIZE, first, second, problems, EVALUATED, seconds)
+    return DemoPlan(size, VOCAB_SIZE, first, second, problems, evaluated, seconds)
 
 
 def _with_steps(config: Any, steps: int) -> Any:
