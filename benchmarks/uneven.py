@@ -3,10 +3,10 @@
     python benchmarks/uneven.py --speeds 1:2:4:1 [--capped] [--straggler] [--quick] [--json]
 
 Workers are processes on this machine, made unequal (motley.train.handicap): by waiting after each piece of work, or
-with --capped by a control group that gives each its share of CPU time. First each trains on its own, all at the same
-time but without a word to each other; then all together, with rows in proportion to measured speed and, in the same
-run, with the even split that an engine for equal chips makes. The ideal is the sum of the rates on their own: rows of
-a whole step by the measured seconds of its passes (a row) and of its one update of the optimizer.
+with --capped by a control group that gives each its share of CPU time. In turns, step by step, each trains on its own,
+all at the same time but without a word to each other; then all together, with rows in proportion to measured speed;
+then with the even split that an engine for equal chips makes. The ideal is the sum of the rates on their own: rows of a
+whole step by the measured seconds of its passes (a row) and of its one update of the optimizer.
 --straggler slows the fastest worker down to a fifth half-way and counts the steps until the crew does 95 % of what it
 then can in three steps in a row.
 """
@@ -36,7 +36,7 @@ from motley.train.worker import Worker
 
 SHAPE = replace(SIZES["nano"], vocab_size=512)
 SEQ_LEN, MICRO_BATCH = 64, 4
-BUSIEST = 0.45  # share of a core that the fastest worker uses, so that the machine is not what all wait for
+BUSIEST = 0.6  # share of a core that the fastest worker uses, so that the machine is not what all wait for
 
 
 class Rows:
@@ -59,89 +59,137 @@ class Even(Shares):
     def measured(self, rows: Any, seconds: Any) -> None: ...
 
 
-def steps(
-    crew: Crew,
-    slow: Handicap,
-    speeds: list[float],
-    rows: int,
-    count: int,
-    even: bool,
-    straggle_at: int | None = None,
-) -> dict[str, Any]:
-    """Seconds of `count` steps, and what they were spent on; the first, in which shares are found, do not count."""
-    config = PretrainConfig(batch_rows=rows, micro_batch=MICRO_BATCH, seq_len=SEQ_LEN, steps=1000, precision="fp32")
-    layout = side_by_side(crew.size, SHAPE.num_hidden_layers, MICRO_BATCH, zero=0 if crew.alone else 1)
-    if not even and not crew.alone:
-        layout = replace(layout, rates=tuple(speeds))  # as a start finds them (motley.train.start)
-    model = Transformer(SHAPE)
-    model.initialize(0)
-    worker = Worker(SHAPE, config, layout, crew, model)
-    if not crew.alone:
-        worker.take_state((dict(model.state_dict()), {}) if crew.leads else None)
-    worker.lane.pace = slow.pace
-    if even:
-        worker.shares = Even([1.0] * crew.size)
-    seconds, passes, updates, idle, shares = [], [], [], [], []
-    found = 1 if even or crew.alone else 3
-    for step in range(count + found):
-        if straggle_at is not None and step == straggle_at + found and crew.rank == 0:
-            slow.speed /= 5
+class Way:
+    """One way to share the rows of a step, at one worker: on its own, by measured speed, or evenly.
+
+    Attributes:
+        steps: of each counted step what it took and was spent on.
+    """
+
+    def __init__(self, crew: Crew, slow: Handicap, speeds: list[float], rows: int, even: bool) -> None:
+        config = PretrainConfig(batch_rows=rows, micro_batch=MICRO_BATCH, seq_len=SEQ_LEN, steps=1000, precision="fp32")
+        layout = side_by_side(crew.size, SHAPE.num_hidden_layers, MICRO_BATCH, zero=0 if crew.alone else 1)
+        if not even and not crew.alone:
+            layout = replace(layout, rates=tuple(speeds))  # as a start finds them (motley.train.start)
+        model = Transformer(SHAPE)
+        model.initialize(0)
+        self.worker = Worker(SHAPE, config, layout, crew, model)
+        if not crew.alone:
+            self.worker.take_state((dict(model.state_dict()), {}) if crew.leads else None)
+        self.worker.lane.pace = slow.pace
+        if even:
+            self.worker.shares = Even([1.0] * crew.size)
+        self._slow, self._number = slow, 0
+        self.steps: list[dict[str, Any]] = []
+
+    def step(self, counts: bool = True) -> None:
+        """The next step; `counts`: or only finds its shares."""
+        worker = self.worker
         started = time.perf_counter()
-        slow._cpu = time.process_time()
-        losses, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
+        self._slow.begin()
+        losses, norm = worker.gradient(Rows(), self._number)  # type: ignore[arg-type]
         worker.update(losses, norm, 1e-3)
         worker.share_again()
         spent = time.perf_counter() - started
-        if step >= found:
-            seconds.append(spent)
-            passes.append(worker.lane.span_seconds)
-            updates.append(crew.watch.seconds["optimizer"])
-            idle.append([1 - busy / spent for busy in worker.timing.worker_seconds])
-            shares.append(worker.timing.rows)
-    return {"seconds": seconds, "passes": passes, "updates": updates, "idle": idle, "shares": shares}
+        self._number += 1
+        if counts:
+            self.steps.append(
+                {
+                    "seconds": spent,
+                    "passes": worker.lane.span_seconds,
+                    "updates": worker.crew.watch.seconds["optimizer"],
+                    "idle": [1 - busy / spent for busy in worker.timing.worker_seconds],
+                    "rows": worker.timing.rows,
+                }
+            )
 
 
-def work(rank: int, speeds: list[float], port: int, way: str, plan: list[tuple], results: Any) -> None:
-    """One worker: on its own first, then in the crew; `plan` lists (what, rows, steps, even, straggle_at).
+def compared(crew: Crew, slow: Handicap, speeds: list[float], rows: int, rounds: int) -> dict[str, Any]:
+    """Steps of each way in turn, so that whatever else the machine does is shared out among them.
 
     On its own a worker takes its share of the rows by speed, so that all of them work for about the same time; what a
     whole step would have taken it follows from that.
     """
+    own = max(MICRO_BATCH, round(rows * speeds[crew.rank] / sum(speeds)))
+    ways = {
+        "alone": Way(Crew(), slow, speeds, own, even=False),
+        "uneven": Way(crew, slow, speeds, rows, even=False),
+        "even": Way(crew, slow, speeds, rows, even=True),
+    }
+    for what, way in ways.items():
+        for _ in range(3 if what == "uneven" else 1):  # memory is found, and shares
+            way.step(counts=False)
+    for number in range(rounds):
+        for what, way in ways.items():
+            if what != "even" or number % 3 == 0:  # the longest by far
+                dist.barrier()
+                way.step()
+    return {"rows": own} | {what: way.steps for what, way in ways.items()}
+
+
+def straggling(crew: Crew, slow: Handicap, speeds: list[float], rows: int) -> dict[str, Any]:
+    """Seconds of steps, before the tenth of which worker 0 slows down to a fifth."""
+    way = Way(crew, slow, speeds, rows, even=False)
+    for number in range(-3, 26):
+        if number == 10 and crew.leads:
+            slow.speed /= 5
+        way.step(counts=number >= 0)
+    return {"seconds": [step["seconds"] for step in way.steps]}
+
+
+def work(rank: int, speeds: list[float], port: int, how: str, rows: int, rounds: int, results: Any) -> None:
+    """One worker; no rounds: the straggler."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    size = len(speeds)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    slow = handicap(speeds[rank], way)  # type: ignore[arg-type]
-    for what, rows, count, even, straggle_at in plan:
-        dist.barrier()
-        if what == "alone":
-            own = max(MICRO_BATCH, round(rows * speeds[rank] / sum(speeds)))
-            answer = steps(Crew(), slow, speeds, own, count, even) | {"rows": own}
-        else:
-            answer = steps(Crew(rank, size), slow, speeds, rows, count, even, straggle_at)
-        results.put((what, rank, slow.way, answer))
+    crew = Crew(rank, len(speeds))
+    dist.init_process_group("gloo", rank=rank, world_size=crew.size)
+    slow = handicap(speeds[rank], how)  # type: ignore[arg-type]
+    answer = compared(crew, slow, speeds, rows, rounds) if rounds else straggling(crew, slow, speeds, rows)
+    results.put((rank, answer | {"way": slow.way}))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_crew(speeds: list[float], way: str, plan: list[tuple]) -> dict[str, list[Any]]:
-    """What each worker of a crew found, by what was asked, in the order of ranks."""
+def run_crew(speeds: list[float], how: str, rows: int, rounds: int) -> list[dict[str, Any]]:
+    """What each worker of a crew found, in the order of ranks."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    size = len(speeds)
-    workers = [context.Process(target=work, args=(rank, speeds, port, way, plan, results)) for rank in range(size)]
+    ranks = range(len(speeds))
+    workers = [context.Process(target=work, args=(rank, speeds, port, how, rows, rounds, results)) for rank in ranks]
     for worker in workers:
         worker.start()
-    answers: dict[str, list[Any]] = {what: [None] * size for what, *_ in plan}
-    for _ in range(size * len(plan)):
-        what, rank, used, answer = results.get(timeout=900)
-        answers[what][rank] = answer | {"way": used}
+    answers = dict(results.get(timeout=900) for _ in ranks)
     for worker in workers:
         worker.join()
-    return answers
+    return [answers[rank] for rank in ranks]
+
+
+def outcome(answers: list[dict[str, Any]], rows: int) -> dict[str, Any]:
+    """Rates of the ways in rows a second, by the medians of their steps, and how near they come to the ideal."""
+
+    def median(answer: dict[str, Any], what: str, name: str) -> float:
+        return statistics.median(step[name] for step in answer[what])
+
+    alone = [
+        rows / (median(answer, "alone", "passes") * rows / answer["rows"] + median(answer, "alone", "updates"))
+        for answer in answers
+    ]
+    first = answers[0]
+    rates = {what: rows / median(first, what, "seconds") for what in ("uneven", "even")}
+    return {
+        "alone_rows_per_second": alone,
+        "rows_per_second": rates["uneven"],
+        "ratio_to_ideal": rates["uneven"] / sum(alone),
+        "even_split_ratio": rates["even"] / sum(alone),
+        "idle_shares": [
+            statistics.median(column) for column in zip(*(s["idle"] for s in first["uneven"]), strict=True)
+        ],
+        "rows": first["uneven"][-1]["rows"],
+        "way": first["way"],
+    }
 
 
 def main() -> None:
@@ -149,47 +197,23 @@ def main() -> None:
     parser.add_argument("--speeds", default="1:2:4:1")
     parser.add_argument("--capped", action="store_true", help="cap CPU time instead of waiting")
     parser.add_argument("--straggler", action="store_true")
-    parser.add_argument("--rows", type=int, help="of a step; default: 32 for each unit of speed")
+    parser.add_argument("--rows", type=int, help="of a step; default: 64 for each unit of speed")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one run of few steps")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     relative = speeds_of(arguments.speeds, arguments.speeds.count(":") + 1)
     speeds = [speed * BUSIEST for speed in relative]
-    way = "cap" if arguments.capped else "wait"
-    rows = arguments.rows or round(32 * sum(relative) / min(relative))
-    runs, count = (1, 2) if arguments.quick else (arguments.runs, 6)
-    outcomes = []
-    for _ in range(runs):
-        plan = [
-            ("alone", rows, count, False, None),
-            ("uneven", rows, count, False, None),
-            ("even", rows, max(1, count // 4), True, None),
-        ]
-        answers = run_crew(speeds, way, plan)
-        alone = [
-            rows / (statistics.median(a["passes"]) * rows / a["rows"] + statistics.median(a["updates"]))
-            for a in answers["alone"]
-        ]
-        rate = {what: rows / statistics.median(answers[what][0]["seconds"]) for what in ("uneven", "even")}
-        idle = zip(*answers["uneven"][0]["idle"], strict=True)
-        outcomes.append(
-            {
-                "alone_rows_per_second": alone,
-                "rows_per_second": rate["uneven"],
-                "ratio_to_ideal": rate["uneven"] / sum(alone),
-                "even_split_ratio": rate["even"] / sum(alone),
-                "idle_shares": [statistics.median(column) for column in idle],
-                "rows": answers["uneven"][0]["shares"][-1],
-                "way": answers["uneven"][0]["way"],
-            }
-        )
-    middle = sorted(outcomes, key=lambda outcome: outcome["ratio_to_ideal"])[len(outcomes) // 2]
+    how = "cap" if arguments.capped else "wait"
+    rows = arguments.rows or round(64 * sum(relative) / min(relative))
+    runs, rounds = (1, 2) if arguments.quick else (arguments.runs, 6)
+    outcomes = [outcome(run_crew(speeds, how, rows, rounds), rows) for _ in range(runs)]
+    middle = sorted(outcomes, key=lambda one: one["ratio_to_ideal"])[len(outcomes) // 2]
     result: dict[str, Any] = {
         "speeds": arguments.speeds,
         **middle,
-        "ratios_to_ideal": [outcome["ratio_to_ideal"] for outcome in outcomes],
-        "even_split_ratios": [outcome["even_split_ratio"] for outcome in outcomes],
+        "ratios_to_ideal": [one["ratio_to_ideal"] for one in outcomes],
+        "even_split_ratios": [one["even_split_ratio"] for one in outcomes],
         "model": "nano",
         "batch_rows": rows,
         "seq_len": SEQ_LEN,
@@ -215,8 +239,7 @@ def main() -> None:
 def straggler(speeds: list[float], relative: list[float], rows: int) -> int:
     """Steps from the moment the fastest worker slows down until the crew does 95 % of what it then can."""
     order = sorted(range(len(speeds)), key=lambda rank: -speeds[rank])  # the fastest becomes worker 0
-    answers = run_crew([speeds[rank] for rank in order], "wait", [("straggler", rows, 26, False, 10)])
-    seconds = answers["straggler"][0]["seconds"]
+    seconds = run_crew([speeds[rank] for rank in order], "wait", rows, rounds=0)[0]["seconds"]
     before = statistics.median(seconds[2:10])
     fastest = relative[order[0]]
     possible = before * sum(relative) / (sum(relative) - fastest * 0.8)
