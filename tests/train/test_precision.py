@@ -98,15 +98,10 @@ def for_groups(layout: Layout, size: int, chance: random.Random, choices: list[A
     return chosen
 
 
-def scalable(layout: Layout) -> Layout:
-    """ZeRO 2 and 3 send gradients before they are divided, and refuse loss scales."""
-    return dataclasses.replace(layout, zero=min(layout.zero, 1))  # type: ignore[arg-type]
-
-
-def test_zero_2_refuses_what_needs_a_loss_scale() -> None:
-    layout = dataclasses.replace(side_by_side(1, DEEP.num_hidden_layers, 2), zero=2)
-    with pytest.raises(InputError, match="fp16 has a loss scale, which ZeRO 2 and 3 cannot carry"):
-        Worker(DEEP, settings(), layout, Crew(), formats=["fp16"])
+def beside(size: int, zero: int) -> Layout:
+    """Workers of speeds 1, 2, 3 ... that each compute with the whole model."""
+    layout = side_by_side(size, DEEP.num_hidden_layers, 2)
+    return dataclasses.replace(layout, zero=zero, rates=tuple(1.0 + rank for rank in range(size)))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow(12)
@@ -114,9 +109,13 @@ def test_zero_2_refuses_what_needs_a_loss_scale() -> None:
 def test_loss_scales_change_no_gradient_of_any_layout(size: int) -> None:
     chance, cases = random.Random(size), []
     for seed in range(1 if size == 1 else 5):
-        layout = scalable(random_layout(size, chance))
+        layout = random_layout(size, chance)
         scales = for_groups(layout, size, chance, [2.0**k for k in (-6, 3, 16)])
         cases.append((DEEP, layout, seed, ["fp32"] * size, scales))
+    for zero in (2, 3):
+        for shape in (DEEP, dataclasses.replace(DEEP, tie_word_embeddings=True)):
+            scales = [2.0 ** chance.choice((-6, 3, 16)) for _ in range(size)]
+            cases.append((shape, beside(size, zero), zero, ["fp32"] * size, scales))
     assert max(distances(size, cases)) <= 1e-6
 
 
@@ -124,8 +123,8 @@ def test_loss_scales_change_no_gradient_of_any_layout(size: int) -> None:
 def test_mixed_formats_give_the_gradient_within_their_rounding() -> None:
     """Three significant digits of fp16, two of bf16, added up over four layers."""
     size, chance, cases = 3, random.Random(3), []
-    for seed in range(3):
-        layout = scalable(random_layout(size, chance))
+    for seed in range(5):
+        layout = random_layout(size, chance) if seed < 3 else beside(size, zero=seed - 1)
         for choices in (["fp16"], ["fp16", "bf16", "fp32"]):
             formats = for_groups(layout, size, chance, choices)
             scales = [2.0**12 if name == "fp16" else 1.0 for name in formats]
@@ -142,9 +141,9 @@ SHARED = Layout((Team(((0,), (1,)), (4,), (2, 2), micro_batch=2), Team(((2,),), 
 def overflow(crew: Crew, layout: Layout, formats: list[Format], values: list[float], factor: float) -> Any:
     """(culprits, is the norm finite, what is said, scales afterwards) of a step; weights of layer 1 times `factor`."""
     worker = employed(crew, DEEP, layout, 0, formats, values)
-    for name, parameter in worker.model.named_parameters():
-        if name == "model.layers.1.self_attn.o_proj.weight":
-            parameter.data *= factor
+    for part in worker.shards.here:
+        if part.name == "model.layers.1.self_attn.o_proj.weight":
+            worker.shards.view(part).data *= factor
     losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
     return losses.culprits, norm < float("inf"), worker.scales.follow(losses.culprits), worker.scales.values
 
@@ -152,6 +151,15 @@ def overflow(crew: Crew, layout: Layout, formats: list[Format], values: list[flo
 @pytest.mark.parametrize(
     ("layout", "formats", "values", "factor", "expected"),
     [
+        *(
+            (beside(3, zero), *case)
+            for zero in (2, 3)
+            for case in (
+                (["fp32", "fp16", "fp16"], [1.0, 2.0**40, 8.0], 1.0, [1]),  # its gradient, which reaches the owners
+                (["fp16", "fp32", "fp16"], [2.0**40, 1.0, 2.0**40], 1.0, [0, 2]),
+                (["fp32", "fp16", "fp32"], [1.0, 8.0, 1.0], 1e6, [1]),  # its activations
+            )
+        ),
         (PIPE, ["bf16", "fp16", "fp16"], [1.0, 2.0**40, 8.0], 1.0, [1]),  # backward pass of the last stage
         (PIPE, ["fp16", "fp32", "fp16"], [2.0**40, 1.0, 8.0], 1.0, [0]),  # of the first
         (PIPE, ["fp16", "fp32", "fp32"], [8.0, 1.0, 1.0], 1e6, [0]),  # activations, which reach the next stage

@@ -52,6 +52,12 @@ def runs_of(parts: Iterable[Part], rank: int, by_owner: bool) -> list[list[Part]
     return [list(run) for (holders, _), run in runs if rank in holders and len(holders) > 1]
 
 
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether all numbers are, by the ends of each tensor's range: no memory of its size, one answer to wait for."""
+    ends = [torch.stack(torch.aminmax(tensor)) for tensor in tensors if tensor.numel()]
+    return not ends or bool(torch.stack(ends).isfinite().all())
+
+
 class Shards:
     """This worker's parts of the model: their weights and gradients, and what it updates itself.
 
@@ -124,8 +130,7 @@ class Shards:
     def finite(self) -> bool:
         """Whether all of the gradient that this worker keeps is."""
         grads = [p.grad for p in self._alone.values()] if self.crew.alone else [self.gradients.flat]
-        ends = [torch.stack(torch.aminmax(grad)) for grad in grads if grad is not None and grad.numel()]
-        return not ends or bool(torch.stack(ends).isfinite().all())
+        return all_finite([grad for grad in grads if grad is not None])
 
     @torch.no_grad()
     def reduce(self) -> None:

@@ -144,6 +144,8 @@ class Lane:
         started, waited = time.perf_counter(), self.crew.watch.waited
         batch, rows = self._cut(batch, count)
         self.broken.zero_()
+        if self.turns is not None:
+            self.turns.begin_step(scale)
         tally = Tally.empty(self.model.device)
         flights: dict[int, _Flight] = {}
         sending: Sending = []

@@ -11,6 +11,8 @@ computing:
 A unit is what travels at once: the embedding, a block, a norm, the head, an MTP module. With ZeRO 3 its weights visit
 for its forward pass, leave, and visit again for its backward pass, which computes the unit once more from its input.
 The head's gradient is made with its loss already (`motley.train.loss`), so it is visited once.
+
+Messages carry true values: who has a loss scale divides by it what it sends and what it adds to its own sums.
 """
 
 import math
@@ -29,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from motley.model import Transformer
 from motley.model.moe import Routing
 from motley.train.parts import Part, unit_of
-from motley.train.shards import Shards
+from motley.train.shards import Shards, all_finite
 from motley.train.step import predicted_loss
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -76,10 +78,16 @@ class Turns:
     Args:
         model: the whole model of this worker.
         shards: what it keeps.
+        watched: take note where a gradient is not finite; only loss scales ask for it.
+
+    Attributes:
+        scale: this worker's loss scale in the step, a power of two.
+        finite: whether all that it made of the step's gradient was, if `watched`; what others sent does not count.
     """
 
-    def __init__(self, model: Transformer, shards: Shards) -> None:
-        self.shards = shards
+    def __init__(self, model: Transformer, shards: Shards, watched: bool) -> None:
+        self.shards, self._watched = shards, watched
+        self.scale, self.finite = 1.0, True
         self.units = units_of(shards.trained)
         self.parameters = dict(model.named_parameters())
         blocks = [unit for name, unit in self.units.items() if name.startswith("model.layers.")]
@@ -88,6 +96,9 @@ class Turns:
         self.head = self.units.get(HEAD, self.units[EMBEDDING])  # tied: the same unit
         self.todo: deque[Step] = deque()
         self._connect(model)
+
+    def begin_step(self, scale: float) -> None:
+        self.scale, self.finite = scale, True
 
     def begin(self, backward: bool) -> None:
         """A turn; `backward`: it teaches, otherwise it only measures."""
@@ -101,7 +112,7 @@ class Turns:
 
     def predicted_loss(self, model: Transformer, main: Tensor, further: Sequence[Tensor], *rest: Any) -> Tensor:
         """`motley.train.step.predicted_loss`, with the head at hand."""
-        return predicted_loss(model, main, further, *rest)
+        return predicted_loss(model, main, further, *rest, scale=self.scale)
 
     def _plan(self, backward: bool) -> list[Step]:
         head = [self.head] if self.head.module == HEAD else []
@@ -129,6 +140,10 @@ class Turns:
     def _send(self, unit: Unit) -> None:
         """Add this worker's gradient of a unit (nothing, where it made none) to the owners', and forget it."""
         flat = self._flat_gradient(unit)
+        if flat is not None and self._watched:
+            self.finite = self.finite and all_finite([flat])
+        if flat is not None and self.scale != 1:
+            flat.mul_(1 / self.scale)  # in place: nobody else needs it any more
         for parameter in self._of(unit):
             parameter.grad = None
         for run, place in unit.runs():
@@ -157,7 +172,7 @@ class Visits(Turns):
 
     def predicted_loss(self, model: Transformer, main: Tensor, further: Sequence[Tensor], *rest: Any) -> Tensor:
         def loss(main: Tensor, *further: Tensor) -> Tensor:
-            return predicted_loss(model, main, further, *rest)
+            return predicted_loss(model, main, further, *rest, scale=self.scale)
 
         if torch.is_grad_enabled():
             return _Ending.apply(self, loss, main, *further)  # pyright: ignore[reportReturnType]
@@ -273,7 +288,7 @@ class _Passing(torch.autograd.Function):
 
 
 class _Ending(torch.autograd.Function):
-    """The loss: its backward pass is done with its forward pass, while the head is here."""
+    """The loss: its backward pass, times the loss scale, is done with its forward pass, while the head is here."""
 
     @staticmethod
     def forward(ctx, visits: Visits, loss: Callable[..., Tensor], *states: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -281,12 +296,14 @@ class _Ending(torch.autograd.Function):
         with visits.visit(visits.head):
             with torch.enable_grad():
                 total = loss(*own)
-            total.backward()
+            total.backward(torch.full_like(total, visits.scale))
             visits.give(visits.head)
+        ctx.scale = visits.scale
         ctx.save_for_backward(*(state.grad for state in own))
         return total.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None, *(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+        # `grad` is scaled already, and fp16 could not even hold some scales.
+        return None, None, *(saved * (grad / ctx.scale).to(saved.dtype) for saved in ctx.saved_tensors)

@@ -61,8 +61,6 @@ class Worker:
         all_formats: Sequence[Format] = formats or ("fp32",) * crew.size
         check_formats(all_formats, layout)
         self.scales = LossScales.of(all_formats)
-        if layout.zero > 1 and self.scales.workers:
-            raise InputError("fp16 has a loss scale, which ZeRO 2 and 3 cannot carry; use --zero 1, bf16 or fp32")
         dtype, wire = ACTIVATIONS[all_formats[crew.rank]], wire_dtype(all_formats)
         self.config, self.settings, self.layout, self.crew = config, settings, layout, crew
         self.place = place = place_of(layout, crew.rank)
@@ -89,7 +87,8 @@ class Worker:
         self.optimizer = Optimizer(named, settings.optimizer, settings.weight_decay, products)
         self.lane = Lane(self.model, config, place, crew, wire)
         if layout.zero >= 2 and not crew.alone:
-            self.lane.turns = (Turns if layout.zero == 2 else Visits)(self.model, self.shards)
+            turns = Turns if layout.zero == 2 else Visits
+            self.lane.turns = turns(self.model, self.shards, watched=bool(self.scales.workers))
         self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
         self.timing = Timing()
         self.before_step: Callable[[int], None] = lambda step: None
@@ -115,9 +114,9 @@ class Worker:
         confined = self.settings.confine_to_document
         tally = self.lane.run(batch, self._micro_batches(), counts, self.weights, confined, scale)
         made, received, received_gradient = (self.lane.broken > 0).tolist()
-        overflowed = bool(self.scales.workers) and not self.shards.finite()  # only loss scales ask who it was
+        overflowed = bool(self.scales.workers) and not self._own_gradient_is_finite()  # only loss scales ask who it was
         broken = [made, received, overflowed, received_gradient]
-        if scale != 1:
+        if scale != 1 and self.lane.turns is None:
             self.shards.scale(1 / scale)
         self.shards.reduce()
         return self._losses(tally, counts, broken), self.shards.norm()
@@ -200,6 +199,10 @@ class Worker:
         for module in self.model.modules():
             if isinstance(module, SpreadExperts):
                 module.connect(self.crew, self.place.expert_ranks)
+
+    def _own_gradient_is_finite(self) -> bool:
+        """What this worker made of the step's gradient, before anything is added to it."""
+        return self.shards.finite() if self.lane.turns is None else self.lane.turns.finite
 
     def _own_rows(self, stream: TokenStream, start: int, shares: list[int]) -> Batch:
         number = self.place.lane_number
