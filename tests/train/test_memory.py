@@ -2,20 +2,25 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from crews import on_crew
+from test_broken import data as data  # the fixture
+from test_broken import settings as run_settings
+from test_broken import tiny as tiny  # the fixture: nano is a few thousand parameters
 
 from motley.errors import InputError
+from motley.fleet.device import Format
 from motley.fleet.probe import host_memory
 from motley.model import SIZES, Transformer, experts
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
 from motley.train.layout import islands_side_by_side, place_of, side_by_side
-from motley.train.memory import check_memory, row_bytes, state_bytes, within_memory
+from motley.train.memory import Budgets, budget, check_memory, row_bytes, state_bytes, within_memory
 from motley.train.metrics import read_metrics
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import pretrain
@@ -77,12 +82,15 @@ NANO = dataclasses.replace(SIZES["nano"], vocab_size=300)
 STATE = 3 * 4 * sum(p.numel() for p in Transformer(NANO).parameters())  # with Muon, about
 
 
-def within(crew: Crew, budgets: list[float | None], **settings: Any) -> list[int] | str:
+def within(
+    crew: Crew, budgets: list[float | None], formats: Sequence[Format] = ("fp32", "fp32"), **settings: Any
+) -> list[int] | str:
     """Micro-batches of all workers, or why they are refused; each worker pretends to have its entry of `budgets`."""
     config = PretrainConfig(seq_len=64, **settings)
     islands = islands_side_by_side("1", crew.size, NANO.num_hidden_layers, config.micro_batch, 0)
     try:
-        (fitting,) = within_memory(islands, NANO, config, crew, budgets[crew.rank])
+        bytes_each = [budget(crew.device, pretended) for pretended in budgets]
+        (fitting,) = within_memory(islands, NANO, config, crew, bytes_each, formats)
     except InputError as error:
         return str(error)
     return [team.micro_batch for team in fitting.layout.teams]
@@ -99,6 +107,44 @@ def test_each_worker_takes_the_largest_micro_batch_that_fits_its_memory() -> Non
     assert first == second
     assert first[0] == 16
     assert 1 <= first[1] < 16
+
+
+def test_activations_are_counted_in_the_format_that_the_worker_computes_in() -> None:
+    (wide,), (narrow,) = (within(Crew(), [STATE + 60e6], [name], micro_batch=64) for name in ("fp32", "fp16"))
+    assert 2 * int(wide) <= int(narrow) <= 2 * int(wide) + 1
+
+
+def test_who_holds_more_than_its_budget_is_named_again_only_at_a_new_high() -> None:
+    budgets = Budgets((4, 5), [1000e6, 500e6], [0.0, 100e6])
+    assert budgets.exceeded([1000e6, 600e6]) == []
+    assert budgets.exceeded([900e6, 601e6]) == ["worker 5 holds 501 MB for training, and may hold 500 MB"]
+    assert budgets.exceeded([900e6, 650e6]) == []
+    assert budgets.exceeded([1001e6, 652e6]) == [
+        "worker 4 holds 1,001 MB for training, and may hold 1,000 MB",
+        "worker 5 holds 552 MB for training, and may hold 500 MB",
+    ]
+
+
+def test_memory_above_the_budget_is_an_event_and_a_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A leak of half a gigabyte in the third step."""
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text("pools: [{name: one, chip: desktop-core, chips_per_node: 1, emulated: {memory: 400 MB}}]")
+    update, leaked = Worker.update, []
+
+    def leaking(self: Worker, *arguments: Any) -> None:
+        update(self, *arguments)
+        leaked.append(torch.ones(125_000_000 if len(leaked) == 2 else 1))
+
+    monkeypatch.setattr(Worker, "update", leaking)
+    pretrain(run_settings(tmp_path / "run", data, steps=5, emulate=str(fleet)))
+    (event,) = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "event"]
+    found = re.fullmatch(r"worker 0 holds (\d+) MB for training, and may hold 400 MB", event["message"])
+    assert found
+    assert 500 <= int(found[1]) < 800
+    assert event["step"] == 3
+    assert event["message"] in capfd.readouterr().err.splitlines()
 
 
 def test_activations_of_a_row_are_what_its_forward_pass_keeps(monkeypatch: pytest.MonkeyPatch) -> None:

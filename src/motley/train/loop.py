@@ -29,7 +29,7 @@ from torch import Tensor
 from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.errors import CrewError, InputError
-from motley.progress import Progress
+from motley.progress import Progress, note
 from motley.train.config import TrainingConfig
 from motley.train.guard import Guard
 from motley.train.islands import Island
@@ -209,6 +209,10 @@ def train(
                 if is_drawn(at.step, config.steps):
                     spans = everyones_spans(crew, worker.timing.step_seconds)
                     metrics.write("timeline", **where, step_seconds=worker.timing.step_seconds, spans=spans)
+            for message in worker.budgets.exceeded(worker.timing.memory) if worker.budgets else ():
+                metrics.write("event", **where, message=message)
+                if crew.leads:
+                    note(message)
             if meeting:
                 metrics.write("islands", **where, **meeting.numbers())
             if guard.exhausted:

@@ -3,17 +3,18 @@
 alone     weights, gradients and optimizer state against the device's memory
 a crew    the same by layout, and the activations of a micro-batch, against each worker's own: device, or pretended
 
-What is kept once goes to whoever updates it fastest, as far as memory allows.
+What is kept once goes to whoever updates it fastest, as far as memory allows. Who turns out to hold more than its
+budget while it trains is named.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from motley.errors import InputError
-from motley.fleet.device import ACTIVATIONS
+from motley.fleet.device import ACTIVATIONS, Format
 from motley.fleet.probe import device_memory, host_memory, in_gigabytes
 from motley.model import ModelConfig
 from motley.plan.cost import parts
@@ -27,10 +28,12 @@ from motley.train.crew import Crew
 from motley.train.layout import IslandLayout, Place, island_of, place_of
 from motley.train.optimizer import OptimizerName
 from motley.train.parts import bytes_kept_once, held_bytes, parts_of
+from motley.train.timing import memory_bytes
 
 FP32_BYTES = 4
 SPARE = 1.15  # of saved activations over the planner's count of them: 1.12 for nano, in fp32
 STATE_SHARE = 0.5  # of the memory that is left may hold what is kept once, and more only where that is not enough
+NEW_HIGH = 1.1  # times what was last said of a worker's memory is worth saying again
 SLACK = 1.05  # room for parts that do not fill it to the byte
 STATES = {"muon": 1, "adamw": 2}  # tensors of a parameter's size (Muon leaves AdamW's two to the few others)
 
@@ -126,20 +129,26 @@ def row_bytes(shape: ModelConfig, place: Place, seq_len: int, number_bytes: int,
 
 
 def within_memory(
-    islands: list[IslandLayout], shape: ModelConfig, config: TrainingConfig, crew: Crew, pretended: float | None
+    islands: list[IslandLayout],
+    shape: ModelConfig,
+    config: TrainingConfig,
+    crew: Crew,
+    budgets: Sequence[float],
+    formats: Sequence[Format],
 ) -> list[IslandLayout]:
     """`islands`, in which every worker fits its memory; without a plan micro-batches shrink to what fits.
 
     Every worker calls this. Raises InputError on all of them, naming the one that fits least.
+
+    budgets, formats: bytes that each worker may hold, and what it computes in.
     """
     own = island_of(islands, crew.rank)
     rank = list(own.ranks).index(crew.rank)
     held = held_bytes(shape, own.layout, rank, config.optimizer, mtp=bool(config.mtp_weight)).total
     place = place_of(own.layout, rank)
-    number_bytes = FP32_BYTES if config.precision == "auto" else ACTIVATIONS[config.precision].itemsize
-    row = row_bytes(shape, place, config.seq_len, number_bytes, config.recompute)
+    row = row_bytes(shape, place, config.seq_len, ACTIVATIONS[formats[crew.rank]].itemsize, config.recompute)
     rows = place.team.micro_batch if config.plan else 1
-    needs: list[Need] = crew.all_values(Need(held, row, rows, budget(crew.device, pretended)))
+    needs: list[Need] = crew.all_values(Need(held, row, rows, budgets[crew.rank]))
     tight = min(range(crew.size), key=lambda other: needs[other].most_rows - needs[other].rows)
     need = needs[tight]
     if need.most_rows < need.rows:
@@ -163,6 +172,45 @@ def _fitting(island: IslandLayout, most: Sequence[int]) -> IslandLayout:
         for team in island.layout.teams
     ]
     return replace(island, layout=replace(island.layout, teams=tuple(teams)))
+
+
+@dataclass
+class Budgets:
+    """What workers may hold, and who was seen to hold more.
+
+    Attributes:
+        ranks: of the workers, as people know them.
+        bytes: that each may hold.
+        program: bytes that each process held before it had anything of the model (`held_already`).
+        told: the most that was said of each.
+    """
+
+    ranks: Sequence[int]
+    bytes: Sequence[float]
+    program: Sequence[float]
+    told: list[float] = field(default_factory=list)
+
+    def exceeded(self, memory: Sequence[float]) -> list[str]:
+        """A sentence about each worker that holds more than its budget and than what was last said of it.
+
+        memory: bytes of each process (`timing.memory_bytes`).
+        """
+        self.told = self.told or [0.0] * len(self.bytes)
+        found = []
+        for worker, (budget, whole, program) in enumerate(zip(self.bytes, memory, self.program, strict=True)):
+            held = whole - program
+            if held > max(budget, NEW_HIGH * self.told[worker]):
+                self.told[worker] = held
+                found.append(
+                    f"worker {self.ranks[worker]} holds {in_megabytes(held)} for training, and may hold "
+                    f"{in_megabytes(budget)}"
+                )
+        return found
+
+
+def held_already(device: torch.device) -> float:
+    """Bytes of this process that training does not count as its own: on a CPU, the program with its libraries."""
+    return 0.0 if device.type == "cuda" else float(memory_bytes(device))
 
 
 def in_megabytes(size: float) -> str:

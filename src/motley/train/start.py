@@ -26,7 +26,7 @@ from motley.train.crew import Crew, join_crew
 from motley.train.emulate import links_of, parts_of, play
 from motley.train.islands import USUAL_ROUND, Island
 from motley.train.layout import IslandLayout, island_of, islands_of_plan, islands_side_by_side
-from motley.train.memory import budget, check_memory, dealt, within_memory
+from motley.train.memory import Budgets, budget, check_memory, dealt, held_already, within_memory
 from motley.train.precision import asked_format, number_formats
 from motley.train.run import Run
 from motley.train.worker import Worker
@@ -122,15 +122,16 @@ def employ(
     asked = asked_format(config.precision, emulated.precision, own.layout, own.ranks.index(crew.rank))
     everyone = number_formats(asked, crew, run, lambda: run.machine(crew.device, machine))
     formats: list[Format] = [everyone[rank] for rank in own.ranks]
+    budgets = crew.all_values(budget(crew.device, emulated.memory))
     if pretended or not crew.alone:
         if plan is None:
-            budgets = crew.all_values(budget(crew.device, emulated.memory))
             glances = crew.all_values(emulated.speed * glance(crew.device, everyone[crew.rank]))
             islands = dealt(islands, shape, config, budgets, glances)
-        islands = within_memory(islands, shape, config, crew, emulated.memory)
+        islands = within_memory(islands, shape, config, crew, budgets, everyone)
         own = island_of(islands, crew.rank)
     if pretended:
         crew = dataclasses.replace(crew, links=links_of(pretended, crew))
+    programs = crew.all_values(held_already(crew.device))
     parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]
     if crew.alone:
         worker = Worker(shape, config, own.layout, crew, weights and weights(crew.device), formats)
@@ -141,6 +142,7 @@ def employ(
         island = Island(worker, crew, parts, speeds, every)
         if weights is not None:
             hand_out(weights, island, crew)
+    worker.budgets = Budgets(own.ranks, [budgets[rank] for rank in own.ranks], [programs[rank] for rank in own.ranks])
     if pretended:
         play(pretended, config.emulate_by, worker, crew)
     return island

@@ -23,6 +23,7 @@ from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
 from motley.train.gather import State, gather, scatter
 from motley.train.layout import Layout, place_of
+from motley.train.memory import Budgets
 from motley.train.optimizer import Optimizer, by_muon
 from motley.train.parts import trained
 from motley.train.precision import check_formats, wire_dtype
@@ -91,6 +92,7 @@ class Worker:
             self.lane.turns = turns(self.model, self.shards, watched=bool(self.scales.workers))
         self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
         self.timing = Timing()
+        self.budgets: Budgets | None = None
         self.before_step: Callable[[int], None] = lambda step: None
         self._rows: list[int] = []
 
