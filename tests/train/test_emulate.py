@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cgroup2 import Group
 from crews import on_crew
 from test_crew import losses, torchrun
 from test_crew import shape as shape  # a fixture
@@ -174,6 +175,62 @@ def test_a_cap_takes_cpu_time_away_and_leaves_no_group_behind_even_when_its_proc
     assert group.is_dir(), "nobody is left who could remove it"
     handicap_module._remove_stale(home)
     assert not group.exists()
+
+
+def version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, **root: Any) -> tuple[Group, Group]:
+    """(the root of a played hierarchy, this process's group in it)."""
+    mount = Group.mounted(tmp_path / "cgroup", **root)
+    (tmp_path / "membership").write_text(f"0::{own}\n")
+    monkeypatch.setattr(handicap_module, "MOUNT", mount)
+    monkeypatch.setattr(handicap_module, "MEMBERSHIP", tmp_path / "membership")
+    group = mount
+    for name in own.strip("/").split("/") if own != "/" else ():
+        (group / "cgroup.subtree_control").write_text("+cpu")
+        group = group / name
+        group.mkdir()
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    return mount, group
+
+
+@pytest.mark.parametrize("own", ["/", "/work.scope", "/user.slice/work.scope"])
+def test_version_2_caps_beside_the_own_group_and_puts_everything_back(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, group = version_2(tmp_path, monkeypatch, own)
+    home = group if own == "/" else group.parent
+    dead, alive = home / f"{GROUP}{2**30}", home / f"{GROUP}{os.getppid()}"
+    for other in (dead, alive):
+        other.mkdir()
+    slow = handicap(0.25, "cap")
+    made = home / f"{GROUP}{os.getpid()}"
+    assert slow.means == "CPU time capped by a control group (version 2)"
+    assert "cpu" in home.handed_on
+    assert (made / "cpu.max").read_text() == "5000 20000", "a quarter of one thread"
+    assert made.processes == [str(os.getpid())]
+    assert group.processes == []
+    assert not dead.exists()
+    assert alive.is_dir()
+    slow.end()
+    assert group.processes == [str(os.getpid())]
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "root"),
+    [
+        ("/", {"controllers": "hugetlb"}),  # the cpu controller belongs to a hierarchy of version 1
+        ("/", {"real": False}),  # a container's root, which has processes and so hands nothing on
+    ],
+)
+def test_version_2_without_a_cpu_controller_for_new_groups_waits_instead_and_leaves_nothing(
+    own: str, root: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount, group = version_2(tmp_path, monkeypatch, own, **root)
+    with pytest.raises(InputError, match="CPU time cannot be capped here"):
+        handicap(0.25, "cap")
+    assert handicap(0.25).way == "wait"
+    assert [child for child in mount.iterdir() if child.is_dir()] == []
+    assert group.processes == [str(os.getpid())]
 
 
 def with_priority(pipe: Any) -> None:

@@ -31,6 +31,7 @@ Way = Literal["auto", "cap", "priority", "wait"]
 PERIOD_MICROSECONDS = 20_000
 LEAST_QUOTA_MICROSECONDS = 1_000  # the kernel's
 MOUNT = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")  # which groups this process is in
 GROUP = "motley-"
 NICE_STEP = 1.25  # the kernel's: of the CPU time that one step of priority is worth
 MOST_NICE = 19
@@ -133,7 +134,7 @@ def _cap(speed: float) -> Handicap:
 
 def _groups() -> tuple[int, Path, Path]:
     """(version, this process's group of the cpu controller, where to make ours). Raises OSError: no control groups."""
-    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    lines = [line.split(":", 2) for line in MEMBERSHIP.read_text().splitlines()]
     paths = {name: path.lstrip("/") for _, names, path in lines for name in names.split(",")}
     if (MOUNT / "cgroup.controllers").is_file():
         group = MOUNT / paths.get("", "")
