@@ -27,7 +27,7 @@ from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
 from motley.train.layout import IslandLayout, Place, island_of, place_of
 from motley.train.optimizer import OptimizerName
-from motley.train.parts import bytes_kept_once, held_bytes, parts_of
+from motley.train.parts import bytes_kept_anyway, bytes_kept_once, cut_parts, held_bytes
 from motley.train.timing import memory_bytes
 
 FP32_BYTES = 4
@@ -101,12 +101,11 @@ def dealt(
     found = []
     for island in islands:
         layout = replace(island.layout, rates=tuple(speeds[rank] for rank in island.ranks))
-        parts = parts_of(shape, layout, config.optimizer)
-        left = []
-        for rank, among_all in enumerate(island.ranks):
-            held = held_bytes(shape, layout, rank, config.optimizer, mtp=bool(config.mtp_weight))
-            taken = (held.weights if layout.zero < 3 else 0) + (held.gradients if layout.zero < 2 else 0)
-            left.append(max(0.0, budgets[among_all] - taken))
+        parts, mtp = cut_parts(shape, layout), bool(config.mtp_weight)
+        left = [
+            max(0.0, budgets[among_all] - bytes_kept_anyway(parts, layout.zero, rank, mtp))
+            for rank, among_all in enumerate(island.ranks)
+        ]
         if layout.zero and sum(left):
             needed = sum(bytes_kept_once(part, layout, config.optimizer) for part in parts)
             share = min(1.0, max(STATE_SHARE, SLACK * needed / sum(left)))

@@ -57,9 +57,30 @@ class Part:
         return self.name if self.whole else f"{self.start}:{self.stop}|{self.name}"
 
 
-@lru_cache(maxsize=2)  # a start asks for each worker of a layout; a large model has tens of thousands of parts
 def parts_of(config: ModelConfig, layout: Layout, optimizer: OptimizerName) -> tuple[Part, ...]:
     """All parts of the model in the order of its parameters, the same on every worker."""
+    return _owned_parts(config, _any_batch(layout), optimizer)
+
+
+def cut_parts(config: ModelConfig, layout: Layout) -> tuple[Part, ...]:
+    """The same before anyone owns them (owner -1): whatever rates and memory the layout has."""
+    return _cut_parts(config, replace(_any_batch(layout), rates=(), memory=()))
+
+
+def _any_batch(layout: Layout) -> Layout:
+    """The layout without what parts do not depend on, so that a start, which changes that, builds them once."""
+    return replace(layout, teams=tuple(replace(team, micro_batch=1) for team in layout.teams))
+
+
+@lru_cache(maxsize=2)  # a start asks for each worker of a layout; a large model has tens of thousands of parts
+def _owned_parts(config: ModelConfig, layout: Layout, optimizer: OptimizerName) -> tuple[Part, ...]:
+    found = cut_parts(config, layout)
+    owners = _owners(found, layout, optimizer)
+    return tuple(replace(part, owner=owner) for part, owner in zip(found, owners, strict=True))
+
+
+@lru_cache(maxsize=2)
+def _cut_parts(config: ModelConfig, layout: Layout) -> tuple[Part, ...]:
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
     found: list[Part] = []
@@ -68,8 +89,7 @@ def parts_of(config: ModelConfig, layout: Layout, optimizer: OptimizerName) -> t
         for start, stop in pairwise(bounds):
             holders = tuple(sorted(_holders(name, start, config, layout)))
             found.append(Part(name, start, stop, (stop - start, *shape[1:]), holders, -1, len(bounds) == 2))
-    owners = _owners(found, layout, optimizer)
-    return tuple(replace(part, owner=owner) for part, owner in zip(found, owners, strict=True))
+    return tuple(found)
 
 
 Kind = Literal["weights", "gradients", "optimizer"]
@@ -114,6 +134,14 @@ def bytes_kept_once(part: Part, layout: Layout, optimizer: OptimizerName) -> int
     states = 1 if by_muon(optimizer, part.name, len(part.shape)) else 2
     numbers = states * (layout.zero >= 1) + (layout.zero >= 2) + (layout.zero >= 3)
     return NUMBER_BYTES * part.numbers * numbers
+
+
+def bytes_kept_anyway(parts: Iterable[Part], zero: Zero, rank: int, mtp: bool) -> int:
+    """What worker `rank` keeps of what it computes with, whoever owns it: weights below ZeRO 3, gradients below 2."""
+    held = [part for part in parts if rank in part.holders]
+    weights = sum(part.numbers for part in held) if zero < ALONE_FROM["weights"] else 0
+    gradients = sum(p.numbers for p in held if trained(p.name, mtp)) if zero < ALONE_FROM["gradients"] else 0
+    return NUMBER_BYTES * (weights + gradients)
 
 
 def held_bytes(config: ModelConfig, layout: Layout, rank: int, optimizer: OptimizerName, mtp: bool = True) -> HeldBytes:
