@@ -30,13 +30,7 @@ import psutil
 from motley.data.pack import DataConfig, prepare
 
 STEPS, LIMIT_SECONDS, PATIENCE = 40, 300.0, 10.0
-SHAPE = {
-    "model_type": "deepseek_v3", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48,
-    "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
-    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 1, "max_position_embeddings": 128,
-}  # fmt: skip
+SHAPE = Path(__file__).parents[1] / "examples" / "models" / "tiny.json"
 
 
 @dataclass
@@ -95,7 +89,6 @@ class Bench:
         lines = [" ".join(words[start : start + 40]) for start in range(0, len(words), 40)]
         text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
         self.data = prepare(DataConfig(data=(str(text),), vocab_size=300), folder / "prepared").folder
-        (folder / "shape.json").write_text(json.dumps(SHAPE))
         alone = Crew(folder / "alone", live=False)
         alone.folder.mkdir()
         subprocess.run(self.words(alone), check=True, capture_output=True)
@@ -103,7 +96,7 @@ class Bench:
 
     def words(self, crew: Crew, **settings: Any) -> list[str]:
         chosen = {
-            "out": crew.out, "data": self.data, "model": self.folder / "shape.json", "steps": STEPS, "batch_rows": 6,
+            "out": crew.out, "data": self.data, "model": SHAPE, "steps": STEPS, "batch_rows": 6,
             "micro_batch": 2, "seq_len": 64, "valid_every": 20, "checkpoint_every": 5, "precision": "fp32",
             "device": "cpu", "patience": PATIENCE,
         } | settings  # fmt: skip

@@ -11,20 +11,14 @@ from typing import Any
 import pytest
 import torch
 from crews import free_port, on_crew
-from test_resume import STEPS, TINY, command
+from test_resume import STEPS, command
 from test_resume import data as data  # the fixture
+from test_resume import shape as shape
 
 from motley.errors import CrewError, InputError
 from motley.plan.partition import apportion
 from motley.train.crew import Crew
 from motley.train.shares import Shares
-
-
-@pytest.fixture(scope="module")
-def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("shape") / "config.json"
-    file.write_text(json.dumps(TINY))
-    return file
 
 
 def torchrun(workers: int, arguments: list[str], *options: str) -> list[str]:

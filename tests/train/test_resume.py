@@ -21,13 +21,8 @@ from motley.train.state import checkpoints
 
 STEPS = 30
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-TINY = {
-    "model_type": "deepseek_v3", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48,
-    "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
-    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 1, "max_position_embeddings": 128,
-}  # fmt: skip
+TINY_FILE = Path(__file__).parents[2] / "examples" / "models" / "tiny.json"
+TINY = json.loads(TINY_FILE.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +38,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("shape") / "config.json"
-    file.write_text(json.dumps(TINY))
-    return file
+def shape() -> Path:
+    return TINY_FILE
 
 
 def command(out: Path, data: Path, shape: Path, **settings: Any) -> list[str]:
