@@ -77,13 +77,19 @@ pools:
 """
 
 
-@pytest.mark.slow(15)
-def test_a_plan_runs_as_it_is_written(data: Path, shape: Path, alone: Path, tmp_path: Path):
-    fleet, plan = tmp_path / "fleet.yaml", tmp_path / "plan.json"
+@pytest.fixture(scope="module")
+def plan(shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    fleet, plan = folder / "fleet.yaml", folder / "plan.json"
     fleet.write_text(PLANNED)
     asked = ["plan", str(shape), f"--fleet={fleet}", "--tokens=1M", "--seq-len=64", "--global-batch=4", f"--out={plan}"]
     made = subprocess.run([sys.executable, "-m", "motley", *asked], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
+    return plan
+
+
+@pytest.mark.slow(15)
+def test_a_plan_runs_as_it_is_written(data: Path, shape: Path, alone: Path, plan: Path, tmp_path: Path):
     values = json.loads(plan.read_text())
     out = tmp_path / "run"
     arguments = command(out, data, shape, precision="fp32", plan=plan)
@@ -97,6 +103,18 @@ def test_a_plan_runs_as_it_is_written(data: Path, shape: Path, alone: Path, tmp_
     )
     assert wrong.returncode != 0
     assert f"{values['chips'] + 1} were started" in wrong.stderr
+
+
+@pytest.mark.slow(8)
+def test_a_plan_runs_in_fp8_where_that_is_asked(data: Path, shape: Path, alone: Path, plan: Path, tmp_path: Path):
+    out, workers = tmp_path / "run", json.loads(plan.read_text())["chips"]
+    arguments = command(out, data, shape, precision="fp8", plan=plan)
+    done = subprocess.run(torchrun(workers, arguments), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for worker in range(workers):
+        assert f"worker {worker} computes in fp8" in done.stderr
+    assert losses(out) == pytest.approx(losses(alone), rel=0.01)
+    assert losses(out) != pytest.approx(losses(alone), rel=1e-4), "products are rounded"
 
 
 def until(condition: Any, process: subprocess.Popen[Any]) -> None:

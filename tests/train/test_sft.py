@@ -21,6 +21,7 @@ from motley.infer.sampler import SamplingParams
 from motley.model import SIZES, Transformer, load, save
 from motley.train.config import FinetuneConfig
 from motley.train.finetune import finetune
+from motley.train.metrics import read_metrics
 from motley.train.step import LossWeights, accumulate
 from motley.train.validate import loss_of, validate
 
@@ -141,6 +142,24 @@ def test_a_model_learns_its_conversations_and_says_them(base: Path, tmp_path: Pa
     right = [text == f"the word is {word}</think>{word}!" for text, word in zip(texts, WORDS, strict=True)]
     assert sum(right) >= len(WORDS) - 1, texts  # one conversation was kept for validation
     assert (out / "model" / "chat_template.jinja").is_file()
+
+
+def test_fine_tuning_in_fp8_learns_what_it_learns_in_fp32(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "conversations.jsonl"
+    file.write_text(as_lines(CONVERSATIONS * 12))
+    losses: dict[str, list[float]] = {}
+    for precision in ("fp32", "fp8"):
+        out = tmp_path / precision
+        finetune(
+            FinetuneConfig(
+                out=out, data=(str(file),), model=base, steps=20, batch_rows=4, seq_len=64, learning_rate=0.01,
+                precision=precision, device="cpu", valid_every=20,
+            )
+        )  # fmt: skip
+        losses[precision] = [record["loss"] for record in read_metrics(out) if record["kind"] == "train"]
+    assert losses["fp8"] != losses["fp32"]
+    assert losses["fp8"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["fp8"][-1] < losses["fp8"][0] - 1
 
 
 @pytest.mark.parametrize(
