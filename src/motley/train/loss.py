@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from motley.model import native
 from motley.model.products import product, wide
 
 GROUP_LOGITS = 4 << 20  # logits held at once
@@ -26,7 +27,9 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, slope: f
     counted = (targets >= 0).nonzero().squeeze(1)
     if counted.numel() < targets.numel():
         hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)
-    return _SummedCrossEntropy.apply(hidden, head, targets, slope)  # pyright: ignore[reportReturnType]
+    here = native.fits(hidden, *head.shape) and head.dtype == torch.float32
+    function = _NativeCrossEntropy if here else _SummedCrossEntropy
+    return function.apply(hidden, head, targets, slope)  # pyright: ignore[reportReturnType]
 
 
 def _into_slopes(logits: Tensor, target: Tensor, room: Tensor, slope: float) -> Tensor:
@@ -79,6 +82,24 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad = grad / ctx.slope
         grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)
         return grad_hidden, (grad_head * grad).to(ctx.head_dtype), None, None
+
+
+class _NativeCrossEntropy(_SummedCrossEntropy):
+    """The same in one kernel (`motley/model/native/loss.cpp`), logits in fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, slope: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, head, targets = hidden.contiguous(), head.contiguous(), targets.contiguous()
+        (positions, size), vocab = hidden.shape, len(head)
+        losses = torch.empty(positions)
+        wanted = any(ctx.needs_input_grad)
+        grads = (torch.empty_like(hidden), torch.zeros_like(head)) if wanted else (None, None)
+        group = 32 * max(1, GROUP_LOGITS // (32 * vocab))
+        native.call("loss_forward", positions, size, vocab, group, hidden, head, targets, slope, losses, *grads)
+        if wanted:
+            ctx.save_for_backward(*grads)
+            ctx.head_dtype, ctx.slope = head.dtype, slope
+        return losses.sum()
 
 
 def _into(room: Tensor, left: Tensor, right: Tensor) -> Tensor:

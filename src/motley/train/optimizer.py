@@ -6,16 +6,19 @@ steps. Its update is scaled to the size AdamW's would have, 0.2 sqrt(max(rows, c
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from motley.model import native
+
 OptimizerName = Literal["muon", "adamw"]
 
 
 ITERATIONS = 5  # of Newton and Schulz
+LARGEST_OF_ONE_THREAD = 1 << 20  # numbers of a matrix; larger ones are worth the threads of a product each
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = ITERATIONS) -> Tensor:
@@ -33,6 +36,11 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = ITERAT
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def update_scale(shape: Sequence[int]) -> float:
+    """By what an orthogonal matrix is multiplied to be as large as AdamW's update (Moonlight, 2.2)."""
+    return 0.2 * max(shape) ** 0.5
 
 
 def as_matrices(name: str, tensor: Tensor) -> Tensor:
@@ -89,10 +97,15 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         self.adamw.step()
+        by_kernel: list[str] = []
         for shape, names in self._same_shape.items():
             names = [name for name in names if self.matrices[name].grad is not None]
-            if names:
-                self._muon(names, learning_rate, 0.2 * max(shape) ** 0.5)
+            apart = [name for name in names if self._fits_kernel(name)]
+            by_kernel += apart
+            if names := [name for name in names if name not in apart]:
+                self._muon(names, learning_rate, update_scale(shape))
+        if by_kernel:
+            self._native_muon(by_kernel, learning_rate)
 
     def _muon(self, names: list[str], learning_rate: float, scale: float) -> None:
         """Matrices of one shape together, so that orthogonalising them is a few batched products."""
@@ -107,6 +120,33 @@ class Optimizer:
             weight = self.matrices[name]
             weight.mul_(1 - learning_rate * self.weight_decay)
             weight.add_(update.reshape(weight.shape), alpha=-learning_rate * scale)
+
+    def _fits_kernel(self, name: str) -> bool:
+        weight, momentum = self.matrices[name], self.momentum[name]
+        shape = as_matrices(name, weight).shape[1:]
+        if self.dtype != torch.bfloat16 or weight.device.type != "cpu" or shape.numel() > LARGEST_OF_ONE_THREAD:
+            return False
+        tensors = (weight, weight.grad, momentum)
+        flat = all(t is not None and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+        return flat and native.runs(*shape)
+
+    def _native_muon(self, names: list[str], learning_rate: float) -> None:
+        """All matrices in one kernel, each by one thread, the largest first (`motley/model/native/muon.cpp`)."""
+        rows: list[tuple[int, ...]] = []
+        rates: list[float] = []
+        for name in sorted(names, key=lambda name: -as_matrices(name, self.matrices[name]).shape[1:].numel()):
+            weight, momentum = self.matrices[name], self.momentum[name]
+            count, *shape = as_matrices(name, weight).shape
+            tensors = (weight.grad, momentum, weight)
+            apart = 4 * shape[0] * shape[1]  # bytes
+            for index in range(count):
+                rows.append((*shape, *(tensor.data_ptr() + index * apart for tensor in tensors if tensor is not None)))
+                rates.append(learning_rate * update_scale(shape))
+        sizes, *pointers = (
+            torch.tensor(column) for column in ([r[:2] for r in rows], *zip(*(r[2:] for r in rows), strict=True))
+        )
+        kept = 1 - learning_rate * self.weight_decay
+        native.call("muon_step", len(rows), sizes, *pointers, torch.tensor(rates), self.MOMENTUM, kept, ITERATIONS)
 
     def zero_grad(self) -> None:
         for parameter in (*self.matrices.values(), *self.others.values()):

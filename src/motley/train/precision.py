@@ -17,6 +17,7 @@ import torch
 from motley.errors import InputError
 from motley.fleet.device import ACTIVATIONS, Format, Precision, number_format
 from motley.fleet.probe import Machine, device_name, probe
+from motley.model import native
 from motley.progress import note
 from motley.train.crew import Crew
 from motley.train.layout import Layout, place_of
@@ -73,4 +74,6 @@ def number_formats(asked: Precision, crew: Crew, run: Run, machine: Callable[[],
     if crew.device.type == "cpu" and formats[crew.rank] in ("fp8", "fp16"):
         name = formats[crew.rank]
         note(f"worker {crew.rank} computes in {name}, which CPUs do through fp32: slower than fp32, for trying it only")
+    if crew.device.type == "cpu" and formats[crew.rank] == "bf16" and (missing := native.missing()):
+        note(f"worker {crew.rank}: {missing}")
     return formats
