@@ -10,7 +10,7 @@ from torch import Tensor
 from motley.model import SIZES, Transformer, native
 from motley.model.attention import LatentAttention
 from motley.model.experts import Experts, moe_reference
-from motley.model.layers import RMSNorm, rms_norm_reference
+from motley.model.layers import MLP, RMSNorm, rms_norm_reference
 from motley.model.native import build
 from motley.model.rotary import Rotary
 from motley.model.where import Where
@@ -104,6 +104,24 @@ def test_experts_equal_one_after_another(
     for one, other in zip(found, expected, strict=True):
         assert distance(one, other) < 3 * ROUNDING
     assert not found[3][experts - 1].any(), "an expert without tokens has no gradient"
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "inner"), [(1, 16, 16), (70, 48, 80), (300, 64, 400)])
+def test_a_dense_mlp_equals_the_plain_one(tokens: int, hidden: int, inner: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    layer = MLP(hidden, inner)
+    names = [name for name, _ in layer.named_parameters()]
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    x, upstream = (torch.randn(1, tokens, hidden, generator=generator).bfloat16() for _ in range(2))
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
+
+    weights = list(layer.parameters())
+    found, expected = passes(run, [x, *weights], upstream), passes(run, [t.double() for t in (x, *weights)], upstream)
+    for name, one, other in zip(["y", "x", *names], found, expected, strict=True):
+        assert distance(one, other) < ROUNDING, name
 
 
 @pytest.mark.parametrize("apart", [0, 8])

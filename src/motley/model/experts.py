@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from motley.model import native
 from motley.model.fp8 import TILE, fp8_product
+from motley.model.native_mlp import native_experts
 from motley.model.products import add_gradient, grouped_product
 
 PAD = 64  # rows, on a CPU
@@ -88,7 +89,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, hidden], chosen [tokens, k], weights fp32 [tokens, k] → [tokens, hidden]."""
         if self._native(x):
-            return _NativeExperts.apply(x, chosen, weights, self.gate_up_proj, self.down_proj)  # pyright: ignore[reportReturnType]
+            return native_experts(x, chosen, weights, self.gate_up_proj, self.down_proj)
         layout, k = Layout.of(chosen, len(self.gate_up_proj), self._pad(chosen)), chosen.shape[1]
         rows = _Dispatch.apply(x, layout.token_of_row, layout.row_of_slot, k)
         gate_up = self._grouped(rows, self.gate_up_proj, layout.ends)  # pyright: ignore[reportArgumentType]
@@ -172,32 +173,3 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (token_of_row,) = ctx.saved_tensors
         return grad.index_select(0, token_of_row), None, None, None
-
-
-class _NativeExperts(torch.autograd.Function):
-    """Everything from dispatch to combination in one kernel (`native/experts.cpp`)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, chosen: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (tokens, k), (experts, hidden, inner) = chosen.shape, down_proj.shape
-        x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.contiguous()
-        starts, slot_of_row, row_of_slot = (
-            torch.empty(size, dtype=torch.int32) for size in (experts + 1, tokens * k, tokens * k)
-        )
-        native.call("experts_sort", tokens * k, experts, chosen, starts, slot_of_row, row_of_slot)
-        gate_up, y = x.new_empty(tokens * k, 2 * inner), torch.empty_like(x)
-        ctx.sizes = (tokens, k, experts, hidden, inner)
-        given = (x, weights, gate_up_proj, down_proj, starts, slot_of_row, row_of_slot, gate_up)
-        native.call("experts_forward", *ctx.sizes, *given, y)
-        ctx.save_for_backward(*given)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weights, gate_up_proj, down_proj, *_ = ctx.saved_tensors
-        grad_x, grad_weights, *grads = (torch.empty_like(t) for t in (x, weights, gate_up_proj, down_proj))
-        native.call(
-            "experts_backward", *ctx.sizes, *ctx.saved_tensors, grad.contiguous(), grad_x, grad_weights, *grads
-        )  # fmt: skip
-        return grad_x, None, grad_weights, *grads

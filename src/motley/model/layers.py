@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from motley.model import native
 from motley.model.fp8 import fp8_product
+from motley.model.native_mlp import native_mlp
 from motley.model.products import add_gradient, product, wide
 
 
@@ -33,6 +34,13 @@ class Linear(nn.Linear):
             return _LaterLinear.apply(input, self.weight, self.later)  # pyright: ignore[reportReturnType]
         bias = None if self.bias is None else wide(self.bias.to(input.dtype))
         return F.linear(wide(input), wide(self.weight.to(input.dtype)), bias).to(input.dtype)
+
+
+def _plain(linear: Linear) -> bool:
+    """Whether it is no more than a product with an fp32 weight whose gradient is made at once."""
+    rounded, later = linear.fp8 and linear.training, linear.later is not None and torch.is_grad_enabled()
+    weight = linear.weight
+    return not (rounded or later) and linear.bias is None and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 class _LaterLinear(torch.autograd.Function):
@@ -99,9 +107,7 @@ class _NativeRMSNorm(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x, grad_weight = torch.empty_like(grad), torch.empty_like(weight)
         parts = torch.empty((rows + 63) // 64, size)
-        native.call(
-            "norm_backward", rows, size, x, x.stride(-2), weight, inverse, grad, grad_x, grad_weight, parts
-        )  # fmt: skip
+        native.call("norm_backward", rows, size, x, x.stride(-2), weight, inverse, grad, grad_x, grad_weight, parts)
         return grad_x, grad_weight, None
 
 
@@ -141,4 +147,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        maps = (self.gate_proj, self.up_proj, self.down_proj)
+        if all(map(_plain, maps)) and native.fits(x, *self.down_proj.weight.shape):
+            return native_mlp(x, *(linear.weight for linear in maps))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

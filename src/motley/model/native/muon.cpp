@@ -11,9 +11,9 @@ constexpr float A = 3.4445f, B = -4.7750f, C = 2.0315f;
 
 // The upper half of a symmetric product, then mirrored: S [m, m].
 static void multiply_symmetric(long m, long pairs, Left a, const pair* b, long panel_pairs, float* s) {
-  for (long j = 0; j < m; j += PANEL) {
-    const long rows = std::min(m, j + PANEL);
-    multiply(rows, std::min<long>(PANEL, m - j), pairs, a, b + j * panel_pairs, panel_pairs, s + j, m, false);
+  for (long j = 0, wide; j < m; j += wide) {
+    wide = panel_width(m, j);
+    multiply(j + wide, wide, pairs, a, b + j * panel_pairs, panel_pairs, s + j, m, false);
   }
   for (long i = 0; i < m; i += 16)
     for (long j = i; j < m; j += 16) {

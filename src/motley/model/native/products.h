@@ -6,7 +6,7 @@
 //
 //     A   Left: pairs of a row lie side by side in a plain matrix (`rows_of`), or, where A is the transpose of what is
 //         at hand, in panels of 8 rows, [m/8][k/2][8] (`pack_left`)
-//     B   in panels of 32 columns, [n/32][k/2][32]; the last one may be 16 wide
+//     B   in panels of 32 columns, [n/32][k/2][32]; the last one takes 16 more, or is 16 wide if there are no more
 //
 // A tile of 8 x 32 sums stays in 16 registers while k passes by. m is a multiple of 8, n of 16, k of 2: who packs fills
 // up with zeros.
@@ -91,23 +91,23 @@ inline void multiply_tile(long pairs, const pair* a, long row, long step, const 
     for (int v = 0; v < wide; ++v) _mm512_storeu_ps(c + r * width + 16 * v, sums[r][v]);
 }
 
+// How wide the panel is that begins at column j.
+inline long panel_width(long n, long j) { return n - j == PANEL + 16 ? PANEL + 16 : std::min<long>(PANEL, n - j); }
+
 // C [m, n], rows `width` apart, from `pairs` pairs; `panel_pairs`: how many each panel of B holds.
 inline void multiply(long m, long n, long pairs, Left a, const pair* b, long panel_pairs, float* c, long width, bool add) {
-  for (long j = 0; j < n; j += PANEL) {
-    const pair* panel = b + j * panel_pairs;
-    for (long t = 0; t < m / TILE; ++t) {
-      float* to = c + t * TILE * width + j;
-      if (n - j >= PANEL)
-        multiply_tile<2>(pairs, a.at + t * a.tile, a.row, a.step, panel, to, width, add);
-      else
-        multiply_tile<1>(pairs, a.at + t * a.tile, a.row, a.step, panel, to, width, add);
-    }
+  for (long j = 0, wide; j < n; j += wide) {
+    wide = panel_width(n, j);
+    const auto tile = wide == 48 ? multiply_tile<3> : wide == 32 ? multiply_tile<2> : multiply_tile<1>;
+    for (long t = 0; t < m / TILE; ++t)
+      tile(pairs, a.at + t * a.tile, a.row, a.step, b + j * panel_pairs, c + t * TILE * width + j, width, add);
   }
 }
 
 // Where pair p of columns j … j + 15 of B belongs.
 inline pair* in_panels(pair* packed, long n, long panel_pairs, long p, long j) {
-  const long first = j / PANEL * PANEL, wide = std::min<long>(PANEL, n - first);
+  const long last = n < PANEL ? 0 : n / PANEL * PANEL - PANEL;  // where the last panel begins, if it is a wide one
+  const long first = n % PANEL && j >= last ? last : j / PANEL * PANEL, wide = panel_width(n, first);
   return packed + first * panel_pairs + p * wide + (j - first);
 }
 
