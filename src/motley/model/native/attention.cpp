@@ -39,7 +39,7 @@ static void spread_angles(const Shape& s, const bf16* cos, const bf16* sin, floa
 // One head's key or query: its own part, then the turned one.
 static inline void assemble(const Shape& s, const bf16* own, const bf16* turning, const float* cos, const float* sin,
                             bf16* to) {
-  std::memcpy(to, own, s.nope * sizeof(bf16));
+  copy(to, own, s.nope);
   for (long j = 0; j < s.rope; j += 16) store(to + s.nope + j, turned(load(turning + j), cos + j, sin + j, false));
 }
 
@@ -177,7 +177,7 @@ extern "C" void attention_backward(long batch, long seq, long heads, long nope, 
     keys_of(s, in, b, h, held, keys);
     for (long t = 0; t < held; ++t)
       if (t < seq)
-        std::memcpy(values + t * value, kv + ((b * seq + t) * heads + h) * (nope + value) + nope, value * sizeof(bf16));
+        copy(values + t * value, kv + ((b * seq + t) * heads + h) * (nope + value) + nope, value);
       else
         std::memset(values + t * value, 0, value * sizeof(bf16));
     for (long j = 0; j < held; j += 16) {
@@ -200,7 +200,7 @@ extern "C" void attention_backward(long batch, long seq, long heads, long nope, 
           continue;
         }
         const long at = ((b * seq + start + r) * heads + h) * value;
-        std::memcpy(upstream + r * value, grad + at, value * sizeof(bf16));
+        copy(upstream + r * value, grad + at, value);
         __m512 sum = _mm512_setzero_ps();
         for (long j = 0; j < value; j += 16) sum = _mm512_fmadd_ps(load(grad + at + j), load(out + at + j), sum);
         along[r] = _mm512_reduce_add_ps(sum);

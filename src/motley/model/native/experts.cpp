@@ -48,7 +48,7 @@ static void gather(const bf16* x, long size, long k, const int32_t* slot_of_row,
   const long count = block.count;
   for (long r = 0; r < count; ++r) {
     fetch(x + token_of(slot_of_row, block.first + std::min(r + AHEAD, count - 1), k) * size, size);
-    std::memcpy(to + r * size, x + token_of(slot_of_row, block.first + r, k) * size, size * sizeof(bf16));
+    copy(to + r * size, x + token_of(slot_of_row, block.first + r, k) * size, size);
   }
   std::memset(to + count * size, 0, (room - count) * size * sizeof(bf16));
 }

@@ -33,6 +33,9 @@ inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_m
 inline __m512 load(const bf16* from) { return widen(_mm256_loadu_si256((const __m256i*)from)); }
 inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 inline void store(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, narrow(x)); }
+inline void copy(bf16* to, const bf16* from, long size) {  // short rows: no call
+  for (long j = 0; j < size; j += 16) _mm256_storeu_si256((__m256i*)(to + j), _mm256_loadu_si256((const __m256i*)(from + j)));
+}
 inline __m256i bits(const bf16* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline __m256i bits(const float* from) { return narrow(_mm512_loadu_ps(from)); }
 inline __m512i paired(__m256i low, __m256i high) {
