@@ -15,6 +15,7 @@ from motley.model import ModelConfig, Transformer
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
 from motley.train.elastic import Memory, Result, live
+from motley.train.kept import keep_freed_memory
 from motley.train.loop import train
 from motley.train.run import Run, claimed
 from motley.train.start import employ, meet
@@ -59,6 +60,7 @@ def carry_out(
         tokenizer: of the model.
         title: of the progress bar.
     """
+    keep_freed_memory()
     island = employ(config, shape, crew, run, data, machine, None if memory.serves(crew) else weights)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
