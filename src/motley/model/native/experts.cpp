@@ -75,12 +75,14 @@ struct Weights {
   const float* down_row(long e, long i) const { return down + (e * hidden + i) * inner; }
 };
 
-// Weights [experts, m, n] as right operands: transposed (n is summed over) or as they are (m is). `row` says where.
+// Weights [experts, m, n] as right operands: transposed (n is summed over) or as they are (m is). `row` says where. Those
+// of experts without rows are left out.
 template <class Row>
-static void pack_weights(long experts, long m, long n, Row row, bool transposed, pair* packed) {
+static void pack_weights(long experts, const int32_t* starts, long m, long n, Row row, bool transposed, pair* packed) {
 #pragma omp parallel for schedule(dynamic) collapse(2)
   for (long e = 0; e < experts; ++e)
     for (long j = 0; j < m; j += 16) {
+      if (starts[e] == starts[e + 1]) continue;
       const float* from = row(e, j);
       pair* to = packed + e * m * n / 2;
       if (transposed)
@@ -90,9 +92,9 @@ static void pack_weights(long experts, long m, long n, Row row, bool transposed,
     }
 }
 
-static void pack_weights(long experts, const Weights& w, bool transposed, pair* first, pair* second) {
-  pack_weights(experts, 2 * w.inner, w.hidden, [&](long e, long i) { return w.gate_up_row(e, i); }, transposed, first);
-  pack_weights(experts, w.hidden, w.inner, [&](long e, long i) { return w.down_row(e, i); }, transposed, second);
+static void pack_weights(long experts, const int32_t* starts, const Weights& w, bool transposed, pair* first, pair* second) {
+  pack_weights(experts, starts, 2 * w.inner, w.hidden, [&](long e, long i) { return w.gate_up_row(e, i); }, transposed, first);
+  pack_weights(experts, starts, w.hidden, w.inner, [&](long e, long i) { return w.down_row(e, i); }, transposed, second);
 }
 
 // gate_up: bf16 [rows, 2 inner], kept for the backward pass.
@@ -103,7 +105,7 @@ extern "C" void experts_forward(long tokens, long k, long experts, long hidden, 
   pair* first = scratch<0, pair>(experts * inner * hidden);
   pair* second = scratch<1, pair>(experts * inner * hidden / 2);
   bf16* out = slot_of_row ? scratch<2, bf16>(tokens * k * hidden) : y;
-  pack_weights(experts, {inner, hidden, gate_proj, up_proj, down_proj, 2 * inner * hidden}, true, first, second);
+  pack_weights(experts, starts, {inner, hidden, gate_proj, up_proj, down_proj, 2 * inner * hidden}, true, first, second);
   const std::vector<Block> blocks = blocks_of(experts, starts);
 #pragma omp parallel for schedule(dynamic)
   for (size_t i = 0; i < blocks.size(); ++i) {
@@ -146,7 +148,7 @@ extern "C" void experts_backward(long tokens, long k, long experts, long hidden,
   bf16* grad_rows = slot_of_row ? scratch<2, bf16>(rows * hidden) : grad_x;
   bf16* grad_gate_up = scratch<6, bf16>(rows * 2 * inner);
   bf16* weighed = scratch<7, bf16>(rows * inner);
-  pack_weights(experts, {inner, hidden, gate_proj, up_proj, down_proj, 2 * inner * hidden}, false, first, second);
+  pack_weights(experts, starts, {inner, hidden, gate_proj, up_proj, down_proj, 2 * inner * hidden}, false, first, second);
   const std::vector<Block> blocks = blocks_of(experts, starts);
 #pragma omp parallel for schedule(dynamic)
   for (size_t i = 0; i < blocks.size(); ++i) {
