@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from motley.model.native import build
 from motley.model.native.build import library
 
 _switched_off = False
@@ -38,7 +39,7 @@ def missing() -> str | None:
         return None
     return (
         "motley's own kernels for this CPU are not built, so steps in bf16 take about a third longer: see that "
-        "there is a C++ compiler (c++), then install motley once more or run `python hatch_build.py`"
+        f"there is a C++ compiler (c++), then run `python {build.__file__}`"
     )
 
 

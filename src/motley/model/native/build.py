@@ -1,5 +1,7 @@
 """Compiles the kernels beside this file into one library; needs nothing but Python and a C++ compiler.
 
+    python src/motley/model/native/build.py      does it in place; installing motley has done it already
+
 The library's name holds a digest of its sources, so that one made from other sources is never loaded.
 """
 
@@ -8,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -59,3 +62,7 @@ def build() -> str | None:
             old.unlink()
         os.replace(made, library())
     return None
+
+
+if __name__ == "__main__":
+    sys.exit(build())
