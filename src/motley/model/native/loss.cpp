@@ -11,22 +11,24 @@ constexpr long POSITIONS = 32;  // whose logits are held by one thread
 constexpr long SLICE = 128;     // tokens of the vocabulary whose gradient is summed at once
 constexpr long STRETCH = 256;   // positions summed into it at a time
 
-// One row of logits becomes slopes; returns the loss.
-static float into_slopes(const float* logits, long vocab, long target, float slope, bf16* slopes) {
+// One row of logits becomes slopes, if they are wanted (the logits are lost); returns the loss.
+static float into_slopes(float* logits, long vocab, long target, float slope, bf16* slopes) {
   __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
   for (long j = 0; j < vocab; j += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(logits + j));
-  const float largest = _mm512_reduce_max_ps(top);
+  const float largest = _mm512_reduce_max_ps(top), at_target = logits[target] - largest;
   const __m512 by = _mm512_set1_ps(LOG2_E), less = _mm512_set1_ps(largest * LOG2_E);
-  for (long j = 0; j < vocab; j += 16) sum = _mm512_add_ps(sum, exp2(_mm512_fmsub_ps(_mm512_loadu_ps(logits + j), by, less)));
+  for (long j = 0; j < vocab; j += 16) {
+    const __m512 e = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(logits + j), by, less));
+    _mm512_storeu_ps(logits + j, e);
+    sum = _mm512_add_ps(sum, e);
+  }
   const float total = _mm512_reduce_add_ps(sum);
   if (slopes) {
-    const __m512 shift = _mm512_set1_ps(largest * LOG2_E + std::log2(total)), scale = _mm512_set1_ps(slope);
-    for (long j = 0; j < vocab; j += 16)
-      store(slopes + j, _mm512_mul_ps(exp2(_mm512_fmsub_ps(_mm512_loadu_ps(logits + j), by, shift)), scale));
-    const float at = slope * (std::exp(logits[target] - largest) / total - 1.0f);
-    slopes[target] = (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set1_ps(at)), 0);
+    logits[target] -= total;
+    const __m512 scale = _mm512_set1_ps(slope / total);
+    for (long j = 0; j < vocab; j += 16) store(slopes + j, _mm512_mul_ps(_mm512_loadu_ps(logits + j), scale));
   }
-  return std::log(total) + largest - logits[target];
+  return std::log(total) - at_target;
 }
 
 // group: positions whose slopes are kept at once. losses: fp32 [positions]. grad_hidden and grad_head may be null, both.
