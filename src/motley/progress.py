@@ -26,7 +26,7 @@ def in_words(seconds: float) -> str:
 
 def note(text: str) -> None:
     """A line for people, between two progress bars."""
-    print(text, file=sys.stderr, flush=True)
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: several threads may talk
 
 
 class _Bar(RichProgress):
