@@ -4,7 +4,7 @@
     python benchmarks/islands.py loss --text FILE ... [--seeds 3] [--ways sync islands ...] [--quick] [--json]
 
 Both run the real command, `motley pretrain`, in two processes of one thread each. `link` puts them into network
-namespaces with a link between them (benchmarks/slow_link.py, measured before use; root only), trains once with all
+namespaces with a link between them (motley.train.slow_link, measured before use; root only), trains once with all
 workers in one crew and once as two islands, and compares when each reached the loss with which the crew ended. `loss`
 trains the same model on as many tokens with several seeds and compares the held-out loss of the last step.
 """
@@ -22,10 +22,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from slow_link import DEVICE, SlowLink
+from slow_link import measured, slow_links
 
 from motley.data.pack import DataConfig, prepare
 from motley.train.metrics import read_metrics
+from motley.train.slow_link import DEVICE, SlowLinks
 
 COMMON: dict[str, Any] = {
     "model": "nano", "batch_rows": 8, "seq_len": 128, "micro_batch": 8, "precision": "fp32", "device": "cpu",
@@ -43,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(out: Path, data: Path, link: SlowLink | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def train(out: Path, data: Path, link: SlowLinks | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The metrics of one run of two workers."""
     port = 29500
     if link is None:
@@ -59,8 +60,10 @@ def train(out: Path, data: Path, link: SlowLink | None, settings: dict[str, Any]
         where["MASTER_ADDR"] = "127.0.0.1" if link is None else link.address(0)
         where |= {} if link is None else {"GLOO_SOCKET_IFNAME": DEVICE}
         environment = os.environ | {name: str(value) for name, value in where.items()}
-        at = [] if link is None else link.at(rank)
-        workers.append(subprocess.Popen([*at, *words], env=environment, stdout=quiet, stderr=subprocess.PIPE))
+        at, kept = ([], ()) if link is None else (link.at(rank), link.kept)
+        workers.append(
+            subprocess.Popen([*at, *words], env=environment, stdout=quiet, stderr=subprocess.PIPE, pass_fds=kept)
+        )
     said = [worker.communicate()[1].decode() for worker in workers]
     if any(worker.returncode for worker in workers):
         raise SystemExit("\n".join(said))
@@ -75,11 +78,11 @@ def validations(records: list[dict[str, Any]]) -> list[tuple[int, float, float]]
 def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
     """Both ways over a slow link; the crew's steps are few, because each takes seconds."""
     steps, more = (6, 10) if arguments.quick else (arguments.steps, round(arguments.steps * arguments.more))
-    with SlowLink(2, arguments.megabits, arguments.round_trip) as link:
-        megabits, trip = link.measured()
+    with slow_links(2, arguments.megabits, arguments.round_trip) as link:
+        megabits, trip = measured(link)
         crew = train(folder / "crew", data, link, {"steps": steps, "valid_every": max(1, steps // 6)})
         found = {
-            "megabits": megabits, "round_trip_seconds": trip, "by": "network namespaces, TUN devices and a relay",
+            "megabits": megabits, "round_trip_seconds": trip, "by": link.way,
             "crew": validations(crew),
         }  # fmt: skip
         chosen = WAYS[arguments.way] | {"sync_every": arguments.sync_every or ISLANDS["sync_every"]}
@@ -158,7 +161,7 @@ def told(found: dict[str, Any]) -> str:
             lines.append(f"  {way:10} {' '.join(f'{loss:.4f}' for loss in one['losses'])}  {ratio}")
         return "\n".join(lines)
     link = f"{found['megabits']:.1f} Mb/s, {1e3 * found['round_trip_seconds']:.1f} ms there and back"
-    lines.append(f"  link         {link}, measured; made of {found['by']}")
+    lines.append(f"  link         {link}, measured; by {found['by']}")
     loss = f"loss {found['loss']:.4f} after {found['crew_seconds']:.1f} s"
     lines.append(f"  one crew     {found['crew_step_seconds']:.2f} s a step, {loss}")
     waited = f"{found['waited_seconds']:.2f} s of waiting a round"

@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from motley.data.stream import Batch
 from motley.model import SIZES, Transformer
+from motley.train.cast import speeds_of
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
-from motley.train.emulate import speeds_of
 from motley.train.handicap import Handicap, handicap
 from motley.train.layout import side_by_side
 from motley.train.shares import Shares

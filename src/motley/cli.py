@@ -83,6 +83,11 @@ COMMANDS: dict[str, Command] = {
         "start a plan on its machines: print the torchrun commands, or run them over ssh",
         "motley.train.launch:launch", "motley.train.launch:LaunchConfig", "motley.train.launch:summary",
     ),
+    "launch emulated": Command(
+        "play a fleet file on this machine: a worker for each chip, true slow links between them",
+        "motley.train.launch_emulated:launch_emulated", "motley.train.launch_emulated:EmulatedLaunchConfig",
+        "motley.train.launch_emulated:summary",
+    ),
     "eval": Command(
         "bits per byte on text, exact answers on problems",
         "motley.evaluate.command:evaluate", "motley.evaluate.command:EvalConfig", "motley.evaluate.command:summary",

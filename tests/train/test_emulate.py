@@ -23,9 +23,9 @@ from test_resume import data as data  # the fixture
 from motley.errors import InputError
 from motley.model import experts
 from motley.train import handicap as handicap_module
+from motley.train.cast import parts_of, speeds_of
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
-from motley.train.emulate import parts_of, speeds_of
 from motley.train.handicap import GROUP, Handicap, _groups, handicap
 from motley.train.links import Links
 from motley.train.pretrain import pretrain
@@ -57,7 +57,10 @@ def test_workers_play_the_chips_in_the_order_of_the_file(fleet: str):
     assert [(part.pool, part.chip) for part in parts] == [("big", 0), ("small", 0), ("small", 1)]
     assert [part.emulated.speed for part in parts] == [1.0, 0.25, 0.25]
     assert [part.fails_after for part in parts] == [None, (4, "steps"), None]
-    assert parts[1].words() == "; computes in fp32; 1 MB/s and 30 ms to other pools, by waiting; dies after 4 steps"
+    assert parts[1].words("relay") == (
+        "; computes in fp32; 1 MB/s and 30 ms to other pools, over a true link (network namespaces and a relay)"
+        "; dies after 4 steps"
+    )
 
 
 def test_with_a_plan_each_worker_plays_the_chip_that_the_plan_gave_it(fleet: str):

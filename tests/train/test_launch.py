@@ -173,7 +173,7 @@ TWO = plan_of({"a": (2, 2), "b": (1, 2), "idle": (1, 1)}, [(["a"], 4, [LAYERS]),
         (["--hosts", "a=x,y", "b=z", "--ssh", "--here", "x"], "--ssh runs all machines, --here only one"),
         (["--job", "serve"], "--job is 'serve'; it must begin with pretrain or sft"),
         (["--job", "pretrain 'x"], '--job is "pretrain \'x", which no shell can read'),
-        (["--job", "pretrain --plan other.json"], "--job names a plan of its own"),
+        (["--job", "pretrain --plan other.json"], "--job has --plan, which launch adds itself"),
         (["--port", "0"], "--port is 0; it must be from 1 to 65535"),
     ],
 )

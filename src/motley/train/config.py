@@ -9,6 +9,7 @@ import tyro
 
 from motley.errors import InputError
 from motley.fleet.device import Precision
+from motley.train.cast import LinksBy
 from motley.train.crew import PATIENCE_SECONDS
 from motley.train.handicap import Way
 from motley.train.layout import Zero
@@ -69,6 +70,8 @@ class TrainingConfig:
     emulate_by: Way = "auto"
     """How slowness is made: cap (a control group takes CPU time away), priority (coarse), wait (after each piece of
     work); auto caps where the system allows it and waits elsewhere."""
+    emulate_links: LinksBy = "wait"
+    """What makes pretended links slow: waiting, or what `motley launch emulated` made, which sets this itself."""
     islands: str = "1"
     """Islands of workers, joined by slow links: how many (2) or the workers of each (3:1). Each trains on its own rows,
     and now and then they meet (docs/uneven.md). A plan says for itself which islands there are."""

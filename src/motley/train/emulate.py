@@ -1,8 +1,4 @@
-"""A fleet played on one machine: each worker pretends to be one chip of a fleet file (`emulated:`).
-
-    file             pool big: 1 chip          pool small: 2 chips, {speed: 0.25, memory: 1 GB, fails_after: [8 steps]}
-    without a plan   worker 0 is big's chip    workers 1 and 2 are small's; worker 1 dies after step 8
-    with a plan      worker r is the chip that the plan gives rank r, as `motley launch` seats them
+"""A fleet played on one machine: each worker becomes as slow as the chip that it plays (cast.py), and fails as it does.
 
 Full speed is that of a worker's threads with a core each. Where all workers of a machine together ask for more cores
 than it has, all are slowed down alike, so that what they are to each other stays as written.
@@ -13,96 +9,18 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from motley.errors import InputError
-from motley.fleet.inventory import Emulated, load_fleet
 from motley.fleet.probe import usable_cores
-from motley.fleet.units import rate_text, size_text
 from motley.progress import note
+from motley.train.cast import LinksBy, Part
 from motley.train.crew import Crew
 from motley.train.handicap import Way, handicap
-from motley.train.launch import ranks_of_pools
 from motley.train.links import Links
+from motley.train.slow_link import DEVICE
 from motley.train.worker import Worker
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one worker plays: chip number `chip` (from 0) of a pool."""
-
-    pool: str
-    chip: int
-    emulated: Emulated
-
-    @property
-    def fails_after(self) -> tuple[float, str] | None:
-        times = self.emulated.fails_after
-        return times[self.chip] if self.chip < len(times) else None
-
-    def words(self) -> str:
-        """What is pretended besides speed."""
-        link, said = self.emulated.link, []
-        if self.emulated.memory:
-            said.append(f"{size_text(self.emulated.memory)} of memory")
-        if self.emulated.precision:
-            said.append(f"computes in {self.emulated.precision}")
-        if link.bandwidth or link.latency:
-            rate = f"{rate_text(link.bandwidth)} and " if link.bandwidth else ""
-            said.append(f"{rate}{1e3 * link.latency:g} ms to other pools, by waiting")
-        if self.fails_after:
-            said.append(f"dies after {self.fails_after[0]:g} {self.fails_after[1]}")
-        return "".join(f"; {words}" for words in said)
-
-
-def parts_of(text: str, workers: int, plan: Mapping[str, Any] | None) -> list[Part]:
-    """What each worker plays.
-
-    Args:
-        text: a fleet file, or relative speeds such as 1:2:4.
-        workers: how many there are.
-        plan: the plan that they follow, if any.
-
-    Raises InputError where file or speeds do not fit the workers.
-    """
-    if not Path(text).is_file():
-        return [Part(text, rank, Emulated(speed=speed)) for rank, speed in enumerate(speeds_of(text, workers))]
-    pools = load_fleet(Path(text)).pools
-    whole = {
-        pool.name: [Part(pool.name, chip, pool.emulated or Emulated()) for chip in range(pool.chips)] for pool in pools
-    }
-    if plan is None:
-        parts = [part for pool in whole.values() for part in pool]
-        if len(parts) != workers:
-            raise InputError(
-                f"{text} has {len(parts)} chips, but {workers} workers were started; start one for each chip"
-            )
-        return parts
-    seats: dict[int, Part] = {}
-    for name, ranks in ranks_of_pools(plan).items():
-        if len(ranks) > len(whole.get(name, ())):
-            raise InputError(
-                f"the plan has {len(ranks)} workers in pool {name}, {text} has {len(whole.get(name, ()))} such chips; "
-                f"make the plan with --fleet {text}"
-            )
-        seats |= dict(zip(ranks, whole.get(name, ()), strict=False))
-    return [seats[rank] for rank in range(workers)]
-
-
-def speeds_of(text: str, workers: int) -> list[float]:
-    """`1:2:4:1` → each worker's share of the fastest one's speed. Raises InputError for what is no such list."""
-    try:
-        speeds = [float(part) for part in text.split(":")]
-    except ValueError:
-        raise InputError(f"--emulate is {text!r}, which is neither a fleet file nor speeds such as 1:2:4") from None
-    if len(speeds) != workers or not all(0 < speed < float("inf") for speed in speeds):
-        raise InputError(f"--emulate has speeds {text}; write one number above 0 for each of the {workers} workers")
-    return [speed / max(speeds) for speed in speeds]
 
 
 def room_for_all(crew: Crew, speed: float) -> float:
@@ -115,10 +33,20 @@ def room_for_all(crew: Crew, speed: float) -> float:
     return min(1.0, *(cores[host] / asked[host] for host in asked))
 
 
-def links_of(parts: list[Part], crew: Crew) -> Links | None:
-    """The cables that the parts pretend; None where none does. Raises InputError for workers of several machines."""
+def links_of(parts: list[Part], links_by: LinksBy, crew: Crew) -> Links | None:
+    """The cables that the parts pretend by waiting; None where none does, or where they are true.
+
+    Raises InputError for workers of several machines, and for ones without the true links that they were told of.
+    """
     ends = [part.emulated.link for part in parts]
     if not any(end.bandwidth or end.latency for end in ends):
+        return None
+    if links_by != "wait":
+        if DEVICE not in [name for _, name in socket.if_nameindex()]:
+            raise InputError(
+                f"--emulate-links {links_by} is what `motley launch emulated` tells workers that it gave true links, "
+                "and this one has none; leave it out"
+            )
         return None
     if len(set(crew.all_values(socket.gethostname()))) > 1:
         raise InputError("links can only be pretended between workers of one machine; leave `link` out of `emulated`")
@@ -126,7 +54,7 @@ def links_of(parts: list[Part], crew: Crew) -> Links | None:
     return Links(crew.rank, tuple(part.pool for part in parts), tuple(end.latency for end in ends), rates)
 
 
-def play(parts: list[Part], way: Way, worker: Worker, crew: Crew) -> None:
+def play(parts: list[Part], way: Way, links_by: LinksBy, worker: Worker, crew: Crew) -> None:
     """Make this worker what it pretends to be, and say so. Every worker calls this, ready to train."""
     part = parts[crew.rank]
     speed = part.emulated.speed
@@ -136,7 +64,7 @@ def play(parts: list[Part], way: Way, worker: Worker, crew: Crew) -> None:
     shared = f" (all at {room:.0%} of that: more workers than cores)" if room < 1 else ""
     note(
         f"worker {crew.rank} plays chip {part.chip} of pool {part.pool}: {speed:.3g} of full speed{shared}, "
-        f"{slow.means}{part.words()}"
+        f"{slow.means}{part.words(links_by)}"
     )
     if part.fails_after and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # later it is a repaired chip
         count, unit = part.fails_after

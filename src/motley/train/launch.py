@@ -18,7 +18,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -72,17 +72,21 @@ class LaunchConfig:
             raise InputError("--restarts is for commands that are run; add --ssh or --here HOST")
         if self.ssh and self.here is not None:
             raise InputError("--ssh runs all machines, --here only one; give one of them")
-        if self.job_words[:1] not in [[name] for name in STAGES_OF_TRAINING]:
-            raise InputError(f"--job is {self.job!r}; it must begin with {' or '.join(STAGES_OF_TRAINING)}")
-        if any(word.split("=")[0] == "--plan" for word in self.job_words):
-            raise InputError("--job names a plan of its own; leave --plan out, launch adds the one it was given")
+        words_of(self.job, ["--plan"])
 
-    @property
-    def job_words(self) -> list[str]:
-        try:
-            return shlex.split(self.job)
-        except ValueError as error:
-            raise InputError(f"--job is {self.job!r}, which no shell can read: {error}") from None
+
+def words_of(job: str, ours: Collection[str]) -> list[str]:
+    """The words of a command for training. Raises InputError for what is none, or has options that launch adds."""
+    try:
+        words = shlex.split(job)
+    except ValueError as error:
+        raise InputError(f"--job is {job!r}, which no shell can read: {error}") from None
+    if words[:1] not in [[name] for name in STAGES_OF_TRAINING]:
+        raise InputError(f"--job is {job!r}; it must begin with {' or '.join(STAGES_OF_TRAINING)}")
+    for option in ours:
+        if any(word.split("=")[0] == option for word in words):
+            raise InputError(f"--job has {option}, which launch adds itself, as it was told; leave it out")
+    return words
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,8 @@ def launch(config: LaunchConfig) -> dict[str, Any]:
         raise InputError(f"--here is {config.here}, which has no workers in this plan; those that have: {there_are}")
     run = config.ssh or config.here is not None
     if run:
-        run_again(
-            [(groups[n], held(words[n], config.folder, groups[n].host if config.ssh else None)) for n in chosen],
-            config.restarts,
-        )
+        commands = [(groups[n], held(words[n], config.folder, groups[n].host if config.ssh else None)) for n in chosen]
+        run_again(lambda _: commands, config.restarts)
     return {
         "workers": len(groups) * len(groups[0].ranks),
         "ran": run,
@@ -260,7 +262,7 @@ def torchrun_words(groups: Sequence[Group], config: LaunchConfig) -> list[list[s
             *(["env", *variables] if variables else []),
             config.torchrun, f"--nnodes={len(groups)}", f"--node-rank={number}",
             f"--nproc-per-node={len(group.ranks)}", f"--master-addr={address}", f"--master-port={config.port}",
-            "--virtual-local-rank", "-m", "motley", *config.job_words, f"--plan={config.plan}",
+            "--virtual-local-rank", "-m", "motley", *words_of(config.job, ["--plan"]), f"--plan={config.plan}",
         ])  # fmt: skip
     return commands
 
@@ -279,18 +281,27 @@ def held(words: Sequence[str], folder: Path, host: str | None) -> list[str]:
     return command if host is None else [*SSH, host, shlex.join(command)]
 
 
-def run_again(commands: Sequence[tuple[Group, Sequence[str]]], restarts: int) -> None:
-    """Run all at once, and up to `restarts` times again when one of them fails."""
-    for left in reversed(range(restarts + 1)):
+Commands = Sequence[tuple[Group, Sequence[str]]]
+
+
+def run_again(commands: Callable[[int], Commands], restarts: int, kept: Collection[int] = ()) -> None:
+    """Run all at once, and up to `restarts` times again when one of them fails.
+
+    Args:
+        commands: those of each start, counted from 0.
+        restarts: how often to start again.
+        kept: open files that they inherit.
+    """
+    for start in range(restarts + 1):
         try:
-            return run_together(commands)
+            return run_together(commands(start), kept)
         except InputError as failed:
-            if not left:
+            if start == restarts:
                 raise
-            note(f"{failed}; starting all again ({left} more times at most)")
+            note(f"{failed}; starting all again ({restarts - start} more times at most)")
 
 
-def run_together(commands: Sequence[tuple[Group, Sequence[str]]]) -> None:
+def run_together(commands: Commands, kept: Collection[int] = ()) -> None:
     """Run all at once and show what they say behind their host's name; end all when one fails or this process is told
     to stop. Raises InputError naming the one that failed first."""
     ended: SimpleQueue[tuple[Group, int]] = SimpleQueue()
@@ -300,7 +311,7 @@ def run_together(commands: Sequence[tuple[Group, Sequence[str]]]) -> None:
         for group, command in commands:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                errors="replace", start_new_session=True,
+                errors="replace", start_new_session=True, pass_fds=kept,
             )  # fmt: skip
             forward = threading.Thread(target=_forward, args=(group, process, ended), daemon=True)
             running.append((process, forward))

@@ -21,9 +21,10 @@ from motley.fleet.device import Format, choose_device
 from motley.fleet.inventory import Emulated
 from motley.fleet.probe import Machine, glance
 from motley.model import ModelConfig, Transformer
+from motley.train.cast import parts_of
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew, join_crew
-from motley.train.emulate import links_of, parts_of, play
+from motley.train.emulate import links_of, play
 from motley.train.islands import USUAL_ROUND, Island
 from motley.train.layout import IslandLayout, island_of, islands_of_plan, islands_side_by_side
 from motley.train.memory import Budgets, budget, check_memory, dealt, held_already, within_memory
@@ -130,7 +131,7 @@ def employ(
         islands = within_memory(islands, shape, config, crew, budgets, everyone)
         own = island_of(islands, crew.rank)
     if pretended:
-        crew = dataclasses.replace(crew, links=links_of(pretended, crew))
+        crew = dataclasses.replace(crew, links=links_of(pretended, config.emulate_links, crew))
     programs = crew.all_values(held_already(crew.device))
     parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]
     if crew.alone:
@@ -144,7 +145,7 @@ def employ(
             hand_out(weights, island, crew)
     worker.budgets = Budgets(own.ranks, [budgets[rank] for rank in own.ranks], [programs[rank] for rank in own.ranks])
     if pretended:
-        play(pretended, config.emulate_by, worker, crew)
+        play(pretended, config.emulate_by, config.emulate_links, worker, crew)
     return island
 
 
