@@ -1,0 +1,354 @@
+"""The race: in how much less time on the same machine motley reaches the loss of the ordinary recipe.
+
+    python benchmarks/thrift.py --text FILE ... [--size small] [--minutes 10] [--seeds 3] [--levers all|none|NAME ...]
+                                [--device auto] [--folder runs/thrift] [--quick] [--json]
+
+Ordinary is a Llama of transformers with AdamW, cosine and bf16 autocast, compiled where that helps; ours is what
+`motley pretrain` does. Both learn from the same rows, and both choose learning rate and batch by equally many equally
+short runs. Then the ordinary recipe trains for all of the time and ours for parts of it, each a whole run with its own
+schedule, until it falls short of the ordinary recipe's loss. docs/thrift.md says why each choice is what it is.
+
+Every finished run is a file in --folder: broken off, the same command goes on.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from thrift_picture import picture
+from thrift_sides import HELD_OUT_ROWS, MARKS, SEQ_LEN, Llama, Recipe, pace, trained
+
+from motley.data.pack import DATA_FILE, DataConfig, prepare
+from motley.data.stream import TokenStream
+from motley.errors import InputError
+from motley.files import read_json, write_json, write_text
+from motley.fleet.device import choose_device
+from motley.fleet.probe import describe, probe
+from motley.model import ModelConfig
+from motley.plan.cost import active_parameters
+from motley.progress import note
+
+VOCAB_SIZE = 4096
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+ROWS = (4, 8, 16)
+PARTS = (2, 4, 6, 8, 12, 16, 24)  # ours trains for 1/2, 1/4 ... of the time
+SHORT = 10  # choices are made by runs of a tenth of the time
+
+
+def ours(hidden: int, layers: int, heads: int, rank: int, dense: int, expert: int, **more: Any) -> ModelConfig:
+    """A shape of ours; heads are 32 + 16 wide as in `nano`, one expert is shared, the first layer is dense."""
+    chosen: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "kv_lora_rank": rank, "intermediate_size": dense, "moe_intermediate_size": expert, "q_lora_rank": None,
+        "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "max_position_embeddings": 4096, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }  # fmt: skip
+    return ModelConfig(**chosen | more)
+
+
+SIZES: dict[str, tuple[Llama, ModelConfig]] = {
+    "small": (Llama(VOCAB_SIZE, 192, 384, 4, 4), ours(192, 4, 4, 64, 512, 128)),
+    "large": (Llama(VOCAB_SIZE, 384, 1024, 7, 6), ours(384, 9, 8, 128, 1024, 256)),
+    "gpu": (Llama(VOCAB_SIZE, 768, 2048, 14, 12), ours(768, 16, 16, 256, 2048, 512)),
+}
+"""About 3, 15 and 100 million parameters that a token meets, on both sides."""
+
+
+@dataclass
+class Race:
+    """Where runs happen and are kept.
+
+    Attributes:
+        folder: one file a finished run.
+        data: prepared text.
+        device: what computes.
+        seconds: the ordinary recipe's time, T.
+        short: seconds of the runs by which choices are made.
+        held_out_rows: on which the loss is measured.
+    """
+
+    folder: Path
+    data: Path
+    device: torch.device
+    seconds: float
+    short: float
+    held_out_rows: int = HELD_OUT_ROWS
+
+    def run(
+        self, name: str, recipe: Recipe, seconds: float, seed: int = 0, marks: Sequence[float] = ()
+    ) -> dict[str, Any]:
+        """What `trained` gives."""
+        rows = TokenStream(self.data, "train", SEQ_LEN, seed)
+        held_out = TokenStream(self.data, "valid", SEQ_LEN, shuffle=False)
+        found = self._once(
+            name, {"recipe": dataclasses.asdict(recipe), "seconds": seconds, "seed": seed, "rows": self.held_out_rows},
+            lambda: trained(recipe, rows, held_out, self.device, seed, seconds, self.held_out_rows, tuple(marks)),
+        )  # fmt: skip
+        rate = found["tokens"] / found["seconds"]
+        note(f"{name:<42} {found['steps']:6,} steps {rate:9,.0f} tokens/s   loss {found['loss']:.4f}")
+        return found
+
+    def pace(self, name: str, recipe: Recipe, steps: int) -> dict[str, Any]:
+        """What `pace` gives."""
+        rows = TokenStream(self.data, "train", SEQ_LEN)
+        asked = {"recipe": dataclasses.asdict(recipe), "steps": steps}
+        return self._once(name, asked, lambda: pace(recipe, rows, self.device, steps))
+
+    def _once(self, name: str, asked: dict[str, Any], do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `do` gives, from the folder if it was done before under the same settings."""
+        data = read_json(self.data / DATA_FILE).get("fingerprint")
+        asked |= {"device": str(self.device), "data": data, "torch": torch.__version__}
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
+        file = self.folder / f"{re.sub('[^a-z0-9.]+', '-', name)}-{digest}.json"
+        if not file.is_file():
+            write_json(file, {"name": name, **asked, **do()})
+        return read_json(file)
+
+    def chosen(self, name: str, recipe: Recipe, rates: Sequence[float], rows: Sequence[int]) -> Recipe:
+        """`recipe` with the rate and the batch that came lowest in short runs: rates first, then batches with it.
+
+        While the highest or the lowest rate wins, one beyond it is tried too.
+        """
+
+        def short(candidate: Recipe) -> float:
+            said = f"{candidate.learning_rate:g}, {candidate.batches[-1][1]} rows"
+            return self.run(f"{name} short, {said}", candidate, self.short)["loss"]
+
+        tried = sorted(rates)
+        while True:
+            best = min((replace(recipe, learning_rate=rate) for rate in tried), key=short)
+            if len(tried) > len(rates) + 2 or len(rates) < len(RATES) or tried[0] < best.learning_rate < tried[-1]:
+                break
+            tried = sorted([*tried, best.learning_rate * (2 if best.learning_rate == tried[-1] else 0.5)])
+        return min((best, *(replace(best, batches=((0.0, number),)) for number in rows)), key=short)
+
+
+def fastest(race: Race, recipe: Recipe, quick: bool) -> tuple[Recipe, dict[str, Any]]:
+    """The ordinary recipe with the attention and the compilation that take the most steps in its time.
+
+    Compiling counts: it is done in the first step.
+    """
+    ways = [
+        (f"{attention}{', compiled' if compiled else ''}", replace(recipe, attention=attention, compiled=compiled))
+        for compiled in ((False,) if quick else (False, True))
+        for attention in ("sdpa", "eager")
+    ]
+    paces: dict[str, Any] = {}
+    for name, way in ways:
+        found = race.pace(f"ordinary pace, {name}", way, 2 if quick else 10)
+        steps = (race.seconds - found["first_step_seconds"]) / found["step_seconds"]
+        paces[name] = {key: found[key] for key in ("first_step_seconds", "step_seconds")} | {"steps": steps}
+    return max(ways, key=lambda way: paces[way[0]]["steps"])[1], paces
+
+
+# ------------------------------------------------------------------------------------------------ levers
+
+
+def dense(recipe: Recipe) -> Recipe:
+    """No routed experts: every layer as wide as what a token meets in the sparse one."""
+    shape = recipe.shape
+    assert isinstance(shape, ModelConfig)
+    inner = shape.moe_intermediate_size * (shape.num_experts_per_tok + (shape.n_shared_experts or 0))
+    return replace(recipe, shape=replace(shape, n_routed_experts=None, intermediate_size=inner))
+
+
+def levers(best: Recipe, ordinary: Recipe) -> dict[str, Recipe]:
+    """Ours with one thing at a time as the ordinary recipe has it."""
+    fast = {"compiled": ordinary.compiled, "attention": ordinary.attention}
+    found = {
+        "architecture": replace(best, shape=ordinary.shape, mtp_weight=0.0, **fast),
+        "sparsity": dense(best),
+        "optimizer": replace(best, optimizer="adamw"),
+        "schedule": replace(best, schedule="cosine", final_share=ordinary.final_share),
+        "precision": replace(best, precision="fp32"),
+        "kernels": replace(best, plain=True),
+    }
+    found["mtp"] = replace(best, mtp_weight=0.0 if best.mtp_weight else 0.3)
+    found["batches"] = replace(best, batches=ordinary.batches)
+    return {name: recipe for name, recipe in found.items() if recipe != best}
+
+
+LEVERS = ("architecture", "sparsity", "optimizer", "schedule", "precision", "kernels", "mtp", "batches")
+RETUNED = ("architecture", "optimizer")  # a learning rate means something else there: chosen anew
+
+
+# ------------------------------------------------------------------------------------------------ the race
+
+
+def time_at(loss: float, runs: Sequence[tuple[float, float]]) -> float | None:
+    """At how many seconds runs of (seconds, loss) would have come to `loss`, interpolated in the logarithm of time.
+
+    None where `loss` lies outside of what they reached.
+    """
+    runs = sorted(runs)
+    for (before, higher), (after, lower) in itertools.pairwise(runs):
+        if higher >= loss >= lower and higher > lower:
+            share = (higher - loss) / (higher - lower)
+            return before * (after / before) ** share
+    return None
+
+
+def mean(runs: Sequence[dict[str, Any]], what: str = "loss") -> float:
+    return statistics.mean(run[what] for run in runs)
+
+
+def ratio(theirs: Sequence[dict[str, Any]], parts: Sequence[Sequence[dict[str, Any]]]) -> float | None:
+    """The ordinary recipe's time over ours at its loss, both means over seeds; None outside of what was run."""
+    at = time_at(mean(theirs), [(mean(runs, "seconds"), mean(runs)) for runs in parts])
+    return None if at is None else mean(theirs, "seconds") / at
+
+
+def raced(arguments: argparse.Namespace, race: Race) -> dict[str, Any]:
+    """Everything: choices, runs, ratio, levers."""
+    llama, shape = SIZES[arguments.size]
+    rates, rows = (RATES[1:3], ROWS[1:2]) if arguments.quick else (RATES, ROWS)
+    begun = Recipe(llama, 2e-3, optimizer="adamw", schedule="cosine", final_share=0.1, mtp_weight=0.0)
+    begun, paces = fastest(race, begun, arguments.quick)
+    ordinary = race.chosen("ordinary", begun, rates, rows)
+    best = race.chosen("ours", Recipe(shape, 4e-3), rates, rows)
+
+    seeds = range(arguments.seeds)
+    theirs = [race.run(f"ordinary, seed {seed}", ordinary, race.seconds, seed, MARKS) for seed in seeds]
+    if not arguments.quick:  # the rate of short runs may be too high for long ones: the lower of two counts
+        slower = replace(ordinary, learning_rate=ordinary.learning_rate / 2)
+        if race.run("ordinary, half the rate", slower, race.seconds, 0, MARKS)["loss"] < theirs[0]["loss"]:
+            ordinary = slower
+            theirs = [race.run(f"ordinary, seed {seed}", ordinary, race.seconds, seed, MARKS) for seed in seeds]
+    aim = mean(theirs)
+
+    parts: dict[int, list[dict[str, Any]]] = {}
+    for part in PARTS:
+        parts[part] = [race.run(f"ours, T over {part}, seed {s}", best, race.seconds / part, s, MARKS) for s in seeds]
+        if mean(parts[part]) > aim:
+            break
+    if all(mean(runs) > aim for runs in parts.values()):
+        parts[1] = [race.run(f"ours, T over 1, seed {seed}", best, race.seconds, seed, MARKS) for seed in seeds]
+    ratios = [ratio([theirs[seed]], [[runs[seed]] for runs in parts.values()]) for seed in seeds]
+    reached = [part for part, runs in parts.items() if mean(runs) <= aim]
+    found = {
+        "size": arguments.size, "seconds": race.seconds, "seeds": arguments.seeds, "paces": paces,
+        "recipes": {"ordinary": dataclasses.asdict(ordinary), "ours": dataclasses.asdict(best)},
+        "active": {"ordinary": theirs[0]["parameters"], "ours": active_parameters(shape)},
+        "parameters": {"ordinary": theirs[0]["parameters"], "ours": parts[min(parts)][0]["parameters"]},
+        "ordinary": theirs, "ours": {str(part): parts[part] for part in sorted(parts)},
+        "loss": aim, "ratios": ratios, "reached": max(reached, default=None),
+        "ratio": ratio(theirs, list(parts.values())),
+    }  # fmt: skip
+    found["levers"] = _levers(arguments, race, best, ordinary, parts, max(reached, default=1), rates)
+    return found
+
+
+def _levers(
+    arguments: argparse.Namespace,
+    race: Race,
+    best: Recipe,
+    ordinary: Recipe,
+    parts: dict[int, list[dict[str, Any]]],
+    part: int,
+    rates: Sequence[float],
+) -> dict[str, Any]:
+    """What each lever is worth at the least time in which ours reached the ordinary loss.
+
+    A lever's factor is by how much shorter a run of ours comes to the loss that is reached without it.
+    """
+    seconds = race.seconds / part
+    ours_at = [(race.seconds / one, runs[0]["loss"]) for one, runs in parts.items()]
+    for shorter in [one for one in PARTS if one > max(parts)][: 0 if arguments.quick else 2]:
+        run = race.run(f"ours, T over {shorter}, seed 0", best, race.seconds / shorter, 0, MARKS)
+        ours_at.append((race.seconds / shorter, run["loss"]))
+    found: dict[str, Any] = {"seconds": seconds, "with all": parts[part][0]["loss"], "without": {}}
+    for name, recipe in levers(best, ordinary).items():
+        if name not in arguments.levers:
+            continue
+        if name in RETUNED:
+            recipe = race.chosen(f"without {name}", recipe, rates, ())
+        run = race.run(f"without {name}", recipe, seconds, 0, MARKS)
+        at = time_at(run["loss"], ours_at)
+        found["without"][name] = {
+            "loss": run["loss"], "tokens": run["tokens"], "factor": None if at is None else seconds / at,
+        }  # fmt: skip
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The result for people."""
+    whole = found["seconds"]
+    lines = [
+        found["machine"],
+        f"size {found['size']}, T = {whole:g} s, {found['seeds']} seed(s)",
+        f"parameters a token meets (all): ordinary {found['active']['ordinary']:,}, "
+        f"ours {found['active']['ours']:,} ({found['parameters']['ours']:,} with MTP)",
+        f"chosen: ordinary {_said(found['recipes']['ordinary'])}; ours {_said(found['recipes']['ours'])}",
+        "",
+        f"{'run':<14} {'seconds':>8} {'tokens':>12} {'tokens/s':>9}   held-out loss, nats a token",
+    ]
+    sides = {"ordinary, T": found["ordinary"]} | {f"ours, T/{part}": runs for part, runs in found["ours"].items()}
+    for name, runs in sides.items():
+        middle = sorted(runs, key=lambda run: run["loss"])[len(runs) // 2]
+        seconds, tokens = middle["seconds"], middle["tokens"]
+        losses = " ".join(f"{run['loss']:.4f}" for run in runs)
+        lines.append(f"{name:<14} {seconds:8.1f} {tokens:12,} {tokens / seconds:9,.0f}   {losses}")
+    each = ", ".join("outside" if one is None else f"{one:.2f}" for one in found["ratios"])
+    said = "outside of what was run" if found["ratio"] is None else f"{found['ratio']:.2f}"
+    lines += ["", f"the ordinary recipe's time over ours at its loss: {said} (seed by seed: {each})"]
+    if found["levers"]["without"]:
+        begun = f"at {found['levers']['seconds']:.0f} s"
+        lines += ["", f"{begun:<22} {'loss':>8} {'tokens':>12}   worth"]
+        lines.append(f"{'all levers':<22} {found['levers']['with all']:8.4f}")
+    for name, seen in found["levers"]["without"].items():
+        worth = "beyond what was run" if seen["factor"] is None else f"{seen['factor']:.2f} times"
+        lines.append(f"{'without ' + name:<22} {seen['loss']:8.4f} {seen['tokens']:12,}   {worth}")
+    return "\n".join(lines)
+
+
+def _said(recipe: dict[str, Any]) -> str:
+    more = ", compiled" if recipe["compiled"] else ""
+    return f"rate {recipe['learning_rate']:g}, batches {recipe['batches']}, attention {recipe['attention']}{more}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="+", default=(), help="files to learn from; default: Python's standard library")
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--minutes", type=float, default=10.0, help="the ordinary recipe's time")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--levers", nargs="+", choices=["all", "none", *LEVERS], default=["all"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", type=Path, default=Path("runs/thrift"))
+    parser.add_argument("--quick", action="store_true", help="a look whether all of it works, in two minutes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    if "all" in arguments.levers:
+        arguments.levers = list(LEVERS)
+    if arguments.quick:
+        arguments.minutes, arguments.seeds = 0.1, 1
+    folder = arguments.folder / ("quick" if arguments.quick else f"{arguments.size}-{arguments.minutes:g}")
+    most = 3_000_000 if arguments.quick else None
+    try:
+        device = choose_device(arguments.device)
+        text = DataConfig(data=tuple(arguments.text), vocab_size=VOCAB_SIZE, max_bytes=most)
+        data = prepare(text, arguments.folder / ("data-quick" if arguments.quick else "data")).folder
+        seconds = 60 * arguments.minutes
+        short, rows = (seconds / 4, 16) if arguments.quick else (seconds / SHORT, HELD_OUT_ROWS)
+        found = raced(arguments, Race(folder, data, device, seconds, short, rows))
+        found["machine"] = describe(probe(2.0, device=device))
+        write_json(folder / "result.json", found)
+        write_text(folder / "race.svg", picture(found))
+    except InputError as error:
+        raise SystemExit(f"thrift: {error}") from None
+    print(json.dumps(found) if arguments.json else table(found))
+    note(f"{folder}: every run, result.json and race.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""What races in thrift.py: two networks, one way to train either, and the clock.
+
+    Recipe   everything that is chosen: network, optimizer, rates, schedule, batch, weights of losses, number format
+      │
+    Ours (motley's Transformer)  or  Ordinary (transformers' Llama)       step(batch, learning rate), held_out(rows)
+      │
+    trained(...)   begin the clock ─► build, compile, draw weights ─► steps ─► the clock says stop
+                                                                      └─ the clock stands still while loss is measured
+
+A schedule has to know when it ends, and here only the clock knows. So it is followed by the share of the time that is
+gone, counted from the end of the first step, in which compilers work: every run decays to its end exactly.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, Protocol
+
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+
+import motley.model.layers
+import motley.model.softmax_attention
+from motley.data.stream import Batch, TokenStream
+from motley.model import ModelConfig, Transformer
+from motley.model.experts import Experts, moe_reference
+from motley.model.layers import RMSNorm, rms_norm_reference
+from motley.train.optimizer import Optimizer, OptimizerName
+from motley.train.schedule import Schedule, factor
+from motley.train.step import LossWeights, accumulate
+from motley.train.validate import SummedLoss, loss_of
+
+SEQ_LEN = 512
+HELD_OUT_ROWS = 128
+MARKS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the time at which the loss is measured
+FINE = 100_000  # steps in which a schedule is drawn
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Shape of the ordinary network: a decoder with rotary embeddings, RMSNorm and SwiGLU, heads of equal number."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+        shape: of the network, which also says whose it is.
+        learning_rate: peak.
+        batches: (share of the time, rows a step from then on), the first at 0.
+        warmup_share, decay_share, final_share: of the schedule; shares of the time, and of the peak.
+        mtp_weight: of the multi-token-prediction loss.
+        precision: of the products.
+        compiled: through torch.compile; only the ordinary network.
+        attention: transformers' implementation; only the ordinary network.
+        plain: our network through its plain references instead of its fast paths.
+    """
+
+    shape: ModelConfig | Llama
+    learning_rate: float
+    batches: tuple[tuple[float, int], ...] = ((0.0, 8),)
+    optimizer: OptimizerName = "muon"
+    schedule: Schedule = "wsd"
+    warmup_share: float = 0.05
+    decay_share: float = 0.4
+    final_share: float = 0.05
+    weight_decay: float = 0.1
+    mtp_weight: float = 0.3
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compiled: bool = False
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    plain: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def rate(self, gone: float) -> float:
+        """Learning rate when a share `gone` of the time is over."""
+        step = min(round(gone * FINE), FINE - 1)
+        warmup = round(self.warmup_share * FINE)
+        return self.learning_rate * factor(step, FINE, self.schedule, warmup, self.decay_share, self.final_share)
+
+    def rows(self, gone: float) -> int:
+        """Rows of the next step."""
+        return [rows for share, rows in self.batches if share <= gone][-1]
+
+
+class Learner(Protocol):
+    """A network with its optimizer."""
+
+    def step(self, batch: Batch, learning_rate: float) -> float:
+        """One step; returns the batch's loss in nats per token."""
+        ...
+
+    @property
+    def held_out(self) -> SummedLoss: ...
+
+    def parameters(self) -> int: ...
+
+
+class Ours:
+    """motley's network and step, as `motley pretrain` takes it in one process."""
+
+    def __init__(self, recipe: Recipe, shape: ModelConfig, device: torch.device, seed: int) -> None:
+        self.recipe = recipe
+        self.model = Transformer(shape)
+        self.model.initialize(seed)
+        self.model.to(device)
+        self.model.compute_dtype = recipe.dtype
+        self.weights = LossWeights(mtp=recipe.mtp_weight)
+        self.optimizer = Optimizer(self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype)
+        self.held_out = loss_of(self.model, confined=False)
+
+    def step(self, batch: Batch, learning_rate: float) -> float:
+        self.optimizer.zero_grad()
+        losses = accumulate(self.model, batch, len(batch.input_ids), self.weights, confined=False)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step(learning_rate)
+        for gate, counts in zip(self.model.gates(), losses.expert_counts, strict=False):
+            gate.rebalance(counts, 1e-3)
+        return losses.main
+
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+
+class Ordinary:
+    """transformers' `LlamaForCausalLM` in autocast, its loss as transformers' users write it."""
+
+    def __init__(self, recipe: Recipe, shape: Llama, device: torch.device, seed: int) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.num_hidden_layers, num_attention_heads=shape.num_attention_heads,
+            max_position_embeddings=4096, use_cache=False,
+        )  # fmt: skip
+        with device:
+            self.model = LlamaForCausalLM(config)
+        self.model.set_attn_implementation(recipe.attention)
+        self.model.train()
+        self.device, self.recipe = device, recipe
+        # With "adamw" this is PyTorch's own, fused: betas 0.9 and 0.95, decay on whatever has two dimensions.
+        self.optimizer = Optimizer(self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype)
+        self.loss = torch.compile(self._loss, dynamic=False) if recipe.compiled else self._loss
+
+    def _loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.model(ids).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def _products(self) -> AbstractContextManager[Any]:
+        fast = self.recipe.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if fast else nullcontext()
+
+    def step(self, batch: Batch, learning_rate: float) -> float:
+        self.optimizer.zero_grad()
+        with self._products():
+            loss = self.loss(batch.input_ids.to(self.device), batch.targets.to(self.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step(learning_rate)
+        return loss.item()
+
+    @torch.no_grad()
+    def held_out(self, stream: TokenStream, rows: int) -> float:
+        self.model.eval()
+        nats = 0.0
+        for first in range(0, rows, 8):
+            batch = stream.rows(first, min(8, rows - first))
+            targets = batch.targets.to(self.device)
+            with self._products():
+                nats += self._loss(batch.input_ids.to(self.device), targets).item() * int((targets >= 0).sum())
+        self.model.train()
+        return nats
+
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+
+@contextmanager
+def plain_paths() -> Iterator[None]:
+    """Our network through the references that stand beside its fast paths: experts one by one, PyTorch's attention,
+    norms as small operations."""
+
+    def experts(self: Experts, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return moe_reference(x, chosen, weights, self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype))
+
+    def norm(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm_reference(x, self.weight, self.eps)
+
+    attention = motley.model.softmax_attention
+    fast = Experts.forward, RMSNorm.forward, attention.LONGEST_BLOCKED
+    Experts.forward, RMSNorm.forward, attention.LONGEST_BLOCKED = experts, norm, 0
+    try:
+        yield
+    finally:
+        Experts.forward, RMSNorm.forward, attention.LONGEST_BLOCKED = fast
+
+
+class Clock:
+    """Seconds since it was made, without the pauses."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
+        self.paused = self.cpu_paused = 0.0
+
+    def read(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self.began - self.paused
+
+    def cpu_seconds(self) -> float:
+        """What the process computed, on all its threads: on a quiet machine about its threads times `read`."""
+        return time.process_time() - self.cpu_began - self.cpu_paused
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        wall, cpu = self.read(), self.cpu_seconds()
+        yield
+        self.paused += self.read() - wall
+        self.cpu_paused += self.cpu_seconds() - cpu
+
+
+def built(recipe: Recipe, device: torch.device, seed: int) -> Learner:
+    """The network with new weights."""
+    if isinstance(recipe.shape, Llama):
+        return Ordinary(recipe, recipe.shape, device, seed)
+    return Ours(recipe, recipe.shape, device, seed)
+
+
+def pace(recipe: Recipe, rows: TokenStream, device: torch.device, steps: int) -> dict[str, float]:
+    """Seconds of the first step, with all that comes before it, and the median of `steps` later ones."""
+    forget_compiled()
+    clock = Clock(device)
+    learner, count, read = built(recipe, device, 0), recipe.rows(0.0), [0.0]
+    for step in range(1 + steps):
+        learner.step(rows.rows(step * count, count), recipe.rate(0.0))
+        read.append(clock.read())
+    first, *later = (after - before for before, after in pairwise(read))
+    return {"first_step_seconds": first, "step_seconds": statistics.median(later)}
+
+
+def forget_compiled() -> None:
+    """Let whatever comes pay for its own compilation."""
+    torch.compiler.reset()
+    torch._inductor.config.force_disable_caches = True  # those on disk
+
+
+def trained(
+    recipe: Recipe,
+    rows: TokenStream,
+    held_out: TokenStream,
+    device: torch.device,
+    seed: int,
+    seconds: float,
+    held_out_rows: int = HELD_OUT_ROWS,
+    marks: tuple[float, ...] = MARKS,
+    clock: Clock | None = None,
+) -> dict[str, Any]:
+    """Train for `seconds` of the clock, and what came of it.
+
+    The curve holds (seconds, tokens, held-out loss in nats per token) at `marks`, shares of the time, and at the end.
+    """
+    forget_compiled()
+    count = min(held_out_rows, held_out.rows_per_epoch)
+    counted = int((held_out.rows(0, count).targets >= 0).sum())
+    clock = clock or Clock(device)
+    with plain_paths() if recipe.plain else nullcontext():
+        learner = built(recipe, device, seed)
+        position, steps, first_step, now, left = 0, 0, 0.0, 0.0, list(marks)
+        gone, loss, curve = 0.0, 0.0, []
+        while steps == 0 or now < seconds:
+            batch = rows.rows(position, recipe.rows(gone))
+            loss = learner.step(batch, recipe.rate(gone))
+            position, steps = position + len(batch.input_ids), steps + 1
+            now = clock.read()
+            first_step = first_step or now
+            gone = min(1.0, (now - first_step) / max(seconds - first_step, 1e-9))
+            over = now >= seconds
+            if over or (left and now >= left[0] * seconds):
+                left = [mark for mark in left if now < mark * seconds]
+                with clock.pause():
+                    curve.append((now, position * rows.seq_len, learner.held_out(held_out, count) / counted))
+    return {
+        "loss": curve[-1][2], "seconds": now, "first_step_seconds": first_step, "steps": steps,
+        "tokens": position * rows.seq_len, "cpu_seconds": clock.cpu_seconds(), "training_loss": loss,
+        "parameters": learner.parameters(), "curve": curve,
+    }  # fmt: skip
