@@ -152,7 +152,7 @@ def main() -> None:
     print(
         f"{size} workers on {arguments.device}, micro-batches of {MICRO_BATCH} x {SEQ_LEN} tokens, Muon; megabytes of"
     )
-    print("of each worker: the most that it held, and in brackets counted state + activations")
+    print("each worker: the most that it held, and in brackets counted state + activations")
     for case in found:
         memory = ":".join(f"{part:g}" for part in case["memory"]) or "even"
         cells = [
