@@ -64,7 +64,9 @@ def test_muon_takes_linear_maps_and_leaves_tables_routers_and_vectors_to_adamw()
     ]
 
 
-def test_muon_equals_one_matrix_after_another_by_hand() -> None:
+@pytest.mark.parametrize("at_once", [1 << 22, 100, 1])
+def test_muon_equals_one_matrix_after_another_by_hand(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("motley.train.optimizer.NUMBERS_AT_ONCE", at_once)
     named = parameters()
     optimizer = Optimizer(named.items(), "muon", weight_decay=0.1, dtype=torch.float32)
     start = {name: parameter.detach().clone() for name, parameter in named.items()}

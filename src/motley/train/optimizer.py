@@ -6,7 +6,7 @@ steps. Its update is scaled to the size AdamW's would have, 0.2 sqrt(max(rows, c
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +18,8 @@ OptimizerName = Literal["muon", "adamw"]
 
 
 ITERATIONS = 5  # of Newton and Schulz
+NUMBERS_AT_ONCE = 1 << 22
+"""Orthogonalised together: Newton-Schulz holds about four copies of what it works on."""
 LARGEST_OF_ONE_THREAD = 1 << 20  # numbers of a matrix; larger ones are worth the threads of a product each
 
 
@@ -56,6 +58,20 @@ def by_muon(kind: OptimizerName, name: str, dimensions: int) -> bool:
     """Whether Muon updates a parameter. Rows of embedding, head and router stand for tokens and experts."""
     apart = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
     return kind == "muon" and dimensions >= 2 and not name.endswith(apart)
+
+
+def _groups(pieces: list[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Neighbours that are updated together: at most NUMBERS_AT_ONCE, or one."""
+    group: list[tuple[Tensor, ...]] = []
+    numbers = 0
+    for piece in pieces:
+        if group and numbers + piece[0].numel() > NUMBERS_AT_ONCE:
+            yield group
+            group, numbers = [], 0
+        group.append(piece)
+        numbers += piece[0].numel()
+    if group:
+        yield group
 
 
 class Optimizer:
@@ -108,18 +124,23 @@ class Optimizer:
             self._native_muon(by_kernel, learning_rate)
 
     def _muon(self, names: list[str], learning_rate: float, scale: float) -> None:
-        """Matrices of one shape together, so that orthogonalising them is a few batched products."""
-        looking_ahead = []
+        """Matrices of one shape together, so that orthogonalising them is a few batched products; not too many."""
+        pieces: list[tuple[Tensor, ...]] = []  # stacks of weights, gradients, momenta
         for name in names:
-            grad, momentum = self.matrices[name].grad, self.momentum[name]
-            assert grad is not None
-            momentum.lerp_(grad, 1 - self.MOMENTUM)
-            looking_ahead.append(as_matrices(name, torch.lerp(grad, momentum, self.MOMENTUM)).to(self.dtype))
-        updates = orthogonalize(torch.cat(looking_ahead), self.dtype)
-        for name, update in zip(names, updates.split([len(m) for m in looking_ahead]), strict=True):
-            weight = self.matrices[name]
-            weight.mul_(1 - learning_rate * self.weight_decay)
-            weight.add_(update.reshape(weight.shape), alpha=-learning_rate * scale)
+            weight, momentum = self.matrices[name], self.momentum[name]
+            assert weight.grad is not None
+            stacks = [as_matrices(name, tensor) for tensor in (weight, weight.grad, momentum)]
+            most = max(1, NUMBERS_AT_ONCE // stacks[0][0].numel())
+            pieces += zip(*(stack.split(most) for stack in stacks), strict=True)
+        for group in _groups(pieces):
+            looking_ahead = []
+            for _, grad, momentum in group:
+                momentum.lerp_(grad, 1 - self.MOMENTUM)
+                looking_ahead.append(torch.lerp(grad, momentum, self.MOMENTUM).to(self.dtype))
+            updates = orthogonalize(torch.cat(looking_ahead), self.dtype)
+            for (weight, *_), update in zip(group, updates.split([len(m) for m in looking_ahead]), strict=True):
+                weight.mul_(1 - learning_rate * self.weight_decay)
+                weight.add_(update, alpha=-learning_rate * scale)
 
     def _fits_kernel(self, name: str) -> bool:
         weight, momentum = self.matrices[name], self.momentum[name]
