@@ -68,6 +68,7 @@ START = Engine(
     most_context=16,
     most_zero=3,
     schedules=("1f1b", "interleaved"),
+    mtp_with_head=False,
     balanced_stages=False,
     recompute="full",
     zero=0,

@@ -162,11 +162,17 @@ def _memory(pipeline: Pipeline, job: Job, stage: int, index: int, kinds: Sequenc
     return (1 + FRAGMENTATION) * (states + kept * flights + working + logits + buffers)
 
 
+def _last_cut(members: Sequence[Member], pieces: int, job: Job) -> int:
+    """The last piece at which a stage may begin: the head, or the first of the MTP modules that stay with it."""
+    return pieces - 1 - len(job.shape.mtp) * any(member.engine.mtp_with_head for member in members)
+
+
 def every_pipeline(pools: Sequence[Pool], job: Job, micro_batches: Sequence[int]) -> Iterator[Pipeline]:
     """All pipelines of a team: every degree, number of stages and copies, and every way to cut the layers."""
     members = members_of(pools, job)
     heads = job.shape.blocks[0].heads
     pieces = job.shape.num_layers + len(job.shape.mtp) + 2
+    last = _last_cut(members, pieces, job)
     experts = [ep for ep in (1, 2, 4, 8) if (job.shape.experts or 1) % ep == 0]
     for tp in product(*[[t for t in (1, 2, 4, 8) if t <= m.pool.per_node and heads % t == 0] for m in members]):
         groups = [m.pool.nodes * (m.pool.per_node // t) for m, t in zip(members, tp, strict=True)]
@@ -175,7 +181,7 @@ def every_pipeline(pools: Sequence[Pool], job: Job, micro_batches: Sequence[int]
                 pp = sum(stages)
                 if pp > job.shape.num_layers:
                     continue
-                for bounds in combinations(range(1, pieces), pp - 1):
+                for bounds in combinations(range(1, last + 1), pp - 1):
                     cuts = tuple(zip((0, *bounds), (*bounds, pieces), strict=True))
                     schedules = (0,) if pp == 1 else (0, 1, 2) if pp % 2 == 0 and len(members) == 1 else (0, 1)
                     zeros = (0,) if dp == 1 else (0, 1, 2, 3) if pp == 1 else (0, 1, 3)
@@ -197,7 +203,7 @@ def random_pipeline(pools: list[Pool], job: Job, random: np.random.Generator) ->
     pp = sum(stages)
     if pp > job.shape.num_layers:
         return None
-    bounds = sorted(random.choice(np.arange(1, pieces), pp - 1, replace=False).tolist())
+    bounds = sorted(random.choice(np.arange(1, _last_cut(members, pieces, job) + 1), pp - 1, replace=False).tolist())
     cuts = tuple(zip((0, *bounds), (*bounds, pieces), strict=True))
     experts = [ep for ep in (1, 2, 4, 8) if (job.shape.experts or 1) % ep == 0 and dp % ep == 0]
     schedule = int(random.integers(0, 3 if pp % 2 == 0 and len(members) == 1 else 2)) if pp > 1 else 0

@@ -18,12 +18,16 @@ def every_cut(pieces: int, stages: int):
 def test_the_slowest_stage_is_as_fast_as_any_cut_makes_it(seed: int):
     random = np.random.default_rng(seed)
     costs = random.uniform(0.1, 3, int(random.integers(4, 11))).tolist()
-    stages = int(random.integers(1, min(5, len(costs)) + 1))
-    parts = balanced(costs, stages)
+    together = int(random.integers(1, 4))
+    parted = len(costs) - together + 1
+    stages = int(random.integers(1, min(5, parted) + 1))
+    parts = balanced(costs, stages, together)
     assert [parts[0].start, parts[-1].stop] == [0, len(costs)]
     assert all(one.stop == other.start for one, other in pairwise(parts))
     assert all(part.stop > part.start for part in parts)
-    best = min(max(sum(costs[a:b]) for a, b in cut) for cut in every_cut(len(costs), stages))
+    cuts = [cut for cut in every_cut(len(costs), stages) if cut[-1][0] < parted]
+    best = min(max(sum(costs[a:b]) for a, b in cut) for cut in cuts)
+    assert parts[-1].start < parted
     assert max(sum(costs[part]) for part in parts) == pytest.approx(best, rel=1e-9)
 
 
@@ -43,9 +47,12 @@ def test_two_kinds_of_chips_share_a_pipeline_as_well_as_any_cut_within_memory(se
     ]
     stages, on = 4, np.array([[0], [0], [1], [1]])
     flights = np.array([[4.0], [3.0], [2.0], [1.0]])
-    found = place(pools, kinds, on, np.array([stages]), flights)
+    together = int(random.integers(1, 3))
+    found = place(pools, kinds, on, np.array([stages]), flights, together)
     best = np.inf
     for cut in every_cut(pieces, stages):
+        if cut[-1][0] > pieces - together:
+            continue
         slowest = 0.0
         for number, (start, stop) in enumerate(cut):
             pool = pools[on[number, 0]]

@@ -13,7 +13,7 @@ from motley.plan.known import find_shape
 from motley.plan.layout import RECOMPUTES, SCHEDULES, Layouts
 from motley.plan.memory import in_flight, saved_bytes, state_bytes
 from motley.plan.operators import LayerSeconds, layer_seconds
-from motley.plan.step import bubble_seconds, step_seconds
+from motley.plan.step import bubble_seconds, items, step_seconds
 
 A100 = Hardware.of_chip(find_chip("A100-80GB-SXM"))
 H800 = Hardware.of_chip(find_chip("H800"))
@@ -100,6 +100,18 @@ def test_the_parts_of_a_step_add_up_and_none_is_negative():
     assert all((part >= 0).all() for part in parts)
     assert np.sum(parts, axis=0) == pytest.approx(step.total)
     assert step.total[1] > 1.8 * step.total[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_stages_keep_mtp_modules_with_the_head_where_the_engine_does(engine: str):
+    shape, own, hardware = find_shape("v3"), load_engine(engine), H800 if engine == "deepseek" else A100
+    pieces = items(shape, layouts(pp=16), 4096, hardware, own, "bf16")
+    cut = pieces.cut(16, own, 0)
+    last = [what for what, _ in pieces.kinds[cut[-1]]]
+    assert last[-1] == "head"
+    if own.mtp_with_head or not own.balanced_stages:
+        assert "mtp" in last
+    assert (cut[0].start, cut[-1].stop, len(cut)) == (0, len(pieces.kinds), 16)
 
 
 def test_a_layer_is_its_products_in_the_limit_of_a_perfect_chip():

@@ -86,6 +86,7 @@ class Engine:
         most_tensor, most_context: largest degrees of tensor and context parallelism it can run.
         most_zero: highest ZeRO stage it has.
         schedules: of pipelines that it can run: 1f1b, interleaved (1f1b of several chunks), zero_bubble, dualpipe.
+        mtp_with_head: whether MTP modules stay on the last stage, with the head that they share.
         balanced_stages: whether pipelines are cut where the times balance (else: equal numbers of layers).
         recompute: what it does when the user does not say: "none", "selective" or "full".
         zero: the same for ZeRO.
@@ -135,6 +136,7 @@ class Engine:
     most_context: int
     most_zero: int
     schedules: tuple[str, ...]
+    mtp_with_head: bool
     balanced_stages: bool
     recompute: str
     zero: int

@@ -15,8 +15,7 @@ from motley.plan.memory import (
     working_bytes,
 )
 from motley.plan.shape import Shape
-from motley.plan.stages import balanced
-from motley.plan.step import Held, Items, even_stages, items
+from motley.plan.step import Held, Items, items
 
 
 def fullest_bytes(
@@ -26,8 +25,8 @@ def fullest_bytes(
     pp = int(layouts.pp[0])
     pieces = items(shape, layouts, seq, hardware, engine, precision)
     if not engine.balanced_stages or pp == 1:
-        return _fullest(shape, layouts, seq, engine, pieces, even_stages(pieces, pp))
-    cuts = [balanced([float(piece.total[index]) for piece in pieces.seconds], pp) for index in range(len(layouts))]
+        return _fullest(shape, layouts, seq, engine, pieces, pieces.cut(pp, engine, 0))
+    cuts = [pieces.cut(pp, engine, index) for index in range(len(layouts))]
     return np.concatenate([_fullest(shape, layouts[index], seq, engine, pieces, cut) for index, cut in enumerate(cuts)])
 
 

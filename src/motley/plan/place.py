@@ -55,7 +55,9 @@ class Placement:
     feasible: NDArray[np.bool_]
 
 
-def place(pools: Sequence[Pieces], kinds: Sequence[int], pool_of: Ints, stages: Ints, flights: Floats) -> Placement:
+def place(
+    pools: Sequence[Pieces], kinds: Sequence[int], pool_of: Ints, stages: Ints, flights: Floats, together: int = 1
+) -> Placement:
     """Cut every candidate's pipeline.
 
     Args:
@@ -64,16 +66,17 @@ def place(pools: Sequence[Pieces], kinds: Sequence[int], pool_of: Ints, stages: 
         pool_of: [most stages, candidates] index of the pool each stage lies on.
         stages: [candidates] number of stages.
         flights: [most stages, candidates] micro-batches in flight.
+        together: pieces that stay with each other at the end.
     """
     count = len(stages)
     unlimited = np.full(count, np.inf)
-    feasible = _fill(pools, kinds, pool_of, stages, flights, unlimited)[1]
+    feasible = _fill(pools, kinds, pool_of, stages, flights, unlimited, together)[1]
     stage_of = np.zeros((len(kinds), count), np.int64)
     slowest = np.full(count, np.inf)
     index = np.flatnonzero(feasible)
     if len(index):
         own = [pool.take(index) for pool in pools]
-        placed, slowest[index] = _fastest(own, kinds, pool_of[:, index], stages[index], flights[:, index])
+        placed, slowest[index] = _fastest(own, kinds, pool_of[:, index], stages[index], flights[:, index], together)
         stage_of[:, index] = placed
         used = np.zeros((int(stages.max()), count), bool)
         for piece in range(len(kinds)):
@@ -83,7 +86,7 @@ def place(pools: Sequence[Pieces], kinds: Sequence[int], pool_of: Ints, stages: 
 
 
 def _fastest(
-    pools: Sequence[Pieces], kinds: Sequence[int], pool_of: Ints, stages: Ints, flights: Floats
+    pools: Sequence[Pieces], kinds: Sequence[int], pool_of: Ints, stages: Ints, flights: Floats, together: int
 ) -> tuple[Ints, Floats]:
     """(stages of the pieces, slowest stage) at the smallest limit under which every piece finds a stage."""
     per_piece = np.stack([pool.seconds for pool in pools])[:, list(kinds)]
@@ -92,18 +95,24 @@ def _fastest(
     most = per_piece.max(axis=0).sum(axis=0) * (1 + CLOSE)
     # Where memory does not interfere, no more than one heaviest piece above the mean is needed.
     likely = np.minimum(low + heaviest, most)
-    high = np.where(_fill(pools, kinds, pool_of, stages, flights, likely)[1], likely, most)
+    high = np.where(_fill(pools, kinds, pool_of, stages, flights, likely, together)[1], likely, most)
     for _ in range(TURNS):
         if not (high - low > NEAR * high).any():
             break
         middle = (low + high) / 2
-        placed = _fill(pools, kinds, pool_of, stages, flights, middle)[1]
+        placed = _fill(pools, kinds, pool_of, stages, flights, middle, together)[1]
         high, low = np.where(placed, middle, high), np.where(placed, low, middle)
-    return _fill(pools, kinds, pool_of, stages, flights, high)[0], high
+    return _fill(pools, kinds, pool_of, stages, flights, high, together)[0], high
 
 
 def _fill(
-    pools: Sequence[Pieces], kinds: Sequence[int], pool_of: Ints, stages: Ints, flights: Floats, limit: Floats
+    pools: Sequence[Pieces],
+    kinds: Sequence[int],
+    pool_of: Ints,
+    stages: Ints,
+    flights: Floats,
+    limit: Floats,
+    together: int,
 ) -> tuple[Ints, NDArray[np.bool_]]:
     """(stage of each piece, whether all found one) when no stage may exceed `limit` seconds.
 
@@ -134,7 +143,7 @@ def _fill(
         kind = kinds[piece]
         spent_after, filled_after = spent + cost[kind], filled + size[kind]
         full = ((spent_after > limit) | (filled_after > capacity)) & (spent > 0)
-        moved = np.flatnonzero(full)
+        moved = np.flatnonzero(full & (piece < len(kinds) - together))
         if len(moved):
             stage[moved] -= 1
             enter(moved)

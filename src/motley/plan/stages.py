@@ -11,8 +11,13 @@ from collections.abc import Sequence
 TURNS = 60  # halvings of the interval: beyond the precision of a float
 
 
-def balanced(costs: Sequence[float], pp: int) -> list[slice]:
-    """Contiguous stages (each at least one piece) with the smallest possible maximum. `pp` is at most len(costs)."""
+def balanced(costs: Sequence[float], pp: int, together: int = 1) -> list[slice]:
+    """Contiguous stages (each at least one piece) with the smallest possible maximum.
+
+    The last `together` pieces stay on the last stage. `pp` is at most the number of pieces that can be parted.
+    """
+    alone = len(costs) - together
+    costs = [*costs[:alone], sum(costs[alone:])]
     low, high = max(max(costs), sum(costs) / pp), sum(costs)
     for _ in range(TURNS):
         middle = (low + high) / 2
@@ -27,7 +32,7 @@ def balanced(costs: Sequence[float], pp: int) -> list[slice]:
         bounds = [*starts, len(costs)]
         widest = max(range(len(starts)), key=lambda i: bounds[i + 1] - bounds[i])
         starts.insert(widest + 1, (bounds[widest] + bounds[widest + 1]) // 2)
-    bounds = [*starts, len(costs)]
+    bounds = [*starts, alone + together]
     return [slice(bounds[i], bounds[i + 1]) for i in range(pp)]
 
 

@@ -70,12 +70,19 @@ class Held:
 class Items:
     """The pieces that stages are made of, in order: embedding, layers, MTP modules, head. Seconds per micro-batch.
 
-    `kinds[i]` is (what, block or None); equal kinds share their arrays.
+    `kinds[i]` is (what, block or None); equal kinds share their arrays. The last `together` pieces are never parted.
     """
 
     kinds: tuple[tuple[str, Block | None], ...]
     seconds: tuple[LayerSeconds, ...]
     held: tuple["Held", ...]
+    together: int
+
+    def cut(self, pp: int, engine: Engine, candidate: int) -> list[slice]:
+        """The stages into which an engine cuts them for a candidate."""
+        if not engine.balanced_stages or pp == 1:
+            return even_stages(self, pp)
+        return balanced([float(piece.total[candidate]) for piece in self.seconds], pp, self.together)
 
 
 def items(shape: Shape, layouts: Layouts, seq: int, hardware: Hardware, engine: Engine, precision: str) -> Items:
@@ -99,7 +106,8 @@ def items(shape: Shape, layouts: Layouts, seq: int, hardware: Hardware, engine: 
     seconds.append(head_seconds(shape, layouts, seq, hardware, engine, precision))
     # A tied head is the embedding's table: the last stage keeps a copy of it when the first is another one.
     held.append(Held(float(shape.head.parameters) + shape.final_norm, 0.0))
-    return Items(tuple(kinds), tuple(seconds), tuple(held))
+    together = 1 + len(shape.mtp) if engine.mtp_with_head else 1
+    return Items(tuple(kinds), tuple(seconds), tuple(held), together)
 
 
 def _held(block: Block, hardware: Hardware, engine: Engine, precision: str) -> Held:
@@ -125,10 +133,10 @@ def step_seconds(
         raise ValueError("step_seconds takes layouts of one pipeline depth at a time")
     pieces = items(shape, layouts, seq, hardware, engine, precision)
     if not engine.balanced_stages or pp == 1:
-        return _of_stages(shape, layouts, hardware, engine, pieces, even_stages(pieces, pp), seq)
+        return _of_stages(shape, layouts, hardware, engine, pieces, pieces.cut(pp, engine, 0), seq)
     rows = []
     for index in range(len(layouts)):
-        cut = balanced([float(piece.total[index]) for piece in pieces.seconds], pp)
+        cut = pieces.cut(pp, engine, index)
         own = replace(pieces, seconds=tuple(piece.at(index) for piece in pieces.seconds))
         rows.append(_of_stages(shape, layouts[index], hardware, engine, own, cut, seq))
     names = ("compute", "communication", "bubble", "optimizer")

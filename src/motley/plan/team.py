@@ -166,7 +166,8 @@ def _placed(
             pieces_of(member, one, piece, order, job, own_states)
             for member, one, piece in zip(members, own, pieces, strict=True)
         ]
-        placement = place(pools, kinds, pool_of[:, index], pp[index], flights[:, index])
+        together = max(piece.together for piece in pieces)
+        placement = place(pools, kinds, pool_of[:, index], pp[index], flights[:, index], together)
         fits = np.flatnonzero(placement.feasible)
         if not len(fits):
             return None, index
