@@ -13,7 +13,7 @@ import numpy as np
 from motley.fleet import Fleet, Pool
 from motley.plan.candidates import Member, members_of
 from motley.plan.job import Job
-from motley.plan.layout import SCHEDULES, Layouts
+from motley.plan.layout import RECOMPUTES, SCHEDULES, Layouts
 from motley.plan.memory import (
     FRAGMENTATION,
     buffer_bytes,
@@ -62,15 +62,36 @@ class Pipeline:
         return int(np.searchsorted(np.cumsum(self.stages), stage, side="right"))
 
 
-def line(pipeline: Pipeline, job: Job) -> tuple[float, float, float, float, float] | None:
-    """(fixed, slow, once, hidden, cross) seconds as in options.py, or None where a chip's memory would overflow."""
+@dataclass(frozen=True)
+class Line:
+    """As in options.py; seconds, but for `hidden`."""
+
+    fixed: float
+    slow: float
+    once: float
+    hidden: float
+    cross: float
+    cross_each: float
+    each: float
+    update: float
+
+    def seconds(self, micro_batches: float, crossing: bool, update: float | None = None) -> float:
+        """Of a step; `update`: of the whole island together, where it shares what it keeps."""
+        running = micro_batches * (self.slow + crossing * self.cross_each)
+        once = self.once + crossing * self.cross
+        fixed = self.fixed if update is None else self.fixed - self.update + update
+        return fixed + running + once - self.hidden * min(once, running)
+
+
+def line(pipeline: Pipeline, job: Job) -> Line | None:
+    """What a pipeline costs, or None where a chip's memory would overflow."""
     members, shape = pipeline.members, job.shape
     pp = sum(pipeline.stages)
     costed = [
         items(shape, pipeline.layouts(i), job.seq_len, m.hardware, m.engine, m.precision) for i, m in enumerate(members)
     ]
     fixed, border = 0.0, 0.0
-    totals, onces, eaches, updates, crosses = [], [], [], [], []
+    totals, onces, eaches, updates, crosses, each_crosses = [], [], [], [], [], []
     stages, chips = [], [0] * len(members)
     for number, (first, last) in enumerate(pipeline.cuts):
         index = pipeline.member_of(number)
@@ -101,9 +122,18 @@ def line(pipeline: Pipeline, job: Job) -> tuple[float, float, float, float, floa
             border = max(border, message)
         network = member.hardware.network_per_chip * member.engine.network_efficiency
         own = (held.dense / pipeline.tp[index] + held.experts / (pipeline.tp[index] * pipeline.ep)) / pipeline.dp
-        crosses.append(2 * member.engine.gradient_bytes * own / network + 4 * member.hardware.latency)
-    slowest, once, each, update, cross = (
-        _busiest(pipeline, values) for values in (totals, onces, eaches, updates, crosses)
+        gradient, weight = (
+            size * own / network + 2 * member.hardware.latency
+            for size in (member.engine.gradient_bytes, member.engine.weight_bytes)
+        )
+        if member.engine.zero_over == "team":
+            crosses.append(2 * gradient)
+            each_crosses.append(0.0)
+        else:  # what is kept once travels once a step, or from its stage on with every micro-batch
+            crosses.append((pipeline.zero < 2) * gradient + (pipeline.zero < 3) * weight)
+            each_crosses.append((pipeline.zero > 1) * gradient + (pipeline.zero > 2) * 2 * weight)
+    slowest, once, each, update, cross, cross_each = (
+        _busiest(pipeline, values) for values in (totals, onces, eaches, updates, crosses, each_crosses)
     )
     nodes = max(1.0, *(count / m.hardware.chips_per_node for count, m in zip(chips, members, strict=True)))
     slow = max(slowest * (1 + max(m.engine.skew for m in members) * float(np.log2(nodes))) + each, border)
@@ -112,7 +142,7 @@ def line(pipeline: Pipeline, job: Job) -> tuple[float, float, float, float, floa
     fixed += max(
         float(tied_seconds(shape, pipeline.layouts(i), m.hardware, m.engine)[0]) for i, m in enumerate(members)
     )
-    return fixed, slow, once, max(m.engine.hidden_gradients for m in members), cross
+    return Line(fixed, slow, once, max(m.engine.hidden_gradients for m in members), cross, cross_each, each, update)
 
 
 def _busiest(pipeline: Pipeline, values: list[float]) -> float:
@@ -122,15 +152,9 @@ def _busiest(pipeline: Pipeline, values: list[float]) -> float:
     return max(values)
 
 
-def seconds(pipeline: Pipeline, job: Job, sequences: int, crossing: bool) -> float | None:
-    """Of a step in which the team takes so many sequences; None where it does not fit."""
-    costs = line(pipeline, job)
-    if costs is None:
-        return None
-    fixed, slow, once, hidden, cross = costs
-    micro = max(-(-sequences // (pipeline.dp * pipeline.micro_batch)), least(pipeline))
-    once += cross if crossing else 0.0
-    return fixed + micro * slow + once - hidden * min(once, micro * slow)
+def micro_batches(pipeline: Pipeline, sequences: int) -> int:
+    """Of each copy when the team takes so many sequences."""
+    return max(-(-sequences // (pipeline.dp * pipeline.micro_batch)), least(pipeline))
 
 
 def least(pipeline: Pipeline) -> int:
@@ -195,7 +219,8 @@ def every_pipeline(pools: Sequence[Pool], job: Job, micro_batches: Sequence[int]
 def random_pipeline(pools: list[Pool], job: Job, random: np.random.Generator) -> Pipeline | None:
     """Any valid pipeline of a team: random degrees, random cuts."""
     members = members_of(pools, job)
-    tp = tuple(int(random.choice([t for t in (1, 2, 4, 8) if t <= m.pool.per_node])) for m in members)
+    most = [min(m.pool.per_node, m.engine.most_tensor) for m in members]
+    tp = tuple(int(random.choice([t for t in (1, 2, 4, 8) if t <= limit])) for limit in most)
     groups = [m.pool.nodes * (m.pool.per_node // t) for m, t in zip(members, tp, strict=True)]
     dp = int(random.integers(1, min(groups) + 1))
     stages = tuple(int(random.integers(1, group // dp + 1)) for group in groups)
@@ -207,12 +232,42 @@ def random_pipeline(pools: list[Pool], job: Job, random: np.random.Generator) ->
     cuts = tuple(zip((0, *bounds), (*bounds, pieces), strict=True))
     experts = [ep for ep in (1, 2, 4, 8) if (job.shape.experts or 1) % ep == 0 and dp % ep == 0]
     schedule = int(random.integers(0, 3 if pp % 2 == 0 and len(members) == 1 else 2)) if pp > 1 else 0
-    zero = int(random.choice((0, 1, 3))) if dp > 1 else 0
+    over_island = members[0].engine.zero_over == "island"
+    zero = int(random.choice((1, 1, 2, 3))) if over_island else int(random.choice((0, 1, 3))) if dp > 1 else 0
     micro = int(random.choice((1, 2, 4)))
     if micro * dp > job.global_batch:
         return None
     recompute = int(random.integers(0, 3))
-    return Pipeline(members, tp, stages, cuts, dp, int(random.choice(experts)), micro, recompute, schedule, zero)
+    ep = int(random.choice(experts))
+    found = Pipeline(members, tp, stages, cuts, dp, ep, micro, recompute, schedule, zero)
+    return found if not over_island or _run_by_motley(found) else None
+
+
+def _run_by_motley(pipeline: Pipeline) -> bool:
+    """What motley's own runtime has, said once more."""
+    whole = len(pipeline.cuts) == 1 and pipeline.ep == 1
+    return (
+        max(pipeline.tp) == 1
+        and SCHEDULES[pipeline.schedule] in ("1f1b", "zero_bubble")
+        and RECOMPUTES[pipeline.recompute] in (("none", "full") if pipeline.zero < 3 else ("full",))
+        and (whole or pipeline.zero < 2)
+    )
+
+
+def update_rate(pipeline: Pipeline, job: Job) -> float:
+    """Updates of the whole model a second that all chips of a pipeline's copies together could do."""
+    rate = 0.0
+    for index, (member, stages) in enumerate(zip(pipeline.members, pipeline.stages, strict=True)):
+        own = items(job.shape, pipeline.layouts(index), job.seq_len, member.hardware, member.engine, member.precision)
+        held = Held(0.0, 0.0)
+        for piece in own.held:
+            held = held + piece
+        one = Layouts.of(
+            tp=1, cp=1, ep=1, dp=1, pp=1, micro_batch=1, micro_batches=1, recompute=0, schedule=0, chunks=1, zero=0
+        )
+        seconds = float(np.squeeze(update_seconds(held, one, member.hardware, member.engine)))
+        rate += pipeline.tp[index] * stages * pipeline.dp / seconds
+    return rate
 
 
 def random_plan_seconds(fleet: Fleet, job: Job, random: np.random.Generator) -> float | None:
@@ -227,8 +282,16 @@ def random_plan_seconds(fleet: Fleet, job: Job, random: np.random.Generator) -> 
     lines = [(p, costs) for p in pipelines if p is not None and (costs := line(p, job)) is not None]
     if not lines:
         return None
-    speeds = [int(1e6 * p.dp * p.micro_batch / costs[1]) + 1 for p, costs in lines]
+    over_island = lines[0][0].members[0].engine.zero_over == "island"
+    if over_island:
+        lines = [(p, costs) for p, costs in lines if p.zero == lines[0][0].zero]
+    speeds = [int(1e6 * p.dp * p.micro_batch / costs.slow) + 1 for p, costs in lines]
     shares = apportion(job.global_batch, speeds)
-    crossing = sum(share > 0 for share in shares) > 1
-    times = [seconds(p, job, share, crossing) for (p, _), share in zip(lines, shares, strict=True) if share]
-    return max(time for time in times if time is not None)
+    worked = [(p, costs, micro_batches(p, share)) for (p, costs), share in zip(lines, shares, strict=True) if share]
+    crossing = len(worked) > 1
+    update = 1 / sum(update_rate(p, job) for p, _, _ in worked) if over_island and crossing else None
+    turns = max(micro for _, _, micro in worked)  # all exchange with every micro-batch of any
+    waits = [(turns - micro) * (costs.each + costs.cross_each) * over_island for _, costs, micro in worked]
+    return max(
+        costs.seconds(micro, crossing, update) + wait for (_, costs, micro), wait in zip(worked, waits, strict=True)
+    )

@@ -39,6 +39,7 @@ def test_two_kinds_of_chips_share_a_pipeline_as_well_as_any_cut_within_memory(se
         Pieces(
             seconds=random.uniform(0.5, 2, (4, 1)) * speed,
             held=random.uniform(1, 3, (4, 1)),
+            apart=np.zeros((4, 1)),
             saved=random.uniform(0.1, 0.5, (4, 1)),
             constant=np.array([1.0]),
             capacity=float(random.uniform(7, 16)),

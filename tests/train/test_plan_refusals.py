@@ -13,9 +13,10 @@ from motley.train.layout import Layout, Team, from_plan
 
 def plan() -> dict[str, Any]:
     """One pipeline of two stages in two pools, for a model of four layers."""
+    room = {"memory_bytes": {"weights": 4.0, "gradients": 3.0, "optimizer": 2.0}, "memory_limit_bytes": 10.0}
     stages = [
-        {"pool": "big", "layers": [0, 1], "mtp": False, "head": False, "memory_bytes": {"optimizer": 1.0}},
-        {"pool": "small", "layers": [2, 3], "mtp": True, "head": True, "memory_bytes": {"optimizer": 1.0}},
+        {"pool": "big", "layers": [0, 1], "mtp": False, "head": False, **room},
+        {"pool": "small", "layers": [2, 3], "mtp": True, "head": True, **room},
     ]
     team = {
         "pools": ["big", "small"], "tp": {"big": 1, "small": 1}, "cp": 1, "zero": 1, "schedule": "1f1b", "island": 0,
@@ -26,7 +27,19 @@ def plan() -> dict[str, Any]:
 
 
 def test_the_plan_that_the_others_are_made_of_is_run():
-    assert from_plan(plan(), DEEP).teams == (Team(((0, 1),), (2, 2), micro_batch=2, formats=("bf16", "fp16")),)
+    layout = from_plan(plan(), DEEP)
+    assert layout.teams == (Team(((0, 1),), (2, 2), micro_batch=2, formats=("bf16", "fp16")),)
+    assert layout.memory == (3.0, 3.0), "of the optimizer's, and what is free"
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_plan_shares_gradients_and_weights_too_among_workers_that_hold_the_whole_model(zero: int):
+    values = plan()
+    (team,) = values["teams"]
+    whole = team["stages"][1] | {"layers": [0, 3]}
+    team.update(pools=["small"], tp={"small": 1}, precision={"small": "bf16"}, stages=[whole], zero=zero, dp=2)
+    layout = from_plan(values, DEEP)
+    assert (layout.zero, layout.memory) == (zero, (2.0 + 3.0 + (zero == 3) * 4.0 + 1.0,) * 2)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +52,7 @@ def test_the_plan_that_the_others_are_made_of_is_run():
         (lambda p: p["teams"][0]["stages"][1].update(layers=[2, 4]), r"layers \[2, 3\], the model has 4"),
         (lambda p: p["teams"][0].pop("dp"), "this is no plan as `motley plan --out` writes it: KeyError"),
         (lambda p: p["teams"][0]["precision"].update(small="int3"), "int3"),
+        (lambda p: p["teams"][0].update(zero=2), "ZeRO 2 is for workers that each compute with the whole model"),
         (lambda p: p.update(teams=[3]), "this is no plan as `motley plan --out` writes it: TypeError"),
     ],
 )

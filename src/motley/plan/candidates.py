@@ -16,7 +16,7 @@ from motley.fleet.inventory import Pool
 from motley.plan.engine import Engine
 from motley.plan.hardware import Hardware
 from motley.plan.job import Job
-from motley.plan.layout import SCHEDULES, Ints, Layouts
+from motley.plan.layout import RECOMPUTES, SCHEDULES, Ints, Layouts
 
 TENSOR = (1, 2, 4, 8)
 CONTEXT = (1, 2, 4, 8, 16)
@@ -88,6 +88,10 @@ def _blocks(members: tuple[Member, ...], job: Job) -> Iterator[Ints]:
         for member in members
     ]
     most_zero = min(member.engine.most_zero for member in members)
+    over_island = members[0].engine.zero_over == "island"
+    recomputes = tuple(
+        number for number, name in enumerate(RECOMPUTES) if all(name in member.engine.recomputes for member in members)
+    )
     allowed = set.intersection(*(set(member.engine.schedules) for member in members))
     for cp, tps in product(contexts, product(*tensors)):
         groups = [
@@ -101,8 +105,10 @@ def _blocks(members: tuple[Member, ...], job: Job) -> Iterator[Ints]:
                 continue
             # Sharding less than a schedule allows costs memory and gains nothing: 1 (with stages) or 2, and 3.
             zeros = (0,) if dp * cp == 1 else (min(2 if pp == 1 else 1, most_zero), 3)[: 1 + (most_zero == 3)]
+            if over_island:  # others share too, and with every micro-batch from 2 on
+                zeros = tuple(range(1, (most_zero if pp == 1 else 1) + 1))
             schedules = _schedules(allowed, pp, len(members), shape.num_layers)
-            grid = _grid(experts, micros, schedules, zeros)
+            grid = _grid(experts, micros, schedules, zeros, recomputes, over_island)
             row = np.array([cp, dp, pp, *tps, *stages], np.int64)
             block = np.empty((len(grid), 3 + grid.shape[1] + 2 * len(members)), np.int64)
             block[:, :3], block[:, 3 : 3 + grid.shape[1]], block[:, 3 + grid.shape[1] :] = row[:3], grid, row[3:]
@@ -115,11 +121,19 @@ def _grid(
     micros: tuple[int, ...],
     schedules: tuple[tuple[int, int], ...],
     zeros: tuple[int, ...],
+    recomputes: tuple[int, ...],
+    over_island: bool,
 ) -> Ints:
-    """[combinations, 6] of expert degree, micro-batch, recomputation, schedule, chunks, ZeRO stage."""
+    """[combinations, 6] of expert degree, micro-batch, recomputation, schedule, chunks, ZeRO stage.
+
+    What an island shares from stage 2 on are weights of chips that hold all experts; from 3 on they leave after each
+    pass, and come back for a backward pass that computes again.
+    """
+    full = RECOMPUTES.index("full")
     rows = [
         (ep, micro, recompute, *schedule, zero)
-        for ep, micro, recompute, schedule, zero in product(experts, micros, range(3), schedules, zeros)
+        for ep, micro, recompute, schedule, zero in product(experts, micros, recomputes, schedules, zeros)
+        if not over_island or zero < 2 or (ep == 1 and (zero < 3 or recompute == full))
     ]
     return np.array(rows, np.int64)
 

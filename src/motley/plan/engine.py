@@ -7,7 +7,7 @@ chip. Each file in `engines/` holds one engine; `fitted` says on which measureme
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -78,17 +78,20 @@ class Engine:
         expert_padding: rows added to each expert's tokens, on average, to suit the kernels.
         expert_seconds: fixed cost of choosing and sorting, per layer with experts.
         expert_bytes: bytes per number sent to experts (dispatch, combine).
-        gradient_bytes: bytes per gradient on the wire.
+        gradient_bytes, weight_bytes: bytes per gradient and per weight (ZeRO) on the wire.
         optimizer_passes: bytes per parameter that the optimizer reads and writes.
         muon: whether matrices are trained with Muon, whose products are costed besides.
         optimizer_seconds, step_seconds: fixed costs: per layer of the optimizer, per step.
         skew: share of a step lost in waiting for the slowest rank, per doubling of the nodes.
         most_tensor, most_context: largest degrees of tensor and context parallelism it can run.
         most_zero: highest ZeRO stage it has.
+        zero_over: among whom ZeRO shares: equal chips of a "team", or all of an "island", by speed within memory. Over
+            an island stages 2 and 3 are for chips that each compute with the whole model.
         schedules: of pipelines that it can run: 1f1b, interleaved (1f1b of several chunks), zero_bubble, dualpipe.
         mtp_with_head: whether MTP modules stay on the last stage, with the head that they share.
         balanced_stages: whether pipelines are cut where the times balance (else: equal numbers of layers).
-        recompute: what it does when the user does not say: "none", "selective" or "full".
+        recomputes: what it can do about activations, of "none", "selective" and "full".
+        recompute: what it does when the user does not say.
         zero: the same for ZeRO.
         state_bytes: weights, gradients, optimizer states per parameter in training, in bytes.
         measured_on: chip of the `measured` points.
@@ -127,6 +130,7 @@ class Engine:
     expert_seconds: float
     expert_bytes: tuple[float, float]
     gradient_bytes: float
+    weight_bytes: float
     optimizer_passes: float
     muon: bool
     optimizer_seconds: float
@@ -135,15 +139,22 @@ class Engine:
     most_tensor: int
     most_context: int
     most_zero: int
+    zero_over: Literal["team", "island"]
     schedules: tuple[str, ...]
     mtp_with_head: bool
     balanced_stages: bool
+    recomputes: tuple[str, ...]
     recompute: str
     zero: int
     state_bytes: dict[str, float]
     measured_on: str
     measured: tuple[tuple[float, float, float, float], ...]
     fitted: tuple[str, ...]
+
+    def bytes_kept_once(self, zero: int) -> float:
+        """Per parameter, of what may lie with any chip of an island."""
+        kinds = ("optimizer", "gradient", "weight")
+        return sum(self.state_bytes[kind] for kind in (kinds[:zero] if self.zero_over == "island" else kinds[:1]))
 
     def at_speed(self, speed: float) -> "Engine":
         """The same on chips that are slowed down to a share of their speed, with whatever the host does for them."""
@@ -177,5 +188,5 @@ def engine_from(values: dict[str, Any]) -> Engine:
     names = {field.name for field in fields(Engine)}
     if set(values) != names:
         raise InputError(f"engine {values.get('name')}: fields missing or unknown: {sorted(names ^ set(values))}")
-    lists = {name: tuple(values[name]) for name in ("fitted", "expert_bytes", "schedules")}
+    lists = {name: tuple(values[name]) for name in ("fitted", "expert_bytes", "schedules", "recomputes")}
     return Engine(**{**values, **lists, "measured": tuple(tuple(point) for point in values["measured"])})

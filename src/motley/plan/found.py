@@ -11,14 +11,27 @@ from motley.plan.simulate import CHECKPOINT_SECONDS, RESTART_SECONDS, expected_g
 
 @dataclass(frozen=True)
 class Chosen:
-    """One team of the plan: its options, the one taken, and its part of the batch."""
+    """One team of the plan: its options, the one taken, and its part of the batch.
+
+    Attributes:
+        sequences: of the batch.
+        micro_batches: of a copy in one step of its island.
+        seconds: that the team is busy in such a step.
+        update: seconds of it in which the island updates what it keeps once; None: the team updates its own.
+        kept: the team's part of that, of 1.
+        steps: of its island for each step of the run.
+    """
 
     team: frozenset[str]
     options: Options
     index: int
     sequences: int
     micro_batches: int
-    island: int
+    seconds: float
+    update: float | None = None
+    kept: float = 1.0
+    island: int = 0
+    steps: float = 1.0
 
 
 @dataclass(frozen=True)

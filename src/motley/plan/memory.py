@@ -5,7 +5,7 @@
                                                selective: inputs only       full: the layer's input only
 
 Weights and states follow the engine's `state_bytes`; ZeRO 1, 2, 3 shards states, gradients, weights over the
-data-parallel group. A margin covers what the allocator fragments.
+data-parallel group, or over all chips of an island. A margin covers what the allocator fragments.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,9 @@ from motley.plan.shape import Block, Shape
 FRAGMENTATION = 0.07  # of everything else (6 to 8 % are usual with PyTorch's allocator)
 BUCKET_BYTES = 100e6  # gradients wait in buckets of this size to be exchanged
 LOGIT_BYTES = 8  # per logit while the loss is computed: 16-bit logits and gradient, an fp32 copy
+
+
+KEPT_ONCE_FROM = (3, 2, 1)  # ZeRO stage from which weights, gradients, optimizer states are
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,37 @@ def state_bytes(dense: Floats, experts: Floats, layouts: Layouts, engine: Engine
     return twice * sizes["weight"] * sharded(3), twice * sizes["gradient"] * sharded(2), sizes["optimizer"] * sharded(1)
 
 
+def at_home(states: tuple[Floats, Floats, Floats], layouts: Layouts, engine: Engine) -> Floats:
+    """What of (weights, gradients, optimizer) stays on a chip although others keep what may lie with any of them."""
+    if engine.zero_over == "team":
+        return states[0] + states[1]
+    return sum(
+        (np.where(layouts.zero < stage, part, 0.0) for part, stage in zip(states, KEPT_ONCE_FROM, strict=True)),
+        start=np.zeros(len(layouts)),
+    )
+
+
+def visiting_bytes(shape: Shape, layouts: Layouts, engine: Engine) -> Floats:
+    """Weights and gradients of the piece that is being computed where others keep them: ZeRO 2 and 3 of an island."""
+    if engine.zero_over == "team":
+        return np.zeros(len(layouts))
+    blocks = [block.parameters for block, _ in shape.runs] + [block.parameters for block in shape.mtp]
+    largest = max(*blocks, shape.embedding_parameters)
+    return largest * (
+        np.where(layouts.zero >= 2, engine.gradient_bytes, 0.0) + np.where(layouts.zero >= 3, engine.weight_bytes, 0.0)
+    )
+
+
 def buffer_bytes(shape: Shape, layouts: Layouts, engine: Engine, seq: int) -> Floats:
-    """Messages on their way: stage borders, expert exchange, gradient buckets."""
+    """Messages on their way: stage borders, expert exchange, gradient buckets, weights that visit."""
     tokens = layouts.micro_batch * seq / layouts.cp
     border = 4 * VALUE_BYTES * tokens * shape.hidden_size / _replicated(layouts, engine)
     chosen = max(block.chosen for block, _ in shape.runs)
     exchange = np.where(
         layouts.ep > 1, tokens * chosen * shape.hidden_size * sum(engine.expert_bytes) / layouts.tp, 0.0
     )
-    return border + exchange + np.where(layouts.dp * layouts.cp > 1, BUCKET_BYTES, 0.0)
+    buckets = np.where(layouts.dp * layouts.cp > 1, BUCKET_BYTES, 0.0)
+    return border + exchange + buckets + visiting_bytes(shape, layouts, engine)
 
 
 def _replicated(layouts: Layouts, engine: Engine) -> Floats | float:

@@ -6,7 +6,8 @@ A team runs `dp` copies, each a pipeline over its pools' chips; its time for m m
 
 with `slow` the slowest stage, `fixed` the filling of the pipeline, the optimizer and the step's own cost, `once` the
 exchange of gradients, and m at least what the schedule needs. Every option is such a line; the search (`search.py`)
-picks one for each team.
+picks one for each team. Beside other teams it exchanges more, once and with every micro-batch; and where an island
+keeps things once (`Engine.zero_over`), the update of all together counts instead of the team's own.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from motley.plan.job import Job
 from motley.plan.layout import SCHEDULES, Floats, Ints, Layouts
 from motley.plan.memory import (
     FRAGMENTATION,
+    at_home,
     buffer_bytes,
     in_flight,
     logit_bytes,
@@ -30,8 +32,18 @@ from motley.plan.memory import (
 from motley.plan.operators import VALUE_BYTES, LayerSeconds
 from motley.plan.place import Pieces, Placement
 from motley.plan.shape import Block
-from motley.plan.step import Held, Items, bubble_seconds, exchange_seconds, tied_seconds, update_seconds
+from motley.plan.step import (
+    Held,
+    Items,
+    bubble_seconds,
+    exchange_seconds,
+    sent_when,
+    tied_seconds,
+    update_seconds,
+    whole_update_seconds,
+)
 
+MOST_ROOM = 1e3  # of what an island keeps once, in the whole of it
 SPREAD_UNEVENNESS = 2.0  # states kept where there is room: the fullest chip updates so many times an even share
 
 
@@ -43,9 +55,13 @@ class Options:
         fixed, slow, once, hidden: the line in the module's docstring, in seconds; `hidden` is a share.
         grain: sequences of one micro-batch of all copies.
         chips: [members, options] chips used.
-        cross: seconds that exchanging gradients with other teams adds to `once`.
-        states: whether optimizer states lie on the team's own chips; else any chip of the fleet may hold them.
-        spare: bytes free for states on all chips of the team together.
+        cross, cross_each: seconds that exchanging with other teams adds to `once` and to `slow`.
+        each: seconds of `slow` that are exchange.
+        update: seconds of `fixed` in which the team, by itself, updates what it keeps.
+        rate: updates of the whole model a second that all its chips together could do.
+        own_states: whether what is kept once fits the team's own chips; else other chips of its island must help.
+        spare: bytes free on all chips of the team for that; over an island no more than each stage has room for of
+            its part.
     """
 
     members: tuple[Member, ...]
@@ -59,8 +75,16 @@ class Options:
     grain: Ints
     chips: Ints
     cross: Floats
+    cross_each: Floats
+    each: Floats
+    update: Floats
+    rate: Floats
     own_states: Any
     spare: Floats
+
+    @property
+    def zero(self) -> Ints:
+        return self.layouts[0].zero
 
     def __len__(self) -> int:
         return len(self.slow)
@@ -69,45 +93,43 @@ class Options:
         return replace(
             self,
             layouts=tuple(layouts[index] for layouts in self.layouts),
-            **{
-                name: getattr(self, name)[..., index]
-                for name in (
-                    "stage_of",
-                    "pool_of",
-                    "fixed",
-                    "slow",
-                    "once",
-                    "grain",
-                    "chips",
-                    "cross",
-                    "own_states",
-                    "spare",
-                )
-            },
+            **{name: getattr(self, name)[..., index] for name in ARRAYS},
         )
 
-    def seconds(self, micro_batches: Floats | Ints, crossing: bool) -> Floats:
-        """Of a step in which each copy computes so many micro-batches."""
-        return self.seconds_of(np.arange(len(self)), micro_batches, crossing)
+    def seconds(self, micro_batches: Floats | Ints, crossing: bool, update: float | None = None) -> Floats:
+        """Of a step in which each copy computes so many micro-batches.
 
-    def seconds_of(self, index: Ints, micro_batches: Floats | Ints, crossing: bool) -> Floats:
+        crossing: whether there are other teams; update: seconds in which the island updates what it keeps once.
+        """
+        return self.seconds_of(np.arange(len(self)), micro_batches, crossing, update)
+
+    def seconds_of(
+        self, index: Ints, micro_batches: Floats | Ints, crossing: bool, update: float | None = None
+    ) -> Floats:
         """`seconds` of some options only."""
         once = self.once[index] + (self.cross[index] if crossing else 0.0)
-        running = np.maximum(micro_batches, self.layouts[0].least_micro_batches[index]) * self.slow[index]
-        return self.fixed[index] + running + once - self.hidden * np.minimum(once, running)
+        slow = self.slow[index] + (self.cross_each[index] if crossing else 0.0)
+        fixed = self.fixed[index] + (0.0 if update is None else update - self.update[index])
+        running = np.maximum(micro_batches, self.layouts[0].least_micro_batches[index]) * slow
+        return fixed + running + once - self.hidden * np.minimum(once, running)
 
-    def micro_batches_within(self, seconds: float, crossing: bool) -> Ints:
+    def micro_batches_within(self, seconds: float, crossing: bool, update: float | None = None) -> Ints:
         """The most micro-batches each copy can compute in a step of `seconds` (0 if none)."""
         once = self.once + (self.cross if crossing else 0.0)
-        left = seconds - self.fixed - once
+        slow = self.slow + (self.cross_each if crossing else 0.0)
+        left = seconds - self.fixed - once - (0.0 if update is None else update - self.update)
         # Where less is computed than could hide the exchange, every second computed also hides a share of one.
         hides = left / (1 - self.hidden) <= once
         running = np.where(hides, left / (1 - self.hidden), left + self.hidden * once)
-        count = np.maximum(np.floor(running / self.slow * (1 + 1e-12) + 1e-9), 0).astype(np.int64)
+        count = np.maximum(np.floor(running / slow * (1 + 1e-12) + 1e-9), 0).astype(np.int64)
         return np.where(count < self.layouts[0].least_micro_batches, 0, count)
 
-    def sequences_within(self, seconds: float, crossing: bool) -> Ints:
-        return self.micro_batches_within(seconds, crossing) * self.grain
+    def sequences_within(self, seconds: float, crossing: bool, update: float | None = None) -> Ints:
+        return self.micro_batches_within(seconds, crossing, update) * self.grain
+
+
+ARRAYS = tuple(f.name for f in fields(Options) if f.name not in ("members", "layouts", "hidden"))
+"""Fields of Options with an entry for each option."""
 
 
 def lines_of(
@@ -129,7 +151,7 @@ def lines_of(
     pp = first.pp
     fixed = bubbles(layouts[0], stages, pp)
     most = stages.total.shape[0]
-    once, each, update, cross = (np.zeros((most, len(index))) for _ in range(4))
+    once, each, update, cross, cross_each = (np.zeros((most, len(index))) for _ in range(5))
     hop, border = np.zeros(len(index)), np.zeros(len(index))
     hidden = max(member.engine.hidden_gradients for member in members)
     chips = np.zeros((len(members), len(index)), np.int64)
@@ -163,13 +185,16 @@ def lines_of(
                 border = np.maximum(border, crossed)
             parameters = (stage.dense / own.tp + stage.experts / (own.tp * own.ep)) / (own.dp * own.cp)
             network = member.hardware.network_per_chip * member.engine.network_efficiency
-            wire = 2 * member.engine.gradient_bytes * parameters / network + 4 * member.hardware.latency
+            wire, every = crossing_seconds(parameters / network, member, own)
             cross[number] = np.where(here, wire, cross[number])
-            if not own_states:  # gradients go out to whoever holds the states, updated weights come back
+            cross_each[number] = np.where(here, every, cross_each[number])
+            if not own_states and member.engine.zero_over == "team":
+                # Gradients go out to whoever holds the states, updated weights come back.
                 away = (member.engine.gradient_bytes + VALUE_BYTES) * parameters / network + 2 * member.hardware.latency
                 once[number] = np.where(here, one + away, once[number])
                 update[number] = np.where(here, SPREAD_UNEVENNESS * updating, update[number])
     spare = _spare_bytes(members, layouts, costed, stage_of, pool_of, job)
+    whole = [whole_update_seconds(pieces, m.hardware, m.engine) for pieces, m in zip(costed, members, strict=True)]
     nodes = np.ones(len(index))
     skew = max(member.engine.skew for member in members)
     for place_, member in enumerate(members):
@@ -193,6 +218,10 @@ def lines_of(
         grain=first.dp * first.micro_batch,
         chips=chips,
         cross=busiest(first, cross),
+        cross_each=busiest(first, cross_each),
+        each=busiest(first, each),
+        update=busiest(first, update),
+        rate=np.sum([count / seconds for count, seconds in zip(chips, whole, strict=True)], axis=0),
         own_states=np.full(len(index), own_states),
         spare=spare,
     )
@@ -205,31 +234,53 @@ def border_seconds(member: Member, layouts: Layouts, job: Job, far: bool = False
     return member.hardware.send(message, leaves, member.engine)
 
 
+def crossing_seconds(a_byte: Floats, member: Member, layouts: Layouts) -> tuple[Floats, Floats]:
+    """(once a step, with every micro-batch) seconds of a chip's exchange with other teams.
+
+    a_byte: seconds of a byte for each of its parameters.
+    """
+    engine, latency = member.engine, member.hardware.latency
+    there, back = (size * a_byte + 2 * latency for size in (engine.gradient_bytes, engine.weight_bytes))
+    if engine.zero_over == "island":
+        return sent_when(layouts.zero, there, back)
+    return 2 * there, np.zeros(len(there))
+
+
 def _spare_bytes(
     members: tuple[Member, ...], layouts: list[Layouts], costed: list[Items], stage_of: Ints, pool_of: Ints, job: Job
 ) -> Floats:
-    """Memory left on all chips of the team when states are not counted: room for anyone's states."""
+    """Memory left on all chips of the team when what may lie elsewhere is not counted: room for that.
+
+    Over an island every part is kept by a chip that computes with it. So a team has room for as much of all that is
+    kept once as the stage that has least for its part.
+    """
     first = layouts[0]
     flights = np.stack([in_flight(first, np.full(len(first), stage)) for stage in range(pool_of.shape[0])])
     kinds, order = kinds_of(costed[0])
-    spare = np.zeros(len(first))
+    spare, share = np.zeros(len(first)), np.full(len(first), MOST_ROOM)
     own = np.arange(len(first))
     pools = [pieces_of(m, lay, c, order, job, False) for m, lay, c in zip(members, layouts, costed, strict=True)]
-    filled = np.zeros(pool_of.shape)
+    filled, once = np.zeros(pool_of.shape), np.zeros(pool_of.shape)
     for piece, kind in enumerate(kinds):
         stage = stage_of[piece]
-        size = np.zeros(len(first))
+        size, apart = np.zeros(len(first)), np.zeros(len(first))
         for number, pool in enumerate(pools):
             here = pool_of[stage, own] == number
             size = np.where(here, pool.held[kind] + pool.saved[kind] * flights[stage, own], size)
+            apart = np.where(here, pool.apart[kind], apart)
         filled[stage, own] += size
+        once[stage, own] += apart
     for stage in range(pool_of.shape[0]):
         real = stage < first.pp
         for number, (pool, lay) in enumerate(zip(pools, layouts, strict=True)):
             here = real & (pool_of[stage] == number)
             free = np.maximum(pool.capacity - pool.constant - filled[stage], 0.0)
             spare += np.where(here, free * lay.tp * lay.cp * lay.dp, 0.0)
-    return spare
+            share = np.where(here, np.minimum(share, free / np.maximum(once[stage], 1.0)), share)
+    engine = members[0].engine
+    if engine.zero_over == "team":
+        return spare
+    return share * job.parameters * np.array([engine.bytes_kept_once(int(zero)) for zero in first.zero])
 
 
 def kinds_of(pieces: Items) -> tuple[list[int], list[int]]:
@@ -247,14 +298,16 @@ def pieces_of(
     member: Member, layouts: Layouts, pieces: Items, first: Sequence[int], job: Job, own_states: bool
 ) -> Pieces:
     shape, engine = job.shape, member.engine
-    seconds, held, saved = [], [], []
+    seconds, held, apart, saved = [], [], [], []
     margin = 1 + FRAGMENTATION
     working = np.zeros(len(layouts))
     for number in first:
         what, block = pieces.kinds[number]
         part = pieces.held[number]
         states = state_bytes(part.dense / layouts.tp, part.experts / (layouts.tp * layouts.ep), layouts, engine)
-        held.append(margin * sum(states if own_states else states[:2]))
+        whole, home = sum(states), at_home(states, layouts, engine)
+        held.append(margin * (whole if own_states else home))
+        apart.append(margin * (whole - home))
         if block is not None:
             kept = saved_bytes(block, shape, layouts, engine, job.seq_len)
             working = np.maximum(working, working_bytes(block, shape, layouts, engine, job.seq_len))
@@ -265,7 +318,9 @@ def pieces_of(
         saved.append(margin * kept)
         seconds.append(pieces.seconds[number].total)
     constant = margin * (buffer_bytes(shape, layouts, engine, job.seq_len) + working)
-    return Pieces(np.stack(seconds), np.stack(held), np.stack(saved), constant, member.hardware.memory_bytes)
+    return Pieces(
+        np.stack(seconds), np.stack(held), np.stack(apart), np.stack(saved), constant, member.hardware.memory_bytes
+    )
 
 
 # -------------------------------------------------------------------------------------- sums over stages
@@ -335,7 +390,7 @@ def joined(parts: list[Options]) -> Options:
         return parts[0]
     most = max(part.pool_of.shape[0] for part in parts)
     pool_of = [np.pad(part.pool_of, ((0, most - part.pool_of.shape[0]), (0, 0)), mode="edge") for part in parts]
-    names = ("stage_of", "fixed", "slow", "once", "grain", "chips", "cross", "own_states", "spare")
+    names = [name for name in ARRAYS if name != "pool_of"]
     layouts = tuple(
         Layouts(*(np.concatenate([getattr(part.layouts[i], f.name) for part in parts]) for f in fields(Layouts)))
         for i in range(len(parts[0].members))

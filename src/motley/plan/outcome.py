@@ -14,6 +14,7 @@ from motley.plan.found import Chosen, Found, hours_between_failures
 from motley.plan.layout import RECOMPUTES, SCHEDULES, Layouts
 from motley.plan.memory import (
     FRAGMENTATION,
+    KEPT_ONCE_FROM,
     buffer_bytes,
     in_flight,
     logit_bytes,
@@ -27,6 +28,7 @@ from motley.plan.step import Held, items, update_seconds
 
 PLAN_VERSION = 1
 JOULES_PER_KWH = 3.6e6
+SPREAD = "spread by free memory"
 
 
 def spelled_out(found: Found) -> dict[str, Any]:
@@ -136,12 +138,12 @@ def _spread_states(found: Found, teams: Sequence[dict[str, Any]]) -> None:
         together = [team for team in teams if team["island"] == island]
         names = {name for team in together for name in team["pools"]}
         engines = [found.job.engine_for(pool) for pool in found.fleet.pools if pool.name in names]
-        if all(team["states"] == "own chips" for team in together):
+        if not any(team["states"] == SPREAD for team in together):
             continue
         room = sum(team["spare_bytes"] for team in together)
         filled = found.job.parameters * max(engine.state_bytes["optimizer"] for engine in engines) / room
         for team in together:
-            team["states"] = "spread by free memory"
+            team["states"] = SPREAD
             team["state_share"] = team["spare_bytes"] / room
             for stage in team["stages"]:
                 parts = stage["memory_bytes"]
@@ -165,16 +167,15 @@ def _team(found: Found, chosen: Chosen) -> dict[str, Any]:
     ]
     seconds, held = stage_sums(costed, options.stage_of, options.pool_of)
     line = float(busiest(first, seconds.total)[0])
-    crossing = len(found.teams) > 1
     m = chosen.micro_batches
-    busy = float(options.seconds(np.array([m]), crossing)[0])
     slowest = int(np.argmax(seconds.total[:pp, 0]))
     factor = line / float(seconds.total[slowest, 0])  # DualPipe: a chip shares a slow and a fast stage
     compute = m * factor * float(seconds.forward[slowest, 0] + seconds.backward[slowest, 0])
     bubble = float(bubbles(first, seconds, first.pp)[0])
     bubble += max(int(first.least_micro_batches[0]) - m, 0) * line  # too few micro-batches for the schedule
-    optimizer = _update(options, held)
-    stages = [_stage(found, options, costed, held_at(held, stage), stage) for stage in range(pp)]
+    optimizer = _update(options, held, chosen)
+    stages = [_stage(found, chosen, options, costed, held_at(held, stage), stage) for stage in range(pp)]
+    steps = chosen.steps
     return {
         "pools": [member.pool.name for member in options.members],
         "island": chosen.island,
@@ -184,8 +185,8 @@ def _team(found: Found, chosen: Chosen) -> dict[str, Any]:
         "ep": int(first.ep[0]),
         "tp": {m_.pool.name: int(own.tp[0]) for m_, own in zip(options.members, layouts, strict=True)},
         "precision": {member.pool.name: member.precision for member in options.members},
-        "zero": int(first.zero[0]),
-        "states": "own chips" if options.own_states[0] else "spread by free memory",
+        "zero": int(first.zero[0]) if options.chips.sum() > 1 or chosen.update is not None else 0,
+        "states": _states(chosen),
         "schedule": SCHEDULES[int(first.schedule[0])],
         "recompute": RECOMPUTES[int(first.recompute[0])],
         "micro_batch": int(first.micro_batch[0]),
@@ -193,19 +194,29 @@ def _team(found: Found, chosen: Chosen) -> dict[str, Any]:
         "sequences": chosen.sequences,
         "share": chosen.sequences / job.global_batch,
         "chips": {m_.pool.name: int(count) for m_, count in zip(options.members, options.chips[:, 0], strict=True)},
+        "state_share": chosen.kept,
         "spare_bytes": float(options.spare[0]),
         "seconds": {
-            "compute": compute,
-            "bubble": bubble,
-            "optimizer": optimizer,
-            "communication": max(busy - compute - bubble - optimizer, 0.0),
-            "waiting": max(found.step_seconds - busy, 0.0),
+            "compute": compute * steps,
+            "bubble": bubble * steps,
+            "optimizer": optimizer * steps,
+            "communication": max(chosen.seconds - compute - bubble - optimizer, 0.0) * steps,
+            "waiting": max(found.step_seconds - chosen.seconds * steps, 0.0),
         },
         "stages": stages,
     }
 
 
-def _stage(found: Found, options: Options, costed: Sequence[Any], held: Held, stage: int) -> dict[str, Any]:
+def _states(chosen: Chosen) -> str:
+    """Who keeps what is kept once."""
+    if chosen.update is not None:
+        return "shared in the island"
+    return "own chips" if chosen.options.own_states[chosen.index] else SPREAD
+
+
+def _stage(
+    found: Found, chosen: Chosen, options: Options, costed: Sequence[Any], held: Held, stage: int
+) -> dict[str, Any]:
     """What one stage holds, with the memory of one of its chips."""
     number = int(options.pool_of[stage, 0])
     member, layouts = options.members[number], options.layouts[number]
@@ -225,13 +236,14 @@ def _stage(found: Found, options: Options, costed: Sequence[Any], held: Held, st
         "experts_per_chip": routed // int(layouts.ep[0]) if routed else 0,
         "seconds_per_micro_batch": seconds,
         "parameters_per_chip": float(np.squeeze(held.dense / layouts.tp + held.experts / (layouts.tp * layouts.ep))),
-        "memory_bytes": memory_parts(found, options, member, layouts, kinds, held, stage),
+        "memory_bytes": memory_parts(found, chosen, options, member, layouts, kinds, held, stage),
         "memory_limit_bytes": member.hardware.memory_bytes,
     }
 
 
 def memory_parts(
     found: Found,
+    chosen: Chosen,
     options: Options,
     member: Member,
     layouts: Layouts,
@@ -241,21 +253,27 @@ def memory_parts(
 ) -> dict[str, float]:
     """Bytes on one chip of a stage by what they are for."""
     job, engine = found.job, member.engine
-    own = bool(options.own_states[0])
-    weights, gradients, optimizer = state_bytes(
-        held.dense / layouts.tp, held.experts / (layouts.tp * layouts.ep), layouts, engine
-    )
+    states = state_bytes(held.dense / layouts.tp, held.experts / (layouts.tp * layouts.ep), layouts, engine)
+    if chosen.update is not None:
+        kept = (
+            part * np.where(layouts.zero >= first, chosen.kept, 1.0)
+            for part, first in zip(states, KEPT_ONCE_FROM, strict=True)
+        )
+        weights, gradients, optimizer = kept
+    else:
+        weights, gradients, optimizer = states
+    elsewhere = _states(chosen) == SPREAD
     flights = in_flight(layouts, np.array([stage]))
     blocks = [block for _, block in kinds if block is not None]
-    kept = sum((saved_bytes(block, job.shape, layouts, engine, job.seq_len) for block in blocks), start=np.zeros(1))
+    saved = sum((saved_bytes(block, job.shape, layouts, engine, job.seq_len) for block in blocks), start=np.zeros(1))
     all_blocks = {block for block, _ in job.shape.runs} | set(job.shape.mtp)
     working = max(float(working_bytes(block, job.shape, layouts, engine, job.seq_len)[0]) for block in all_blocks)
     heads = sum(1 for what, _ in kinds if what in ("head", "mtp"))
     parts = {
         "weights": float(weights[0]),
         "gradients": float(gradients[0]),
-        "optimizer": float(optimizer[0]) if own else 0.0,
-        "activations": float((kept * flights)[0])
+        "optimizer": 0.0 if elsewhere else float(optimizer[0]),
+        "activations": float((saved * flights)[0])
         + working
         + heads * float(logit_bytes(job.shape, layouts, job.seq_len)[0]),
         "buffers": float(buffer_bytes(job.shape, layouts, engine, job.seq_len)[0]),
@@ -264,15 +282,18 @@ def memory_parts(
     return parts
 
 
-def _update(options: Options, held: Held) -> float:
+def _update(options: Options, held: Held, chosen: Chosen) -> float:
     """Seconds the optimizer takes on the busiest chip."""
+    step = max(member.engine.step_seconds for member in options.members)
+    if chosen.update is not None:
+        return chosen.update + step
     first = options.layouts[0]
     each = np.zeros((options.pool_of.shape[0], 1))
     for stage in range(int(first.pp[0])):
         number = int(options.pool_of[stage, 0])
         member, own = options.members[number], options.layouts[number]
         each[stage] = update_seconds(held_at(held, stage), own, member.hardware, member.engine)
-    return float(busiest(first, each)[0]) + max(member.engine.step_seconds for member in options.members)
+    return float(busiest(first, each)[0]) + step
 
 
 def _pools(found: Found, teams: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -354,7 +375,7 @@ def _notes(found: Found, teams: Sequence[dict[str, Any]]) -> list[str]:
             f"islands meet every {found.inner_steps} steps: published losses of doing so are "
             "+0.3 to +2 % at 4 islands, less at larger models (DiLoCo scaling laws)"
         )
-    if any(team["states"] != "own chips" for team in teams):
+    if any(team["states"] == SPREAD for team in teams):
         notes.append("optimizer states are spread over the fleet in proportion to free memory")
     if any(pool.availability < 1 for pool in found.fleet.pools):
         notes.append("availability below 1 is not in these figures: `motley plan simulate` replays it")

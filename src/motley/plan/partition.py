@@ -1,4 +1,4 @@
-"""Into which teams a fleet falls: most sequences over all ways to split the pools, and shares of the batch."""
+"""Into which teams a fleet falls: most sequences over all ways to split the pools; shares of the batch and of state."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -55,6 +55,22 @@ def _keep(points: dict[int, list[Point]], mask: int, new: Point) -> None:
         return
     own[:] = [p for p in own if not (new.sequences >= p.sequences and new.spare >= p.spare)]
     own.append(new)
+
+
+def dealt(rates: Sequence[float], room: Sequence[float]) -> tuple[float, list[float]]:
+    """(seconds, part of each) of an update that is shared so that all are done together, no part above its room.
+
+    rates: whole updates a second. room: parts of the whole, together at least 1.
+    """
+    full: set[int] = set()
+    while len(full) < len(rates):
+        left = 1 - sum(room[i] for i in full)
+        seconds = left / sum(rate for i, rate in enumerate(rates) if i not in full)
+        more = {i for i, rate in enumerate(rates) if i not in full and seconds * rate > room[i]}
+        if not more:
+            return seconds, [room[i] if i in full else seconds * rate for i, rate in enumerate(rates)]
+        full |= more
+    return max(part / rate for part, rate in zip(room, rates, strict=True)), list(room)
 
 
 def apportion(whole: int, weights: Sequence[float], most: bool = False) -> list[int]:

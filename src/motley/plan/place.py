@@ -27,7 +27,8 @@ class Pieces:
 
     Attributes:
         seconds: per micro-batch.
-        held: bytes of weights, gradients, states.
+        held: bytes of weights, gradients, states that it must have room for.
+        apart: bytes of those that others may keep instead.
         saved: bytes of activations per micro-batch in flight.
         constant: [candidates] bytes every chip needs besides.
         capacity: bytes of a chip.
@@ -35,6 +36,7 @@ class Pieces:
 
     seconds: Floats
     held: Floats
+    apart: Floats
     saved: Floats
     constant: Floats
     capacity: float
@@ -42,7 +44,12 @@ class Pieces:
     def take(self, index: Ints) -> "Pieces":
         """Some candidates only."""
         return Pieces(
-            self.seconds[:, index], self.held[:, index], self.saved[:, index], self.constant[index], self.capacity
+            self.seconds[:, index],
+            self.held[:, index],
+            self.apart[:, index],
+            self.saved[:, index],
+            self.constant[index],
+            self.capacity,
         )
 
 

@@ -1,17 +1,20 @@
 """The best plan for a fleet: which pools form teams, how each team is laid out, who takes how much of the batch.
 
-    islands   sites joined by slow links: one synchronous step over all, or an island each that meets every H steps
+    islands   sites joined by slow links: one synchronous step over all, or an island each that meets every H steps;
+              then each takes steps of its own on the same number of sequences, as many as it is fast
     teams     pools of an island, alone or as a pipeline together; chip types never share anything finer
     shares    for a step of T seconds each team says how many sequences it can take (options.py); the smallest T at
               which they take the whole batch is the plan's
 
 For given options this is exact: teams do not disturb each other within a step, so a step can take T seconds if and only
 if the best partition of the pools into teams takes the batch within T. What is searched grows with the number of pools,
-not with the chips in them.
+not with the chips in them. Where an island keeps things once, its teams share an update, which takes as long as the
+teams need that would be best if all pools helped; the plan that is found is timed with its own.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -24,7 +27,7 @@ from motley.plan.found import Chosen, Found
 from motley.plan.job import Job
 from motley.plan.layout import Ints
 from motley.plan.options import Options
-from motley.plan.partition import Pick, Point, apportion, pack
+from motley.plan.partition import Pick, Point, apportion, dealt, pack
 from motley.plan.team import options_of
 
 TURNS = 60
@@ -38,8 +41,6 @@ OUTER_BYTES = 1.0  # per parameter: outer gradients travel as int8 (INTELLECT-1,
 OUTER_HIDDEN = 0.9  # of the exchange that runs behind inner steps (Streaming DiLoCo, arXiv 2501.18512)
 MOST_EXPOSED = 0.02  # of a step: islands meet as often as this allows
 ISLANDS_WORTH = 1.02  # islands learn a little less from a token, so they must be this much faster
-
-Islands = list[tuple[frozenset[str], float]]  # (pools, seconds that meeting the others costs each step)
 
 
 class Searcher:
@@ -56,6 +57,8 @@ class Searcher:
         known: Mapping[frozenset[str], tuple[Options, ...]] | None = None,
     ) -> None:
         self.fleet, self.job = fleet, job
+        self._engines = {pool.name: job.engine_for(pool) for pool in fleet.pools}
+        self._over_island = any(engine.zero_over == "island" for engine in self._engines.values())
         peaks = {pool.name: pool.chips * pool.flops(pool.best_precision) for pool in fleet.pools}
         whole = sum(peaks.values())
         self._last_seconds = 1.0  # where the next search for T starts: plans of one fleet are alike
@@ -76,7 +79,7 @@ class Searcher:
         names = frozenset(pool.name for pool in team)
         if len(team) == 1:
             return lambda sequences: math.inf
-        return lambda sequences: self._least_seconds([(names, 0.0)], False, sequences) or math.inf
+        return lambda sequences: self._least_seconds(names, self._levels[0], sequences) or math.inf
 
     def with_nodes(self, name: str, nodes: int) -> "Searcher":
         """The same fleet with so many nodes in one pool; other teams keep their options."""
@@ -118,10 +121,11 @@ class Searcher:
     def best(self, names: Sequence[str] | None = None) -> Found | None:
         """The fastest plan that uses (some of) these pools; None where none can hold the model."""
         pools = frozenset(names if names is not None else [pool.name for pool in self.fleet.pools])
-        plans = [self._synchronous(pools)]
+        batch = self.job.global_batch
+        plans = [self._synchronous(pools, batch)]
         sites = {self.fleet.site_of(pool) for pool in self.fleet.pools if pool.name in pools}
         if len(sites) > 1:
-            plans += [self._synchronous(frozenset(p for p in pools if self._site(p) == site)) for site in sites]
+            plans += [self._synchronous(frozenset(p for p in pools if self._site(p) == site), batch) for site in sites]
         known = [plan for plan in plans if plan is not None]
         best = min(known, key=lambda plan: plan.step_seconds, default=None)
         islands = self._islands(pools) if len(sites) > 1 else None
@@ -151,8 +155,8 @@ class Searcher:
             chosen = self._whole(team, share, crossing)
             if chosen is None:
                 return None
-            slowest = max(slowest, chosen[0])
-            teams.append(chosen[1])
+            slowest = max(slowest, chosen.seconds)
+            teams.append(chosen)
         names = frozenset(pool.name for pool in pools)
         slow = self._slow_link_seconds(names)
         if slow:  # sites that meet now and then are what an engine for equal chips would do too
@@ -166,25 +170,34 @@ class Searcher:
     def _site(self, name: str) -> str:
         return next(self.fleet.site_of(pool) for pool in self.fleet.pools if pool.name == name)
 
-    def _synchronous(self, pools: frozenset[str]) -> Found | None:
+    @property
+    def _levels(self) -> tuple[int, ...]:
+        """What teams together keep once: a ZeRO stage of the island; else 0 nothing, 1 states where there is room."""
+        return (1, 2, 3) if self._over_island else (0, 1)
+
+    def _synchronous(self, pools: frozenset[str], sequences: int) -> Found | None:
         """One step over all pools: alone as one team, or several that exchange gradients; states at home or shared."""
         found: list[Found] = []
         slow = self._slow_link_seconds(pools)
         for team in self.options:
-            if team <= pools and (chosen := self._whole(team, self.job.global_batch, False)) is not None:
-                found.append(Found(self.job, self.fleet, (chosen[1],), chosen[0], 0, 0.0))
-        for shared in (False, True):
+            if team <= pools and (chosen := self._whole(team, sequences, False)) is not None:
+                found.append(self._found([chosen]))
+        for level in self._levels:
             below = min((plan.step_seconds for plan in found), default=None)
-            if below and shared:
+            if below and level and not self._over_island:
                 below /= SPREAD_WORTH
-            several = self._several([(pools, slow)], shared, below)
+            several = self._several(pools, slow, sequences, level, below)
             if several is not None:
                 found.append(several)
         return min(found, key=lambda plan: plan.step_seconds) if found else None
 
-    def _whole(self, team: frozenset[str], sequences: int, crossing: bool) -> tuple[float, Chosen] | None:
-        """(seconds, how) a team takes so many sequences fastest with its states at home; None where they do not fit."""
-        best: tuple[float, Chosen] | None = None
+    def _found(self, teams: Sequence[Chosen], slow: float = 0.0) -> Found:
+        """One synchronous step of teams, `slow` seconds of it for links between sites."""
+        return Found(self.job, self.fleet, tuple(teams), max(team.seconds for team in teams) + slow, 0, 0.0)
+
+    def _whole(self, team: frozenset[str], sequences: int, crossing: bool) -> Chosen | None:
+        """How a team takes so many sequences fastest with its states at home; None where they do not fit."""
+        best: Chosen | None = None
         for options in self.options[team]:
             own = np.flatnonzero(options.own_states)
             if not len(own):
@@ -192,25 +205,42 @@ class Searcher:
             micro = np.ceil(sequences / options.grain[own]).astype(np.int64)
             times = options.seconds_of(own, micro, crossing)
             pick = int(np.argmin(times))
-            if best is None or times[pick] < best[0]:
-                best = float(times[pick]), Chosen(team, options, int(own[pick]), sequences, int(micro[pick]), 0)
+            if best is None or times[pick] < best.seconds:
+                best = Chosen(team, options, int(own[pick]), sequences, int(micro[pick]), float(times[pick]))
         return best
 
     def _islands(self, pools: frozenset[str]) -> Found | None:
-        """Each site trains alone and meets the others every so many steps."""
+        """Sites that train alone and meet every so many steps: all that can, or the fastest of them."""
         sites: dict[str, set[str]] = {}
         for name in pools:
             sites.setdefault(self._site(name), set()).add(name)
-        groups = [(frozenset(names), 0.0) for names in sites.values()]
-        plain = min(
-            (plan for shared in (False, True) if (plan := self._several(groups, shared)) is not None),
-            key=lambda plan: plan.step_seconds,
-            default=None,
-        )
-        if plain is None:
+
+        def alone(site: str, count: int) -> Found | None:
+            return self._synchronous(frozenset(sites[site]), -(-self.job.global_batch // count))
+
+        known = {site: plan.step_seconds for site in sorted(sites) if (plan := alone(site, len(sites)))}
+        order = sorted(known, key=lambda site: known[site])
+        found = []
+        for count in range(2, len(order) + 1):
+            plans = [plan for site in order[:count] if (plan := alone(site, count))]
+            if len(plans) == count and (islands := self._meeting_islands(plans)):
+                found.append(islands)
+        return min(found, key=lambda plan: plan.step_seconds, default=None)
+
+    def _meeting_islands(self, islands: Sequence[Found]) -> Found | None:
+        """One run of islands, as fast as each of them takes its own steps; None where a team would get no rows."""
+        step = len(islands) / sum(1 / plan.step_seconds for plan in islands)  # of the run: all arrive together
+        worked = [
+            replace(team, island=number, steps=step / plan.step_seconds)
+            for number, plan in enumerate(islands)
+            for team in plan.teams
+        ]
+        shares = apportion(self.job.global_batch, [team.sequences * team.steps for team in worked])
+        if min(shares) == 0:
             return None
-        inner, exposed = self._meeting(frozenset(pools), plain.step_seconds)
-        return Found(self.job, self.fleet, plain.teams, plain.step_seconds + exposed, inner, exposed)
+        teams = tuple(replace(team, sequences=share) for team, share in zip(worked, shares, strict=True))
+        inner, exposed = self._meeting(frozenset().union(*(team.team for team in teams)), step)
+        return Found(self.job, self.fleet, teams, step + exposed, inner, exposed)
 
     def _meeting(self, pools: frozenset[str], step_seconds: float) -> tuple[int, float]:
         """(steps between two meetings of these pools' sites, what a meeting adds to each step)."""
@@ -228,44 +258,51 @@ class Searcher:
                 break
         return inner, exposed
 
-    def _several(self, islands: Islands, shared: bool, below: float | None = None) -> Found | None:
-        """Smallest T at which the islands' best partitions into teams take the batch; then the plan at that T.
+    def _several(
+        self, pools: frozenset[str], slow: float, sequences: int, level: int, below: float | None = None
+    ) -> Found | None:
+        """Smallest T at which the best partition of the pools takes the batch; then the plan at that T.
 
-        None if that is not under `below` seconds.
+        slow: seconds of a step for links between sites. None if that is not under `below` seconds.
         """
-        high = self._least_seconds(islands, shared, self.job.global_batch, below)
-        if high is None:
+        high = self._least_seconds(pools, level, sequences, below, slow)
+        point = None if high is None else self._partition(pools, high - slow, level)
+        if point is None:
             return None
-        points = self._taken(islands, shared, high)
-        teams: list[Chosen] = []
-        rest = self.job.global_batch
-        worked = [(number, pick) for number, point in enumerate(points) if point for pick in point.picks]
-        shares = apportion(rest, [pick.sequences for _, pick in worked], most=True)
-        slowest = 0.0
-        crossing = len(worked) > 1
-        for (island, pick), share in zip(worked, shares, strict=True):
-            if share == 0:
-                continue
-            micro = -(-share // int(pick.options.grain[pick.index]))
-            time = float(pick.options.seconds_of(np.array([pick.index]), np.array([micro]), crossing)[0])
-            slowest = max(slowest, time + islands[island][1])
-            number = island if len(islands) > 1 else 0
-            teams.append(Chosen(pick.team, pick.options, pick.index, share, micro, number))
-        return Found(self.job, self.fleet, tuple(teams), slowest, 0, 0.0)
+        shares = apportion(sequences, [pick.sequences for pick in point.picks], most=True)
+        worked = [(pick, share) for pick, share in zip(point.picks, shares, strict=True) if share]
+        micros = [-(-share // int(pick.options.grain[pick.index])) for pick, share in worked]
+        if self._over_island and sum(pick.spare for pick, _ in worked) < self._state_bytes(pools, level):
+            return None  # teams that are left without rows were needed for their room
+        update, kept = self._update([pick for pick, _ in worked], level)
+        teams = []
+        for (pick, share), micro, part in zip(worked, micros, kept, strict=True):
+            index = np.array([pick.index])
+            seconds = float(pick.options.seconds_of(index, np.array([micro]), len(worked) > 1, update)[0])
+            # With every micro-batch of any team all of them exchange (ZeRO 2 and 3).
+            exchange = float((pick.options.each + pick.options.cross_each)[pick.index]) if self._over_island else 0.0
+            seconds += (max(micros) - micro) * exchange
+            teams.append(Chosen(pick.team, pick.options, pick.index, share, micro, seconds, update, part))
+        return self._found(teams, slow)
 
-    def _taken(self, islands: Islands, shared: bool, seconds: float) -> list[Point | None]:
-        """What each island's pools take in a step of so many seconds."""
-        return [self._partition(pools, seconds - slow, shared) for pools, slow in islands]
+    def _update(self, picks: Sequence[Pick], level: int) -> tuple[float | None, list[float]]:
+        """(seconds in which teams update together what they keep once, the part of each); None: each its own."""
+        if not self._over_island:
+            return None, [1.0] * len(picks)
+        whole = self._state_bytes({name for pick in picks for name in pick.team}, level)
+        rates = [float(pick.options.rate[pick.index]) for pick in picks]
+        return dealt(rates, [pick.spare / whole for pick in picks])
 
     def _least_seconds(
-        self, islands: Islands, shared: bool, sequences: int, below: float | None = None
+        self, pools: frozenset[str], level: int, sequences: int, below: float | None = None, slow: float = 0.0
     ) -> float | None:
-        """The shortest step in which the islands take so many sequences; None if that is not under `below` seconds."""
-        if not any(team <= pools for pools, _ in islands for team in self.options):
+        """The shortest step in which the pools take so many sequences; None if that is not under `below` seconds."""
+        if not any(team <= pools for team in self.options):
             return None
 
         def enough(seconds: float) -> bool:
-            return sum(point.sequences for point in self._taken(islands, shared, seconds) if point) >= sequences
+            point = self._partition(pools, seconds - slow, level)
+            return point is not None and point.sequences >= sequences
 
         high = below or self._last_seconds
         if below and not enough(below):
@@ -285,29 +322,50 @@ class Searcher:
         self._last_seconds = high
         return high
 
-    def _partition(self, pools: frozenset[str], seconds: float, shared: bool) -> Point | None:
+    def _partition(self, pools: frozenset[str], seconds: float, level: int) -> Point | None:
         """Most sequences these pools can take within `seconds`, over all ways to form teams of them.
 
-        With `shared`, optimizer states may lie on any chip of the island that has room; then the room counts too.
+        With a level above 0, what is kept once may lie on any chip of the island that has room; then room counts too.
         """
         order = sorted(pools)
         teams = [team for team in self.options if team <= pools]
         masks = {team: sum(1 << order.index(name) for name in team) for team in teams}
-        state = self._state_bytes(order) if shared else 0.0
-        # Room is seldom what decides: look at the fastest options first, and weigh speed against room only if need be.
-        for trade in (False, True) if shared else (False,):
-            offers = {masks[team]: self._offers(team, seconds, shared, trade) for team in teams}
-            best = pack(len(order), offers, state if trade else 0.0)
-            if best is not None and best.spare >= state:
+        state = self._state_bytes(pools, level) if level else 0.0
+        update = self._soonest(pools) if self._over_island else None
+        for turn in range(2 if self._over_island else 1):
+            # Room is seldom what decides: look at the fastest options first, and weigh speed against room only if
+            # need be.
+            for trade in (False, True) if level else (False,):
+                offers = {masks[team]: self._offers(team, seconds, level, trade, update) for team in teams}
+                best = pack(len(order), offers, state if trade else 0.0)
+                if best is not None and best.picks and best.spare >= state:
+                    break
+            else:
+                return None
+            if not self._over_island or turn:
                 return best
+            update, _ = self._update(best.picks, level)
         return None
 
-    def _offers(self, team: frozenset[str], seconds: float, shared: bool, trade: bool) -> list[Pick]:
+    def _soonest(self, pools: frozenset[str]) -> float:
+        """Seconds in which all chips of these pools together update the model."""
+        rates = {name: 0.0 for name in pools}
+        for team, found in self.options.items():
+            if len(team) == 1 and team <= pools:
+                (name,) = team
+                rates[name] = max(float(options.rate.max()) for options in found)
+        return 1 / sum(rates.values()) if any(rates.values()) else 0.0
+
+    def _offers(
+        self, team: frozenset[str], seconds: float, level: int, trade: bool, update: float | None
+    ) -> list[Pick]:
         """What a team could take: the most, and with `trade` every smaller part that leaves more room."""
         offers: list[Pick] = []
         for options in self.options[team]:
-            sequences = options.sequences_within(seconds, True)
-            if not shared:
+            sequences = options.sequences_within(seconds, True, update)
+            if self._over_island:
+                sequences = np.where(options.zero == level, sequences, 0)
+            elif not level:
                 sequences = np.where(options.own_states, sequences, 0)
             order: Ints = np.lexsort((-options.spare, -sequences))
             room = -1.0
@@ -319,10 +377,9 @@ class Searcher:
                     offers.append(Pick(team, options, int(index), int(sequences[index]), room))
         return offers
 
-    def _state_bytes(self, names: Sequence[str]) -> float:
-        """Of all optimizer states, as the greediest engine among these pools keeps them."""
-        engines = [self.job.engine_for(pool) for pool in self.fleet.pools if pool.name in names]
-        return self.job.parameters * max(engine.state_bytes["optimizer"] for engine in engines)
+    def _state_bytes(self, names: Collection[str], level: int) -> float:
+        """Of all that is kept once, as the greediest engine among these pools keeps it."""
+        return self.job.parameters * max(self._engines[name].bytes_kept_once(level) for name in names)
 
     def _slow_link_seconds(self, pools: frozenset[str]) -> float:
         """Sending all gradients over the slowest link between the sites of these pools, both ways at once."""
@@ -330,8 +387,7 @@ class Searcher:
         if len(sites) < 2:
             return 0.0
         links = [self.fleet.link_between(one, other) for one, other in combinations(sites, 2)]
-        engines = [self.job.engine_for(pool) for pool in self.fleet.pools if pool.name in pools]
-        sent = 2 * self.job.parameters * max(engine.gradient_bytes for engine in engines)
+        sent = 2 * self.job.parameters * max(self._engines[name].gradient_bytes for name in pools)
         return max(sent / link.bandwidth + 2 * link.latency for link in links)
 
     def refusal(self) -> InputError:
@@ -375,25 +431,34 @@ def _usages(team: Sequence[Pool]) -> list[tuple[Pool, ...]]:
 
 
 def _pruned(options: Options) -> Options:
-    """Only options that some step length could choose: none is better in line, grain and room at once."""
+    """Only options that some step length could choose: none is better in line, grain and room at once.
+
+    Where islands share, only options of one ZeRO stage stand in for each other.
+    """
+    over_island = options.members[0].engine.zero_over == "island"
+    stages = options.zero if over_island else np.zeros(len(options), np.int64)
     order = np.lexsort((options.grain, options.slow / options.grain))
-    kept: list[int] = []
     columns = np.stack(
         [
             options.slow / options.grain,
+            (options.slow + options.cross_each) / options.grain,
             options.fixed,
+            options.fixed - options.update if over_island else options.fixed,
             options.once,
             options.once + options.cross,
             options.grain,
             -options.spare,
+            -options.rate if over_island else np.zeros(len(options)),
             1.0 - options.own_states,
         ]
     )
-    for index in order:
-        if (
-            kept
-            and (columns[:, kept] <= columns[:, [index]] * (1 + 1e-12 * np.sign(columns[:, [index]]))).all(axis=0).any()
-        ):
-            continue
-        kept.append(int(index))
+    kept: list[int] = []
+    for stage in np.unique(stages):
+        better: list[int] = []
+        for index in order[stages[order] == stage]:
+            most = columns[:, [index]] * (1 + 1e-12 * np.sign(columns[:, [index]]))
+            if better and (columns[:, better] <= most).all(axis=0).any():
+                continue
+            better.append(int(index))
+        kept += better
     return options.take(np.array(kept))

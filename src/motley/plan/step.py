@@ -251,22 +251,36 @@ def exchange_seconds(held: Held, layouts: Layouts, hardware: Hardware, engine: E
 
     Once: gradients are summed over the group. ZeRO-3 instead gathers weights for the forward and for the backward pass
     of every micro-batch and scatters its gradients. Under DualPipe a chip's two stages hold so much on average, and
-    each lies on a mirrored chip too, with which its part of the sum is summed.
+    each lies on a mirrored chip too, with which its part of the sum is summed. Where islands share, gradients go to
+    owners (from ZeRO 2 on with every micro-batch), and weights come back once, or with ZeRO 3 twice a micro-batch.
     """
     span = layouts.tp * layouts.cp * layouts.dp
     group = layouts.dp * layouts.cp
     copies = np.maximum(group // layouts.ep, 1)
     own, routed = held.dense / layouts.tp, held.experts / (layouts.tp * layouts.ep)
     size = engine.gradient_bytes
+    if engine.zero_over == "island":
+
+        def one_way(bytes_each: float) -> Floats:
+            dense = np.where(group > 1, hardware.all_gather(group, span, own * bytes_each, engine), 0.0)
+            return dense + np.where(copies > 1, hardware.all_gather(copies, span, routed * bytes_each, engine), 0.0)
+
+        return sent_when(layouts.zero, one_way(size), one_way(engine.weight_bytes))
     once = np.where(group > 1, hardware.all_reduce(group, span, own * size, engine), 0.0)
     once = once + np.where(copies > 1, hardware.all_reduce(copies, span, routed * size, engine), 0.0)
-    whole = (own + routed) * VALUE_BYTES
+    whole = (own + routed) * engine.weight_bytes
     each = np.where(group > 1, 3 * hardware.all_gather(group, span, whole, engine), 0.0)
     sharded = layouts.zero == 3
     dual = layouts.schedule == SCHEDULES.index("dualpipe")
     mirrored = 2 * (own / group + routed / copies) * size
     pair = np.where(dual, hardware.all_reduce(*_two_ends(layouts, hardware), mirrored, engine), 0.0)
     return np.where(sharded, 0.0, np.where(dual, 2.0, 1.0) * once) + pair, np.where(sharded, each, 0.0)
+
+
+def sent_when(zero: Ints, gradients: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """(once a step, with every micro-batch) of the seconds in which an island's gradients, or weights, travel once."""
+    once = np.where(zero < 2, gradients, 0.0) + np.where(zero < 3, weights, 0.0)
+    return once, np.where(zero >= 2, gradients, 0.0) + np.where(zero >= 3, 2 * weights, 0.0)
 
 
 def _two_ends(layouts: Layouts, hardware: Hardware) -> tuple[Ints, Ints]:
@@ -300,3 +314,12 @@ def update_seconds(held: Held, layouts: Layouts, hardware: Hardware, engine: Eng
     own = held.dense / dense_over + held.experts / experts_over
     muon = held.dense_muon / dense_over + held.expert_muon / experts_over
     return np.where(sharded, 1.0, twice) * (own / rate + muon)
+
+
+def whole_update_seconds(pieces: Items, hardware: Hardware, engine: Engine) -> float:
+    """Of one chip that updates the whole model by itself."""
+    whole = sum(pieces.held, start=Held(0.0, 0.0))
+    alone = Layouts.of(
+        tp=1, cp=1, ep=1, dp=1, pp=1, micro_batch=1, micro_batches=1, recompute=0, schedule=0, chunks=1, zero=0
+    )
+    return float(np.squeeze(update_seconds(whole, alone, hardware, engine)))

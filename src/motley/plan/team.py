@@ -43,15 +43,40 @@ def options_of(
         items(job.shape, own, job.seq_len, member.hardware, member.engine, member.precision)
         for own, member in zip(layouts, members, strict=True)
     ]
-    found: list[Options] = []
     shares = [job.global_batch * part for part in (1.0, share**0.5, share, share / 2)]
     keep = np.flatnonzero(_could_fit(members, layouts, per_pool, costed, job))
     layouts, per_pool, costed = [own[keep] for own in layouts], per_pool[:, keep], [items_at(c, keep) for c in costed]
     if not len(keep):
         return None
+    beat = np.array([to_beat(max(1, round(part))) for part in shares])
+    found: list[Options] = []
+    for alike in _groups(members, layouts[0].zero):
+        own, pieces = [one[alike] for one in layouts], [items_at(one, alike) for one in costed]
+        found += _best_first(members, own, per_pool[:, alike], pieces, shares, beat, job)
+    return joined(found) if found else None
+
+
+def _groups(members: tuple[Member, ...], zero: Ints) -> list[Ints]:
+    """Candidates that stand in for each other. What an island keeps once all its teams keep once."""
+    if members[0].engine.zero_over == "team":
+        return [np.arange(len(zero))]
+    return [np.flatnonzero(zero == stage) for stage in np.unique(zero)]
+
+
+def _best_first(
+    members: tuple[Member, ...],
+    layouts: list[Layouts],
+    per_pool: Ints,
+    costed: list[Items],
+    shares: Sequence[float],
+    beat: Floats,
+    job: Job,
+) -> list[Options]:
+    """Candidates placed in the order of their bounds while one of them may be better than all before, and `beat`."""
     bounds = _lower_bounds(members, layouts, per_pool, costed, shares, job)
     order = np.argsort((bounds / np.maximum(bounds.min(axis=1, keepdims=True), 1e-300)).min(axis=0), kind="stable")
-    best = np.array([to_beat(max(1, round(part))) for part in shares])
+    found: list[Options] = []
+    best = beat.copy()
     start, size, in_vain = 0, 0, 0
     patience = (
         PATIENCE if len(members) > 1 and sum(member.pool.chips for member in members) > MANY_CHIPS else len(order)
@@ -72,9 +97,7 @@ def options_of(
             times = placed.seconds(np.maximum(np.ceil(part / placed.grain), 1), crossing=False)
             best[number] = min(best[number], times[placed.own_states].min(initial=np.inf))
         in_vain = 0 if (best < before).any() else in_vain + 1
-    if not found:
-        return None
-    return joined(found)
+    return found
 
 
 def _could_fit(
@@ -175,7 +198,8 @@ def _placed(
         return options, index[~placement.feasible]
 
     made, left = placed(np.arange(len(pp)), True)
-    left = left[np.isin(layouts[0].zero[left], (1, 2))]  # sharded states may lie on chips elsewhere
-    elsewhere = placed(left, False)[0] if len(left) else None
-    both = [options for options in (made, elsewhere) if options is not None]
+    elsewhere = (1, 2) if members[0].engine.zero_over == "team" else (1, 2, 3)
+    left = left[np.isin(layouts[0].zero[left], elsewhere)]  # what is sharded may lie on chips elsewhere
+    helped = placed(left, False)[0] if len(left) else None
+    both = [options for options in (made, helped) if options is not None]
     return joined(both) if both else None

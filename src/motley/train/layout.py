@@ -274,6 +274,7 @@ def _no_plan(error: Exception) -> InputError:
 def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
     teams, rates, rank = [], [], 0
     memory: list[float] = []
+    zero = max(int(entry["zero"]) for entry in plan["teams"])
     for entry in plan["teams"]:
         pools = " and ".join(entry["pools"])
         if max(entry["tp"].values()) > 1 or entry["cp"] > 1:
@@ -302,9 +303,15 @@ def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
             raise InputError(f"the plan computes in {min(unknown)} on {pools}; known are {', '.join(ACTIVATIONS)}")
         teams.append(Team(lanes, layers, spread, entry["schedule"], entry["micro_batch"], recompute, formats))
         rates += [entry["sequences"] / entry["dp"] / plan["step_seconds"]] * entry["dp"]
-        for _ in lanes:
-            memory += [max(stage["memory_bytes"]["optimizer"], 1.0) for stage in entry["stages"]]
-    zero = max(int(entry["zero"]) for entry in plan["teams"])
-    layout = Layout(tuple(teams), zero, tuple(memory) if zero else (), tuple(rates))  # type: ignore[arg-type]
+        if zero:
+            memory += [_room(stage, zero) for stage in entry["stages"]] * len(lanes)
+    layout = Layout(tuple(teams), zero, tuple(memory), tuple(rates))  # type: ignore[arg-type]
     layout.check(config, rank)
     return layout
+
+
+def _room(stage: Mapping[str, Any], zero: int) -> float:
+    """Bytes that each worker of a stage has for what is kept once: what the plan lets it keep, and what is free."""
+    planned = stage["memory_bytes"]
+    kept = sum(planned[kind] for kind in ("optimizer", "gradients", "weights")[:zero])
+    return max(kept + max(0.0, stage["memory_limit_bytes"] - sum(planned.values())), 1.0)
