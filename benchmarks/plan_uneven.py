@@ -1,0 +1,215 @@
+"""Predicted against measured step time of unequal workers: the planner's word before the run, and the run.
+
+    python benchmarks/plan_uneven.py [--cases 1:2:4:1 1:8 pipeline islands] [--runs 3] [--steps 12] [--quick] [--json]
+
+A machine is measured once, as `motley fleet probe` does it, with one thread. A case is a fleet of such machines that
+are slowed down (`emulated:`), for which the planner makes a plan and says how long a step takes; then `motley pretrain
+--emulate FLEET --plan PLAN` runs it, in real processes, and says how long a step took. Nothing is fitted to a case.
+
+    1:2:4:1, 1:8    workers of these speeds, each with the whole model; optimizer state shared by all (ZeRO 1)
+    pipeline        two workers of speeds 1:2, of the plans that cut the model between them the fastest
+    islands         two islands, of speeds 1:2 and 4, over 20 Mb/s and 20 ms
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from motley.data.pack import DataConfig, prepare
+from motley.files import write_json, write_text
+from motley.fleet.inventory import Fleet, parse_fleet
+from motley.fleet.probe import probe
+from motley.fleet.write import fleet_text
+from motley.model import SIZES
+from motley.plan.job import Job
+from motley.plan.outcome import spelled_out
+from motley.plan.search import Searcher
+from motley.plan.shape import Shape, deepseek
+from motley.progress import Progress
+from motley.train.metrics import read_metrics
+
+MODEL, SEQ_LEN = "nano", 64
+TOKENS = 1e9  # of the planned run; a step does not depend on them
+BUSIEST = 0.45  # share of a core that the fastest worker uses, so that the machine is not what all wait for
+FIRST_STEPS = 3  # in which shares are found
+LINK = {"bandwidth": "20 Mb/s", "latency": "20 ms"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Workers, and what the plan must be.
+
+    Attributes:
+        speeds: of the workers, relative to each other.
+        rows: of a step.
+        sites: of each worker, where there are several.
+        pipeline: whether all form one.
+        options: of the run, besides.
+    """
+
+    name: str
+    speeds: tuple[float, ...]
+    rows: int
+    sites: tuple[str, ...] = ()
+    pipeline: bool = False
+    options: tuple[str, ...] = ()
+
+
+CASES = (
+    Case("1:2:4:1", (1, 2, 4, 1), 128),
+    Case("1:8", (1, 8), 128),
+    Case("pipeline", (1, 2), 64, pipeline=True),
+    Case("islands", (1, 2, 4), 96, ("north", "north", "south"), options=("--fragments=3", "--overlap=3")),
+)
+
+
+def measured_pool() -> dict[str, Any]:
+    """This machine with one thread, as a pool of one chip."""
+    torch.set_num_threads(1)
+    (pool,) = yaml.safe_load(fleet_text([probe(20.0, torch.device("cpu"), grid=True)]))["pools"]
+    return pool | {"precision": "fp32", "nodes": 1, "chips_per_node": 1}
+
+
+def fleet_of(case: Case, machine: dict[str, Any]) -> str:
+    """The fleet file of a case: a pool for each worker."""
+    pools = []
+    for number, speed in enumerate(case.speeds):
+        emulated: dict[str, Any] = {"speed": BUSIEST * speed / max(case.speeds)}
+        pool = machine | {"name": f"worker{number}", "emulated": emulated}
+        if case.sites:
+            pool["site"] = case.sites[number]
+            alone = case.sites.count(case.sites[number]) == 1
+            emulated |= {"link": LINK} if alone else {}
+        pools.append(pool)
+    values: dict[str, Any] = {"name": case.name, "pools": pools}
+    if case.sites:
+        values["links"] = [{"sites": sorted(set(case.sites)), **LINK}]
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def plan_of(case: Case, fleet: Fleet, shape: Shape) -> dict[str, Any]:
+    searcher = Searcher(fleet, Job(shape, TOKENS, SEQ_LEN, case.rows))
+    if case.pipeline:
+        whole = frozenset(pool.name for pool in fleet.pools)
+        piped = [options.take(np.flatnonzero(options.layouts[0].pp > 1)) for options in searcher.options[whole]]
+        searcher.options = {whole: tuple(options for options in piped if len(options))}
+    found = searcher.best()
+    if found is None:
+        raise SystemExit(f"no plan for case {case.name}")
+    return spelled_out(found)
+
+
+def run(case: Case, folder: Path, data: Path, steps: int) -> list[float]:
+    """Seconds of each step of the run, or of each round by its steps."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        f"--out={folder / 'run'}", f"--data={data}", f"--model={MODEL}", f"--plan={folder / 'plan.json'}",
+        f"--emulate={folder / 'fleet.yaml'}", "--emulate-by=wait", "--precision=fp32", "--device=cpu",
+        f"--steps={steps}", f"--batch-rows={case.rows}", f"--seq-len={SEQ_LEN}", "--valid-rows=8",
+        f"--valid-every={10**6}", f"--checkpoint-every={10**6}", *case.options,
+    ]  # fmt: skip
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "motley", "pretrain", *options],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(case.speeds)), "OMP_NUM_THREADS": "1"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(len(case.speeds))},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(len(case.speeds))
+    ]
+    said = [worker.communicate()[1].decode() for worker in workers]
+    if any(worker.returncode for worker in workers):
+        raise SystemExit("\n".join(said))
+    records = read_metrics(folder / "run")
+    rounds = [one["round_seconds"] / one["steps"] for one in records if one["kind"] == "islands"]
+    if rounds:
+        return rounds[1:] or rounds
+    times = [one["seconds"] for one in records if one["kind"] == "train"]
+    return [after - before for before, after in pairwise(times)][FIRST_STEPS:]
+
+
+def judged(
+    case: Case, machine: dict[str, Any], shape: Shape, data: Path, folder: Path, runs: int, steps: int
+) -> dict[str, Any]:
+    """A case planned, and run so many times."""
+    text = fleet_of(case, machine)
+    fleet = parse_fleet(text, case.name)
+    plan = plan_of(case, fleet, shape)
+    medians = []
+    for number in range(runs):
+        own = folder / f"{case.name.replace(':', '-')}-{number}"
+        write_text(own / "fleet.yaml", text)
+        write_json(own / "plan.json", plan)
+        rounds = plan["inner_steps"]
+        medians.append(statistics.median(run(case, own, data, 3 * rounds if rounds else steps + FIRST_STEPS + 1)))
+    middle = statistics.median(medians)
+    return {
+        **asdict(case),
+        "predicted_seconds": plan["step_seconds"],
+        "measured_seconds": medians,
+        "median_seconds": middle,
+        "relative_error": plan["step_seconds"] / middle - 1,
+        "split_seconds": plan["step_split_seconds"],
+        "teams": [
+            {name: team[name] for name in ("pools", "pp", "zero", "micro_batch", "sequences", "island")}
+            for team in plan["teams"]
+        ],
+    }
+
+
+def told(found: Sequence[dict[str, Any]]) -> str:
+    lines = [f"{'case':10} {'predicted':>10} {'measured':>10}  {'(spread)':18} {'off by':>7}"]
+    for one in found:
+        spread = f"({min(one['measured_seconds']):.3f} to {max(one['measured_seconds']):.3f})"
+        lines.append(
+            f"{one['name']:10} {one['predicted_seconds']:8.3f} s {one['median_seconds']:8.3f} s  {spread:18} "
+            f"{one['relative_error']:+7.1%}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="that count, of a run")
+    parser.add_argument("--quick", action="store_true", help="one run of three steps")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    runs, steps = (1, 3) if arguments.quick else (arguments.runs, arguments.steps)
+    chosen = [case for case in CASES if not arguments.cases or case.name in arguments.cases]
+    machine = measured_pool()
+    with tempfile.TemporaryDirectory() as place, Progress("running", total=len(chosen), unit="cases") as bar:
+        folder = Path(place)
+        text = folder / "text.jsonl"
+        words = " ".join(f"word{number % 97} of line {number}" for number in range(20_000))
+        write_text(text, "\n".join(json.dumps({"text": words[at : at + 400]}) for at in range(0, len(words), 400)))
+        prepared = prepare(DataConfig(data=(str(text),), vocab_size=512), folder / "data")
+        shape = deepseek(replace(SIZES[MODEL], vocab_size=prepared.vocab_size), MODEL)
+        found = []
+        for case in chosen:
+            found.append(judged(case, machine, shape, folder / "data", folder, runs, steps))
+            bar.advance(1)
+    print(json.dumps(found) if arguments.json else told(found))
+
+
+if __name__ == "__main__":
+    main()
