@@ -68,6 +68,11 @@ class Case:
     pipeline: bool = False
     options: tuple[str, ...] = ()
 
+    @property
+    def label(self) -> str:
+        """The name, as files and fleets may have it."""
+        return self.name.replace(":", "-")
+
 
 CASES = (
     Case("1:2:4:1", (1, 2, 4, 1), 128),
@@ -95,7 +100,7 @@ def fleet_of(case: Case, machine: dict[str, Any]) -> str:
             alone = case.sites.count(case.sites[number]) == 1
             emulated |= {"link": LINK} if alone else {}
         pools.append(pool)
-    values: dict[str, Any] = {"name": case.name, "pools": pools}
+    values: dict[str, Any] = {"name": case.label, "pools": pools}
     if case.sites:
         values["links"] = [{"sites": sorted(set(case.sites)), **LINK}]
     return yaml.safe_dump(values, sort_keys=False)
@@ -155,7 +160,7 @@ def judged(
     plan = plan_of(case, fleet, shape)
     medians = []
     for number in range(runs):
-        own = folder / f"{case.name.replace(':', '-')}-{number}"
+        own = folder / f"{case.label}-{number}"
         write_text(own / "fleet.yaml", text)
         write_json(own / "plan.json", plan)
         rounds = plan["inner_steps"]
