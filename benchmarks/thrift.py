@@ -169,6 +169,7 @@ def levers(best: Recipe, ordinary: Recipe) -> dict[str, Recipe]:
         "architecture": replace(best, shape=ordinary.shape, mtp_weight=0.0, **fast),
         "sparsity": dense(best),
         "optimizer": replace(best, optimizer="adamw"),
+        "embedding": replace(best, embedding_rate=1.0),
         "schedule": replace(best, schedule="cosine", final_share=ordinary.final_share),
         "precision": replace(best, precision="fp32"),
         "kernels": replace(best, plain=True),
@@ -178,7 +179,7 @@ def levers(best: Recipe, ordinary: Recipe) -> dict[str, Recipe]:
     return {name: recipe for name, recipe in found.items() if recipe != best}
 
 
-LEVERS = ("architecture", "sparsity", "optimizer", "schedule", "precision", "kernels", "mtp", "batches")
+LEVERS = ("architecture", "sparsity", "optimizer", "embedding", "schedule", "precision", "kernels", "mtp", "batches")
 RETUNED = ("architecture", "optimizer")  # a learning rate means something else there: chosen anew
 
 
@@ -215,7 +216,7 @@ def raced(arguments: argparse.Namespace, race: Race) -> dict[str, Any]:
     begun = Recipe(llama, 2e-3, optimizer="adamw", schedule="cosine", final_share=0.1, mtp_weight=0.0)
     begun, paces = fastest(race, begun, arguments.quick)
     ordinary = race.chosen("ordinary", begun, rates, rows)
-    best = race.chosen("ours", Recipe(shape, 4e-3), rates, rows)
+    best = race.chosen("ours", Recipe(shape, 4e-3, mtp_weight=0.0), rates, rows)
 
     seeds = range(arguments.seeds)
     theirs = [race.run(f"ordinary, seed {seed}", ordinary, race.seconds, seed, MARKS) for seed in seeds]

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import motley.model.layers
 import motley.model.softmax_attention
 from motley.data.stream import Batch, TokenStream
-from motley.model import ModelConfig, Transformer
+from motley.model import ModelConfig, Transformer, native
 from motley.model.experts import Experts, moe_reference
 from motley.model.layers import RMSNorm, rms_norm_reference
 from motley.train.optimizer import Optimizer, OptimizerName
@@ -58,6 +58,7 @@ class Recipe:
     Attributes:
         shape: of the network, which also says whose it is.
         learning_rate: peak.
+        embedding_rate: of the learning rate, beside Muon.
         batches: (share of the time, rows a step from then on), the first at 0.
         warmup_share, decay_share, final_share: of the schedule; shares of the time, and of the peak.
         mtp_weight: of the multi-token-prediction loss.
@@ -70,6 +71,7 @@ class Recipe:
     shape: ModelConfig | Llama
     learning_rate: float
     batches: tuple[tuple[float, int], ...] = ((0.0, 8),)
+    embedding_rate: float = 10.0
     optimizer: OptimizerName = "muon"
     schedule: Schedule = "wsd"
     warmup_share: float = 0.05
@@ -120,7 +122,9 @@ class Ours:
         self.model.to(device)
         self.model.compute_dtype = recipe.dtype
         self.weights = LossWeights(mtp=recipe.mtp_weight)
-        self.optimizer = Optimizer(self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype)
+        self.optimizer = Optimizer(
+            self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype, recipe.embedding_rate
+        )
         self.held_out = loss_of(self.model, confined=False)
 
     def step(self, batch: Batch, learning_rate: float) -> float:
@@ -154,7 +158,9 @@ class Ordinary:
         self.model.train()
         self.device, self.recipe = device, recipe
         # With "adamw" this is PyTorch's own, fused: betas 0.9 and 0.95, decay on whatever has two dimensions.
-        self.optimizer = Optimizer(self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype)
+        self.optimizer = Optimizer(
+            self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype, recipe.embedding_rate
+        )
         self.loss = torch.compile(self._loss, dynamic=False) if recipe.compiled else self._loss
 
     def _loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -192,8 +198,8 @@ class Ordinary:
 
 @contextmanager
 def plain_paths() -> Iterator[None]:
-    """Our network through the references that stand beside its fast paths: experts one by one, PyTorch's attention,
-    norms as small operations."""
+    """Our network through the references that stand beside its fast paths: no kernels of our own, experts one by one,
+    PyTorch's attention, norms as small operations."""
 
     def experts(self: Experts, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return moe_reference(x, chosen, weights, self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype))
@@ -205,7 +211,8 @@ def plain_paths() -> Iterator[None]:
     fast = Experts.forward, RMSNorm.forward, attention.LONGEST_BLOCKED
     Experts.forward, RMSNorm.forward, attention.LONGEST_BLOCKED = experts, norm, 0
     try:
-        yield
+        with native.switched_off():
+            yield
     finally:
         Experts.forward, RMSNorm.forward, attention.LONGEST_BLOCKED = fast
 

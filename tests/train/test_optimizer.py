@@ -106,6 +106,22 @@ def test_what_muon_leaves_is_torchs_adamw(kind: str) -> None:
         torch.testing.assert_close(named[name], parameter)
 
 
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_only_the_embedding_takes_its_own_rate_and_only_beside_muon(kind: str) -> None:
+    embedding = "model.embed_tokens.weight"
+    found: list[dict[str, nn.Parameter]] = []
+    for rate, times in ((0.002, 10.0), (0.002, 1.0), (0.02, 1.0)):
+        found.append(parameters())
+        optimizer = Optimizer(found[-1].items(), kind, 0.1, torch.float32, times)  # type: ignore[arg-type]
+        for step in range(3):
+            give_gradients(found[-1], step)
+            optimizer.step(rate)
+    own, same, faster = found
+    for name in own:
+        expected = faster if name == embedding and kind == "muon" else same
+        torch.testing.assert_close(own[name], expected[name])
+
+
 @pytest.mark.parametrize("shape", [(4, 16, 16), (2, 8, 32), (3, 32, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, ...], dtype: torch.dtype) -> None:

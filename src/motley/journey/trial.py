@@ -22,7 +22,7 @@ def step_seconds(
     model.initialize(config.seed)
     model.to(device)
     model.compute_dtype = dtype
-    optimizer = Optimizer(model.named_parameters(), config.optimizer, config.weight_decay, dtype)
+    optimizer = Optimizer(model.named_parameters(), config.optimizer, config.weight_decay, dtype, config.embedding_rate)
     ids = torch.randint(
         shape.vocab_size, (config.batch_rows, config.seq_len), generator=torch.Generator().manual_seed(0)
     )

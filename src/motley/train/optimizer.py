@@ -17,6 +17,7 @@ from motley.model import native
 OptimizerName = Literal["muon", "adamw"]
 
 
+EMBEDDING = "embed_tokens.weight"
 ITERATIONS = 5  # of Newton and Schulz
 NUMBERS_AT_ONCE = 1 << 22
 """Orthogonalised together: Newton-Schulz holds about four copies of what it works on."""
@@ -56,7 +57,7 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
 
 def by_muon(kind: OptimizerName, name: str, dimensions: int) -> bool:
     """Whether Muon updates a parameter. Rows of embedding, head and router stand for tokens and experts."""
-    apart = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
+    apart = (EMBEDDING, "lm_head.weight", "mlp.gate.weight")
     return kind == "muon" and dimensions >= 2 and not name.endswith(apart)
 
 
@@ -82,6 +83,8 @@ class Optimizer:
         kind: "muon" (Muon and AdamW) or "adamw" (AdamW for all).
         weight_decay: decoupled, on everything with two dimensions or more.
         dtype: of Muon's matrix products.
+        embedding_rate: of the learning rate beside Muon; the embedding then takes so many times that of the others. A
+            row of it sees a gradient only when its token occurs, and what is normed next asks for no size of it.
     """
 
     MOMENTUM = 0.95
@@ -93,16 +96,25 @@ class Optimizer:
         kind: OptimizerName,
         weight_decay: float,
         dtype: torch.dtype,
+        embedding_rate: float = 1.0,
     ) -> None:
         named = [(name, p) for name, p in parameters if p.requires_grad]
         self.matrices = {name: p for name, p in named if by_muon(kind, name, p.dim())}
         self.others = {name: p for name, p in named if name not in self.matrices}
         self.momentum = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
         self.weight_decay, self.dtype = weight_decay, dtype
-        decayed = [p for p in self.others.values() if p.dim() >= 2]
-        plain = [p for p in self.others.values() if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(groups, betas=self.BETAS, eps=1e-8, fused=True)
+        embedding = [p for name, p in self.others.items() if kind == "muon" and name.endswith(EMBEDDING)]
+        rest = [p for name, p in self.others.items() if not (kind == "muon" and name.endswith(EMBEDDING))]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": embedding, "weight_decay": weight_decay, "times": embedding_rate},
+                {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "times": 1.0},
+                {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "times": 1.0},
+            ],
+            betas=self.BETAS,
+            eps=1e-8,
+            fused=True,
+        )
         self._same_shape: dict[torch.Size, list[str]] = defaultdict(list)
         for name, parameter in self.matrices.items():
             self._same_shape[as_matrices(name, parameter).shape[1:]].append(name)
@@ -111,7 +123,7 @@ class Optimizer:
     def step(self, learning_rate: float) -> None:
         """Apply one update from the gradients; parameters without a gradient stay as they are."""
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["times"]
         self.adamw.step()
         by_kernel: list[str] = []
         for shape, names in self._same_shape.items():
