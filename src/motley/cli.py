@@ -4,6 +4,7 @@ A command's options are the fields of its config, under the same names as in `co
 imported when their command runs, so that `motley --help` answers at once.
 """
 
+import atexit
 import dataclasses
 import json
 import os
@@ -199,4 +200,18 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _end(status)
     sys.exit(status)
+
+
+def _end(status: int) -> None:
+    """End a worker of a crew at once, after what is to be done at exit.
+
+    Now and then a thread of gloo still winds up while the interpreter takes itself apart, and ends a process whose work
+    is done with "terminate called without an active exception" (PyTorch 2.13).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

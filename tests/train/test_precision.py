@@ -397,7 +397,8 @@ def test_a_plan_file_gives_every_stage_the_format_of_its_pool() -> None:
         "dp": 1, "ep": 1, "recompute": "none", "micro_batch": 2, "sequences": 4,
         "precision": {"new": "bf16", "old": "fp16"},
         "stages": [
-            {"pool": pool, "layers": layers, "mtp": head, "head": head, "memory_bytes": {"optimizer": 1.0}}
+            {"pool": pool, "layers": layers, "mtp": head, "head": head, "memory_bytes": {"optimizer": 1.0},
+             "memory_limit_bytes": 10.0}
             for pool, layers, head in (("new", [0, 2], False), ("old", [3, 3], True))
         ],
     }  # fmt: skip
