@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 import psutil
 
 from motley.data.pack import DataConfig, prepare
+from motley.train.crew import free_port
 
 STEPS, LIMIT_SECONDS, PATIENCE = 40, 300.0, 10.0
 SHAPE = Path(__file__).parents[1] / "examples" / "models" / "tiny.json"
@@ -107,10 +107,7 @@ class Bench:
         """torchrun with so many workers, or one more live worker."""
         words = self.words(crew, **settings)
         if not crew.live:
-            with socket.socket() as found:
-                found.bind(("127.0.0.1", 0))
-                port = found.getsockname()[1]
-            launcher = [f"--nproc-per-node={workers}", f"--max-restarts={restarts}", f"--master-port={port}"]
+            launcher = [f"--nproc-per-node={workers}", f"--max-restarts={restarts}", f"--master-port={free_port()}"]
             words = [sys.executable, "-m", "torch.distributed.run", *launcher, *words[1:]]
         with (crew.folder / f"said-{len(crew.started):02d}").open("w") as said:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -12,19 +12,19 @@ trains the same model on as many tokens with several seeds and compares the held
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from crews import step_seconds
 from slow_link import measured, slow_links
 
 from motley.data.pack import DataConfig, prepare
+from motley.train.crew import free_port
 from motley.train.metrics import read_metrics
 from motley.train.slow_link import DEVICE, SlowLinks
 
@@ -46,17 +46,19 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def train(out: Path, data: Path, link: SlowLinks | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The metrics of one run of two workers."""
-    port = 29500
-    if link is None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+    port = free_port() if link is None else 29500
     chosen = {name: value for name, value in (COMMON | settings).items() if value is not None}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     words = [sys.executable, "-m", "motley", "pretrain", f"--out={out}", f"--data={data}", *options]
     workers, quiet = [], subprocess.DEVNULL
     for rank in range(2):
-        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        where: dict[str, Any] = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": 1,
+        }
         where["MASTER_ADDR"] = "127.0.0.1" if link is None else link.address(0)
         where |= {} if link is None else {"GLOO_SOCKET_IFNAME": DEVICE}
         environment = os.environ | {name: str(value) for name, value in where.items()}
@@ -97,7 +99,7 @@ def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> di
     later = rounds[1:] or rounds
     found |= {
         "settings": {n: str(v) for n, v in (COMMON | settings).items()}, "loss": loss, "crew_seconds": seconds,
-        "crew_step_seconds": statistics.median(_step_seconds(crew)),
+        "crew_step_seconds": statistics.median(step_seconds(crew)),
         "islands_seconds": None if reached is None else reached[1],
         "faster": None if reached is None else seconds / reached[1],
         "round_seconds": statistics.median(one["round_seconds"] / one["steps"] for one in later),
@@ -106,11 +108,6 @@ def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> di
         "planned_step_seconds": json.loads(arguments.plan.read_text())["step_seconds"] if arguments.plan else None,
     }  # fmt: skip
     return found
-
-
-def _step_seconds(records: list[dict[str, Any]]) -> list[float]:
-    times = [one["seconds"] for one in records if one["kind"] == "train"]
-    return [after - before for before, after in pairwise(times)]
 
 
 def at_equal_tokens(arguments: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:

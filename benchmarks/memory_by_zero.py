@@ -11,9 +11,7 @@ model is never anywhere: each worker draws the weights that it keeps.
 
 import argparse
 import json
-import multiprocessing
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,12 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from crews import spawned
 
 from motley.data.stream import Batch
 from motley.model import SIZES, ModelConfig
 from motley.train.config import PretrainConfig
-from motley.train.crew import Crew
+from motley.train.crew import Crew, free_port
 from motley.train.layout import Layout, Zero, place_of, side_by_side
 from motley.train.memory import row_bytes
 from motley.train.parts import held_bytes
@@ -102,19 +101,7 @@ def work(
 
 def measured(size: int, device: str, shape: ModelConfig, zero: Zero, memory: tuple[float, ...]) -> list[int]:
     """Peak bytes of each worker of a case."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    arguments = (size, port, device, shape, zero, memory, results)
-    workers = [context.Process(target=work, args=(rank, *arguments)) for rank in range(size)]
-    for worker in workers:
-        worker.start()
-    peaks = dict(results.get(timeout=1800) for _ in workers)
-    for worker in workers:
-        worker.join()
-    return [peaks[rank] for rank in range(size)]
+    return spawned(work, size, size, free_port(), device, shape, zero, memory, patience=1800)
 
 
 def counted(size: int, shape: ModelConfig, zero: Zero, memory: tuple[float, ...]) -> dict[str, list[float]]:

@@ -14,20 +14,19 @@ are slowed down (`emulated:`), for which the planner makes a plan and says how l
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from crews import step_seconds
 
 from motley.data.pack import DataConfig, prepare
 from motley.files import write_json, write_text
@@ -40,6 +39,7 @@ from motley.plan.outcome import spelled_out
 from motley.plan.search import Searcher
 from motley.plan.shape import Shape, deepseek
 from motley.progress import Progress
+from motley.train.crew import free_port
 from motley.train.metrics import read_metrics
 
 MODEL, SEQ_LEN = "nano", 64
@@ -120,9 +120,7 @@ def plan_of(case: Case, fleet: Fleet, shape: Shape) -> dict[str, Any]:
 
 def run(case: Case, folder: Path, data: Path, steps: int) -> list[float]:
     """Seconds of each step of the run, or of each round by its steps."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = [
         f"--out={folder / 'run'}", f"--data={data}", f"--model={MODEL}", f"--plan={folder / 'plan.json'}",
         f"--emulate={folder / 'fleet.yaml'}", "--emulate-by=wait", "--precision=fp32", "--device=cpu",
@@ -147,8 +145,7 @@ def run(case: Case, folder: Path, data: Path, steps: int) -> list[float]:
     rounds = [one["round_seconds"] / one["steps"] for one in records if one["kind"] == "islands"]
     if rounds:
         return rounds[1:] or rounds
-    times = [one["seconds"] for one in records if one["kind"] == "train"]
-    return [after - before for before, after in pairwise(times)][FIRST_STEPS:]
+    return step_seconds(records)[FIRST_STEPS:]
 
 
 def judged(

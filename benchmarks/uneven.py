@@ -13,9 +13,7 @@ then can in three steps in a row.
 
 import argparse
 import json
-import multiprocessing
 import os
-import socket
 import statistics
 import time
 from dataclasses import replace
@@ -23,12 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from crews import spawned
 
 from motley.data.stream import Batch
 from motley.model import SIZES, Transformer
 from motley.train.cast import speeds_of
 from motley.train.config import PretrainConfig
-from motley.train.crew import Crew
+from motley.train.crew import Crew, free_port
 from motley.train.handicap import Handicap, handicap
 from motley.train.layout import side_by_side
 from motley.train.shares import Shares
@@ -152,19 +151,7 @@ def work(rank: int, speeds: list[float], port: int, how: str, rows: int, rounds:
 
 def run_crew(speeds: list[float], how: str, rows: int, rounds: int) -> list[dict[str, Any]]:
     """What each worker of a crew found, in the order of ranks."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    ranks = range(len(speeds))
-    workers = [context.Process(target=work, args=(rank, speeds, port, how, rows, rounds, results)) for rank in ranks]
-    for worker in workers:
-        worker.start()
-    answers = dict(results.get(timeout=900) for _ in ranks)
-    for worker in workers:
-        worker.join()
-    return [answers[rank] for rank in ranks]
+    return spawned(work, len(speeds), speeds, free_port(), how, rows, rounds, patience=900)
 
 
 def outcome(answers: list[dict[str, Any]], rows: int) -> dict[str, Any]:

@@ -16,6 +16,19 @@ def chromium() -> str:
     return path
 
 
+@pytest.fixture
+def kernels() -> None:
+    """Our own kernels for this CPU, built; a test that asks for them is skipped where they cannot be."""
+    from motley.model import native
+    from motley.model.native import build
+
+    if not native.cpu_has_what_it_takes():
+        pytest.skip("this CPU has no AVX-512 with bf16, for which the kernels are")
+    if (why_not := build.build()) is not None:
+        pytest.skip(f"the kernels are not built: {why_not}")
+    native._loaded.cache_clear()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.getreports("skipped")
     count = sum(NO_BROWSER in str(report.longrepr) for report in skipped)

@@ -23,13 +23,7 @@ CONFIG = dataclasses.replace(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def kernels() -> None:
-    if not native.cpu_has_what_it_takes():
-        pytest.skip("this CPU has no AVX-512 with bf16, for which the kernels are")
-    if (why_not := build.build()) is not None:
-        pytest.skip(f"the kernels are not built: {why_not}")
-    native._loaded.cache_clear()
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,16 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from motley.train.crew import Crew
+from motley.train.crew import Crew, free_port
 
 SERVER = multiprocessing.get_context("forkserver")  # PyTorch is imported once, not by every worker
 SERVER.set_forkserver_preload(["torch", "torch.distributed", "motley.train.worker"])
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def _begin(rank: int, size: int, port: int, work: Callable[..., Any], arguments: Sequence[Any], results: Any) -> None:

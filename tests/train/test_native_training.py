@@ -6,20 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motley.model import native
-from motley.model.native import build
 from motley.train.loss import summed_cross_entropy
 from motley.train.optimizer import Optimizer
 
 ROUNDING = 1e-2  # of bf16
 
 
-@pytest.fixture(autouse=True)
-def kernels() -> None:
-    if not native.cpu_has_what_it_takes():
-        pytest.skip("this CPU has no AVX-512 with bf16, for which the kernels are")
-    if (why_not := build.build()) is not None:
-        pytest.skip(f"the kernels are not built: {why_not}")
-    native._loaded.cache_clear()
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

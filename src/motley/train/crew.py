@@ -274,6 +274,13 @@ def compare(one: str, facts: Mapping[str, Any], other: str, expected: Mapping[st
             )
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def _state(pid: int) -> str | None:
     """What is wrong with a process of this machine, in words."""
     try:

@@ -8,7 +8,6 @@ Workers are started, shown and ended as those of `motley launch`, but without to
 
 import math
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from motley.fleet.inventory import load_fleet
 from motley.fleet.units import size_text
 from motley.progress import note
 from motley.train.cast import LINKS, Part, parts_of
+from motley.train.crew import free_port
 from motley.train.launch import Group, Seat, held, ranks_of_pools, run_again, words_of
 from motley.train.slow_link import DEVICE, Cable, SlowLinks, places_of
 
@@ -131,9 +131,3 @@ def worker_words(
     words += [f"--emulate-links={links.way}"] if links else []
     words += [f"--plan={config.plan}"] if config.plan else []
     return [*(links.at(rank) if links else []), *words]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]

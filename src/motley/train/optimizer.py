@@ -103,8 +103,9 @@ class Optimizer:
         self.others = {name: p for name, p in named if name not in self.matrices}
         self.momentum = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
         self.weight_decay, self.dtype = weight_decay, dtype
-        embedding = [p for name, p in self.others.items() if kind == "muon" and name.endswith(EMBEDDING)]
-        rest = [p for name, p in self.others.items() if not (kind == "muon" and name.endswith(EMBEDDING))]
+        apart = {name for name in self.others if kind == "muon" and name.endswith(EMBEDDING)}
+        embedding = [self.others[name] for name in self.others if name in apart]
+        rest = [p for name, p in self.others.items() if name not in apart]
         self.adamw = torch.optim.AdamW(
             [
                 {"params": embedding, "weight_decay": weight_decay, "times": embedding_rate},

@@ -49,6 +49,14 @@ struct Inputs {
   const int64_t* documents;  // [batch, seq] or nullptr
 };
 
+static Inputs inputs_of(const Shape& s, const bf16* q, const bf16* kv, const bf16* k_rope, const bf16* cos, const bf16* sin,
+                        const int64_t* documents) {
+  float* cosines = scratch<0, float>(2 * s.seq * s.rope);
+  float* sines = cosines + s.seq * s.rope;
+  spread_angles(s, cos, sin, cosines, sines);
+  return {q, kv, k_rope, cosines, sines, documents};
+}
+
 static void keys_of(const Shape& s, const Inputs& in, long b, long h, long held, bf16* keys) {
   for (long t = 0; t < s.seq; ++t)
     assemble(s, in.kv + ((b * s.seq + t) * s.heads + h) * (s.nope + s.value), in.k_rope + (b * s.seq + t) * s.latent_width,
@@ -81,10 +89,7 @@ extern "C" void attention_forward(long batch, long seq, long heads, long nope, l
                                   const bf16* sin, const int64_t* documents, bf16* out, float* logs) {
   const Shape s{batch, seq, heads, nope, rope, value, latent_width, scale};
   const long held = up_to(seq, QUERIES), width = s.qk();
-  float* cosines = scratch<0, float>(2 * seq * rope);
-  float* sines = cosines + seq * rope;
-  spread_angles(s, cos, sin, cosines, sines);
-  const Inputs in{q, kv, k_rope, cosines, sines, documents};
+  const Inputs in = inputs_of(s, q, kv, k_rope, cos, sin, documents);
 #pragma omp parallel for schedule(dynamic)
   for (long item = 0; item < batch * heads; ++item) {
     const long b = item / heads, h = item % heads;
@@ -150,10 +155,7 @@ extern "C" void attention_backward(long batch, long seq, long heads, long nope, 
                                    float* grad_rope_by_head) {
   const Shape s{batch, seq, heads, nope, rope, value, latent_width, scale};
   const long held = up_to(seq, QUERIES), width = s.qk();
-  float* cosines = scratch<0, float>(2 * seq * rope);
-  float* sines = cosines + seq * rope;
-  spread_angles(s, cos, sin, cosines, sines);
-  const Inputs in{q, kv, k_rope, cosines, sines, documents};
+  const Inputs in = inputs_of(s, q, kv, k_rope, cos, sin, documents);
 #pragma omp parallel for schedule(dynamic)
   for (long item = 0; item < batch * heads; ++item) {
     const long b = item / heads, h = item % heads;
@@ -234,7 +236,7 @@ extern "C" void attention_backward(long batch, long seq, long heads, long nope, 
       multiply(QUERIES, width, end / 2, rows_of(grad_s, held), keys_rows, held / 2, grad_queries, width, false);
       for (long r = 0; r < count; ++r) {
         bf16* to = grad_q + ((b * seq + start + r) * heads + h) * width;
-        const float *from = grad_queries + r * width, *c = cosines + (start + r) * rope, *n = sines + (start + r) * rope;
+        const float *from = grad_queries + r * width, *c = in.cos + (start + r) * rope, *n = in.sin + (start + r) * rope;
         for (long j = 0; j < nope; j += 16) store(to + j, _mm512_loadu_ps(from + j));
         for (long j = 0; j < rope; j += 16) store(to + nope + j, turned(_mm512_loadu_ps(from + nope + j), c + j, n + j, true));
       }
@@ -254,7 +256,7 @@ extern "C" void attention_backward(long batch, long seq, long heads, long nope, 
       __m512 sum = _mm512_setzero_ps();
       for (long h = 0; h < heads; ++h)
         sum = _mm512_add_ps(sum, _mm512_loadu_ps(grad_rope_by_head + ((b * heads + h) * seq + t) * rope + j));
-      store(grad_k_rope + row * rope + j, turned(sum, cosines + t * rope + j, sines + t * rope + j, true));
+      store(grad_k_rope + row * rope + j, turned(sum, in.cos + t * rope + j, in.sin + t * rope + j, true));
     }
   }
 }
