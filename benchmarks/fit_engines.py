@@ -62,6 +62,7 @@ START = Engine(
     weight_bytes=2.0,
     optimizer_passes=36.0,
     muon=False,
+    muon_efficiency=1.0,
     optimizer_seconds=5e-5,
     step_seconds=1e-3,
     skew=0.0,

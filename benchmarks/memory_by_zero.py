@@ -26,7 +26,7 @@ from motley.model import SIZES, ModelConfig
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew, free_port
 from motley.train.layout import Layout, Zero, place_of, side_by_side
-from motley.train.memory import row_bytes
+from motley.train.memory import ALLOCATED, in_passing_bytes, row_bytes
 from motley.train.parts import held_bytes
 from motley.train.worker import Worker
 
@@ -107,9 +107,10 @@ def measured(size: int, device: str, shape: ModelConfig, zero: Zero, memory: tup
 def counted(size: int, shape: ModelConfig, zero: Zero, memory: tuple[float, ...]) -> dict[str, list[float]]:
     """What each worker of a case is said to hold, in bytes."""
     layout = layout_of(shape, zero, memory, size)
-    held = [held_bytes(shape, layout, rank, "muon").total for rank in range(size)]
-    row = row_bytes(shape, place_of(layout, 0), SEQ_LEN, 4, recompute=False)
-    return {"held": [float(own) for own in held], "activations": [MICRO_BATCH * row] * size}
+    passing = in_passing_bytes(shape, zero, size)
+    held = [ALLOCATED * (held_bytes(shape, layout, rank, "muon").total + passing) for rank in range(size)]
+    row = ALLOCATED * row_bytes(shape, place_of(layout, 0), SEQ_LEN, 4, recompute=False)
+    return {"held": held, "activations": [MICRO_BATCH * row] * size}
 
 
 def main() -> None:
@@ -139,7 +140,7 @@ def main() -> None:
     print(
         f"{size} workers on {arguments.device}, micro-batches of {MICRO_BATCH} x {SEQ_LEN} tokens, Muon; megabytes of"
     )
-    print("each worker: the most that it held, and in brackets counted state + activations")
+    print("each worker: the most that it held, and in brackets counted: state and messages + activations")
     for case in found:
         memory = ":".join(f"{part:g}" for part in case["memory"]) or "even"
         cells = [

@@ -1,10 +1,12 @@
 """Predicted against measured step time of motley's own runtime on this machine, one process.
 
-    python benchmarks/plan_own_runtime.py          measure, predict with the constants in engines/motley-cpu.yaml
-    python benchmarks/plan_own_runtime.py --fit    measure, fit those constants to half of the cases, judge by the rest
+    python benchmarks/plan_own_runtime.py          measure, predict with the constants in engines/motley-cpu*.yaml
+    python benchmarks/plan_own_runtime.py --fit    measure, fit constants to half of the cases, judge by the rest; then
+                                                   fit them to all, and write those
 
 Every case is a shape and a batch: real steps of the training loop (forward, backward, clipping, optimizer) on random
 tokens; the median of five, the best of three rounds. Products are predicted from this machine's probe, not fitted.
+In bf16 motley runs kernels of its own (engine `motley-cpu`), in fp32 PyTorch's operators (`motley-cpu-plain`).
 """
 
 import argparse
@@ -34,7 +36,11 @@ from motley.progress import Progress
 from motley.train.config import PretrainConfig
 
 ROUNDS = 3  # of all cases: a busy minute of the machine then spoils no case in all of them
-OUT = Path(__file__).parent.parent / "src/motley/plan/engines/motley-cpu.yaml"
+ENGINES = Path(__file__).parent.parent / "src/motley/plan/engines"
+DESCRIPTIONS = {
+    "motley-cpu": "motley's own runtime on CPUs, one process, in bf16 with kernels of its own.",
+    "motley-cpu-plain": "motley's own runtime on CPUs, one process, in fp32 with PyTorch's operators.",
+}
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,19 @@ class Case:
     name: str
     config: ModelConfig
     rows: int
+    micro_batch: int
     seq_len: int
     optimizer: str
     dtype: str
+    threads: int
+
+    @property
+    def engine(self) -> str:
+        return "motley-cpu" if self.dtype == "bf16" else "motley-cpu-plain"
 
 
-def cases() -> list[Case]:
-    """Widths, depths, experts, vocabularies, contexts, batches, optimizers and number formats, one thing at a time."""
+def cases(cores: int) -> list[Case]:
+    """Widths, depths, experts, vocabularies, contexts, batches, optimizers, formats, threads, one thing at a time."""
     nano, micro = replace(SIZES["nano"], vocab_size=2048), replace(SIZES["micro"], vocab_size=2048)
     mid = replace(micro, hidden_size=384, moe_intermediate_size=192, intermediate_size=1024, num_hidden_layers=5)
     wide = replace(micro, hidden_size=512, moe_intermediate_size=256, intermediate_size=1536, num_hidden_layers=4)
@@ -65,39 +77,67 @@ def cases() -> list[Case]:
         "nano, vocabulary 16k": replace(nano, vocab_size=16384),
         "micro, no MTP": replace(micro, num_nextn_predict_layers=0),
     }.items():
-        found.append(Case(name, config, 16, 256, "muon", "bf16"))
-        found.append(Case(name, config, 8, 512, "adamw", "bf16"))
+        found.append(Case(name, config, 16, 16, 256, "muon", "bf16", cores))
+        found.append(Case(name, config, 8, 8, 512, "adamw", "bf16", cores))
+        found.append(Case(name, config, 8, 8, 256, "muon", "fp32", cores))
+        found.append(Case(name, config, 4, 4, 512, "adamw", "fp32", cores))
     found += [
-        Case("nano", nano, 32, 256, "muon", "bf16"),
-        Case("micro", micro, 4, 1024, "muon", "bf16"),
-        Case("nano", nano, 8, 256, "muon", "bf16"),
-        Case("mid", mid, 16, 512, "muon", "bf16"),
-        Case("nano", nano, 16, 256, "muon", "fp32"),
-        Case("micro", micro, 8, 256, "adamw", "fp32"),
-        Case("wide", wide, 4, 256, "muon", "bf16"),
-        Case("dense", dense, 8, 1024, "muon", "bf16"),
+        Case("nano", nano, 32, 32, 256, "muon", "bf16", cores),
+        Case("micro", micro, 4, 4, 1024, "muon", "bf16", cores),
+        Case("nano", nano, 8, 8, 256, "muon", "bf16", cores),
+        Case("mid", mid, 16, 16, 512, "muon", "bf16", cores),
+        Case("wide", wide, 4, 4, 256, "muon", "bf16", cores),
+        Case("dense", dense, 8, 8, 1024, "muon", "bf16", cores),
+        Case("nano", nano, 16, 16, 256, "muon", "fp32", cores),
+        Case("micro", micro, 2, 2, 1024, "muon", "fp32", cores),
     ]
+    for dtype in ("bf16", "fp32"):
+        found += [
+            Case("nano", nano, 16, 16, 64, "muon", dtype, 1),
+            Case("nano", nano, 4, 4, 64, "muon", dtype, 1),
+            Case("nano", nano, 8, 8, 256, "adamw", dtype, 1),
+            Case("micro", micro, 8, 8, 128, "muon", dtype, 1),
+            Case("dense", dense, 8, 8, 64, "muon", dtype, 1),
+            Case("nano", nano, 64, 16, 64, "muon", dtype, 1),
+            Case("nano", nano, 32, 4, 64, "adamw", dtype, 1),
+            Case("nano", nano, 32, 8, 128, "muon", dtype, cores),
+            Case("micro", micro, 16, 4, 128, "muon", dtype, 1),
+            Case("dense", dense, 16, 4, 128, "adamw", dtype, cores),
+            Case("mid", mid, 16, 4, 128, "muon", dtype, cores),
+        ]
     return found
 
 
 def measure(case: Case) -> float:
     config = PretrainConfig(
         batch_rows=case.rows,
-        micro_batch=case.rows,
+        micro_batch=case.micro_batch,
         seq_len=case.seq_len,
         optimizer=case.optimizer,  # type: ignore[arg-type]
     )
+    torch.set_num_threads(case.threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[case.dtype]
     return measured_step_seconds(case.config, config, torch.device("cpu"), dtype, steps=5)
 
 
-def predict(case: Case, hardware: Hardware, engine: Engine) -> float:
+def predict(case: Case, hardware: dict[int, Hardware], engine: Engine) -> float:
+    """Seconds of a step; `hardware` by the number of threads."""
     engine = replace(engine, muon=case.optimizer == "muon")
     layouts = Layouts.of(
-        tp=1, cp=1, ep=1, dp=1, pp=1, micro_batch=case.rows, micro_batches=1, recompute=0, schedule=0, chunks=1, zero=0
+        tp=1,
+        cp=1,
+        ep=1,
+        dp=1,
+        pp=1,
+        micro_batch=case.micro_batch,
+        micro_batches=case.rows // case.micro_batch,
+        recompute=0,
+        schedule=0,
+        chunks=1,
+        zero=0,
     )
     shape = deepseek(case.config, case.name)
-    return float(step_seconds(shape, layouts, case.seq_len, hardware, engine, case.dtype).total[0])
+    return float(step_seconds(shape, layouts, case.seq_len, hardware[case.threads], engine, case.dtype).total[0])
 
 
 START = {
@@ -111,17 +151,18 @@ START = {
     "host_backward_seconds": (8e-4, 0.7),
     "head_seconds": (2e-3, 0.7),
     "optimizer_passes": (36, 0.3),
+    "muon_efficiency": (1, 0.5),
     "optimizer_seconds": (2e-4, 0.7),
     "step_seconds": (2e-3, 0.7),
     "expert_seconds": (1e-3, 0.7),
 }
 
 
-def fit(measured: list[tuple[Case, float]], hardware: Hardware) -> Engine:
+def fit(name: str, measured: list[tuple[Case, float]], hardware: dict[int, Hardware]) -> Engine:
     base = replace(
         load_engine("motley"),
-        name="motley-cpu",
-        description="motley's own runtime on CPUs, one process.",
+        name=name,
+        description=DESCRIPTIONS[name],
         overlap_power=1.0,
         stream_efficiency=1.0,
         attention_backward=2.5,
@@ -132,7 +173,7 @@ def fit(measured: list[tuple[Case, float]], hardware: Hardware) -> Engine:
         expert_padding=32.0,
         expert_imbalance=1.0,
         state_bytes={"weight": 4, "gradient": 4, "optimizer": 8},
-        fitted=("half of the cases of benchmarks/plan_own_runtime.py; products come from the machine's own probe",),
+        fitted=("all cases of benchmarks/plan_own_runtime.py; products come from the machine's own probe",),
     )
     names = list(START)
     centre = np.log([value for value, _ in START.values()])
@@ -146,9 +187,17 @@ def fit(measured: list[tuple[Case, float]], hardware: Hardware) -> Engine:
     def residuals(logs: np.ndarray) -> np.ndarray:
         engine = engine_of(logs)
         misses = [np.log(predict(case, hardware, engine) / seconds) for case, seconds in measured]
-        return np.concatenate([np.array(misses) * 8, (logs - centre) / spread * 0.5])
+        return np.concatenate([np.array(misses) * 8, (logs - centre) / spread * 0.2])
 
     return engine_of(least_squares(residuals, centre, max_nfev=80).x)
+
+
+def write(engine: Engine) -> None:
+    body = yaml.safe_dump(
+        {key: _plain(value) for key, value in asdict(engine).items()}, sort_keys=False, allow_unicode=True, width=118
+    )
+    head = "# Written by benchmarks/plan_own_runtime.py --fit; constants: motley.plan.engine.Engine.\n"
+    write_text(ENGINES / f"{engine.name}.yaml", head + body)
 
 
 def main() -> None:
@@ -158,10 +207,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     machine = probe(20.0, torch.device("cpu"), grid=True)
-    torch.set_num_threads(machine.threads)
-    fleet = parse_fleet(fleet_text([machine]), "probe")
-    hardware = Hardware.of_pool(fleet.pools[0])
-    everything = cases()[::5] if arguments.quick else cases()
+    hardware = {}
+    for threads in (machine.threads, 1):
+        torch.set_num_threads(threads)
+        fleet = parse_fleet(fleet_text([probe(20.0, torch.device("cpu"), grid=True)]), "probe")
+        hardware[threads] = Hardware.of_pool(fleet.pools[0])
+    everything = cases(machine.threads)[::5] if arguments.quick else cases(machine.threads)
     rounds = 1 if arguments.quick else ROUNDS
     times: list[list[float]] = [[] for _ in everything]
     with Progress("measuring", total=rounds * len(everything), unit="cases") as bar:
@@ -171,20 +222,17 @@ def main() -> None:
                 bar.advance(1)
     measured = [(case, min(own)) for case, own in zip(everything, times, strict=True)]
     used = measured
+    engines = {name: load_engine(name) for name in DESCRIPTIONS}
     if arguments.fit:
-        used = [measured[i] for i in np.random.default_rng(0).permutation(len(measured))]
-        half = len(used) // 2
-        engine = fit(used[:half], hardware)
-        values = {key: _plain(value) for key, value in asdict(engine).items()}
-        body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=118)
-        write_text(
-            OUT, "# Written by benchmarks/plan_own_runtime.py --fit; constants: motley.plan.engine.Engine.\n" + body
-        )
-        print(f"fitted to {half} cases; the other {len(used) - half}:")
-        used = used[half:]
-    else:
-        engine = load_engine("motley-cpu")
-    rows = [(case, seconds, predict(case, hardware, engine)) for case, seconds in used]
+        used = []
+        for name in DESCRIPTIONS:
+            own = [(case, seconds) for case, seconds in measured if case.engine == name]
+            own = [own[i] for i in np.random.default_rng(0).permutation(len(own))]
+            engines[name] = fit(name, own[: len(own) // 2], hardware)
+            used += own[len(own) // 2 :]
+            write(fit(name, own, hardware))
+        print(f"fitted to {len(measured) - len(used)} cases; the other {len(used)}:")
+    rows = [(case, seconds, predict(case, hardware, engines[case.engine])) for case, seconds in used]
     errors = [predicted / seconds - 1 for _, seconds, predicted in rows]
     if arguments.json:
         print(
@@ -194,7 +242,7 @@ def main() -> None:
                     "mean_relative_error": statistics.mean(map(abs, errors)),
                     "worst_relative_error": max(map(abs, errors)),
                     "rows": [
-                        {"case": case.name, "measured_seconds": seconds, "predicted_seconds": predicted}
+                        asdict(case) | {"config": None, "measured_seconds": seconds, "predicted_seconds": predicted}
                         for case, seconds, predicted in rows
                     ],
                 }
@@ -204,7 +252,8 @@ def main() -> None:
     print(f"{machine.name}, {machine.threads} threads, torch {torch.__version__}, Python {platform.python_version()}")
     for (case, seconds, predicted), error in zip(rows, errors, strict=True):
         print(
-            f"  {case.name:22} {case.rows:3} x {case.seq_len:4} {case.optimizer:5} {case.dtype}  "
+            f"  {case.name:22} {case.rows:3} by {case.micro_batch:2} x {case.seq_len:4} {case.optimizer:5} "
+            f"{case.dtype} x {case.threads}  "
             f"measured {1e3 * seconds:7.1f} ms  predicted {1e3 * predicted:7.1f} ms  {error:+.1%}"
         )
     print(f"mean error {statistics.mean(map(abs, errors)):.1%}, worst {max(map(abs, errors)):.1%}, {len(rows)} cases")

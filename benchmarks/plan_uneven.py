@@ -1,14 +1,16 @@
 """Predicted against measured step time of unequal workers: the planner's word before the run, and the run.
 
-    python benchmarks/plan_uneven.py [--cases 1:2:4:1 1:8 pipeline islands] [--runs 3] [--steps 12] [--quick] [--json]
+    python benchmarks/plan_uneven.py [--cases 1:2:4:1 1:8 ...] [--runs 3] [--steps 8] [--quick] [--json]
 
 A machine is measured once, as `motley fleet probe` does it, with one thread. A case is a fleet of such machines that
 are slowed down (`emulated:`), for which the planner makes a plan and says how long a step takes; then `motley pretrain
 --emulate FLEET --plan PLAN` runs it, in real processes, and says how long a step took. Nothing is fitted to a case.
 
     1:2:4:1, 1:8    workers of these speeds, each with the whole model; optimizer state shared by all (ZeRO 1)
+    straggler       1:2:4:1 after its fastest worker has slowed down to a fifth
+    capped          1:2:4:1, CPU time taken away by control groups instead of waiting (takes root)
     pipeline        two workers of speeds 1:2, of the plans that cut the model between them the fastest
-    islands         two islands, of speeds 1:2 and 4, over 20 Mb/s and 20 ms
+    islands         two islands, of speeds 1:2 and 4, over 100 Mb/s and 50 ms
 """
 
 import argparse
@@ -42,11 +44,11 @@ from motley.progress import Progress
 from motley.train.crew import free_port
 from motley.train.metrics import read_metrics
 
-MODEL, SEQ_LEN = "nano", 64
+MODEL, SEQ_LEN, VOCAB_SIZE = "nano", 64, 2048
 TOKENS = 1e9  # of the planned run; a step does not depend on them
 BUSIEST = 0.45  # share of a core that the fastest worker uses, so that the machine is not what all wait for
 FIRST_STEPS = 3  # in which shares are found
-LINK = {"bandwidth": "20 Mb/s", "latency": "20 ms"}
+LINK = {"bandwidth": "100 Mb/s", "latency": "25 ms"}  # one way
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Case:
         rows: of a step.
         sites: of each worker, where there are several.
         pipeline: whether all form one.
+        emulate_by: what makes a worker slow.
         options: of the run, besides.
     """
 
@@ -66,6 +69,7 @@ class Case:
     rows: int
     sites: tuple[str, ...] = ()
     pipeline: bool = False
+    emulate_by: str = "wait"
     options: tuple[str, ...] = ()
 
     @property
@@ -75,8 +79,10 @@ class Case:
 
 
 CASES = (
-    Case("1:2:4:1", (1, 2, 4, 1), 128),
-    Case("1:8", (1, 8), 128),
+    Case("1:2:4:1", (1, 2, 4, 1), 512),
+    Case("1:8", (1, 8), 576),
+    Case("straggler", (1, 2, 0.8, 1), 512),
+    Case("capped", (1, 2, 4, 1), 512, emulate_by="cap"),
     Case("pipeline", (1, 2), 64, pipeline=True),
     Case("islands", (1, 2, 4), 96, ("north", "north", "south"), options=("--fragments=3", "--overlap=3")),
 )
@@ -86,7 +92,7 @@ def measured_pool() -> dict[str, Any]:
     """This machine with one thread, as a pool of one chip."""
     torch.set_num_threads(1)
     (pool,) = yaml.safe_load(fleet_text([probe(20.0, torch.device("cpu"), grid=True)]))["pools"]
-    return pool | {"precision": "fp32", "nodes": 1, "chips_per_node": 1}
+    return pool | {"nodes": 1, "chips_per_node": 1}
 
 
 def fleet_of(case: Case, machine: dict[str, Any]) -> str:
@@ -123,7 +129,7 @@ def run(case: Case, folder: Path, data: Path, steps: int) -> list[float]:
     port = free_port()
     options = [
         f"--out={folder / 'run'}", f"--data={data}", f"--model={MODEL}", f"--plan={folder / 'plan.json'}",
-        f"--emulate={folder / 'fleet.yaml'}", "--emulate-by=wait", "--precision=fp32", "--device=cpu",
+        f"--emulate={folder / 'fleet.yaml'}", f"--emulate-by={case.emulate_by}", "--device=cpu",
         f"--steps={steps}", f"--batch-rows={case.rows}", f"--seq-len={SEQ_LEN}", "--valid-rows=8",
         f"--valid-every={10**6}", f"--checkpoint-every={10**6}", *case.options,
     ]  # fmt: skip
@@ -192,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12, help="that count, of a run")
+    parser.add_argument("--steps", type=int, default=8, help="that count, of a run")
     parser.add_argument("--quick", action="store_true", help="one run of three steps")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -201,10 +207,7 @@ def main() -> None:
     machine = measured_pool()
     with tempfile.TemporaryDirectory() as place, Progress("running", total=len(chosen), unit="cases") as bar:
         folder = Path(place)
-        text = folder / "text.jsonl"
-        words = " ".join(f"word{number % 97} of line {number}" for number in range(20_000))
-        write_text(text, "\n".join(json.dumps({"text": words[at : at + 400]}) for at in range(0, len(words), 400)))
-        prepared = prepare(DataConfig(data=(str(text),), vocab_size=512), folder / "data")
+        prepared = prepare(DataConfig(vocab_size=VOCAB_SIZE), folder / "data")  # Python's standard library
         shape = deepseek(replace(SIZES[MODEL], vocab_size=prepared.vocab_size), MODEL)
         found = []
         for case in chosen:

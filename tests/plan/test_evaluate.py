@@ -254,6 +254,7 @@ def only(folder: Path, header: str, row: str) -> Case:
         ("model,chip,engine", "Llama-3-8B,A100,FSDP", "torchtitan-eager", "bf16", "1f1b", 3),
         ("model,chip,engine", "Llama-3-8B,A100,our runtime", "motley", "bf16", "1f1b", 1),
         ("model,chip,engine", "nano,desktop-core,motley", "motley-cpu", "bf16", "1f1b", None),
+        ("model,chip,precision", "nano,desktop-core,fp32", "motley-cpu-plain", "fp32", "1f1b", None),
         ("model,chip,precision", "Llama-3-8B,V100-SXM2-32GB,mixed", "megatron-core", "fp16", "1f1b", 1),
         ("model,chip,precision", "Llama-3-8B,NVIDIA A100-SXM4-80GB,bf16-mixed", "megatron-core", "bf16", "1f1b", 1),
     ],

@@ -1,7 +1,8 @@
 """Layouts to predict, read from a CSV file (`table.py`): what a row leaves out is chosen by the rules below.
 
-engine      motley-cpu on CPUs; deepseek for MLA; torchtitan where weights are sharded (zero 3); megatron-core for
-            gated MLPs, and on chips with fp8; else megatron (what GPTs were trained with before such chips)
+engine      motley-cpu on CPUs (in fp32 motley-cpu-plain); deepseek for MLA; torchtitan where weights are sharded
+            (zero 3); megatron-core for gated MLPs, and on chips with fp8; else megatron (what GPTs were trained with
+            before such chips)
 precision   fp8 for V3's generation under deepseek on chips with fp8; else the chip's 16 bits
 schedule    under deepseek: dualpipe for V3's generation, zero_bubble for V2's; else 1f1b
 recompute, zero         the engine's habit
@@ -310,7 +311,7 @@ def _engine_name(row: _Row, shape: Shape, chip: Chip) -> str:
     name = re.sub(r"[\s_]+", "-", row.text("engine").lower())
     name = re.sub(r"-?v?\d+(\.\d+)*$", "", name) or name  # Megatron-Core v0.9
     if chip.kind == "cpu" and name in ("", "motley"):
-        return "motley-cpu"
+        return "motley-cpu-plain" if row.word("precision") == "fp32" else "motley-cpu"
     if name not in ("", *MEGATRONS):
         return name
     if not name and shape.family == "deepseek":

@@ -20,6 +20,7 @@ FADE = 0.02
 ENGINES = (
     "motley",
     "motley-cpu",
+    "motley-cpu-plain",
     "megatron",
     "megatron-core",
     "megatron-deepspeed",
@@ -81,6 +82,7 @@ class Engine:
         gradient_bytes, weight_bytes: bytes per gradient and per weight (ZeRO) on the wire.
         optimizer_passes: bytes per parameter that the optimizer reads and writes.
         muon: whether matrices are trained with Muon, whose products are costed besides.
+        muon_efficiency: how fast those are, against products of layers of the same size.
         optimizer_seconds, step_seconds: fixed costs: per layer of the optimizer, per step.
         skew: share of a step lost in waiting for the slowest rank, per doubling of the nodes.
         most_tensor, most_context: largest degrees of tensor and context parallelism it can run.
@@ -133,6 +135,7 @@ class Engine:
     weight_bytes: float
     optimizer_passes: float
     muon: bool
+    muon_efficiency: float
     optimizer_seconds: float
     step_seconds: float
     skew: float

@@ -50,8 +50,10 @@ class Job:
         return math.ceil(self.tokens / (self.seq_len * self.global_batch))
 
     def engine_for(self, pool: Pool) -> Engine:
-        on_cpu = pool.sheet.kind == "cpu"
-        engine = load_engine("motley-cpu" if on_cpu and self.engine == "motley" else self.engine)
+        name = self.engine
+        if name == "motley" and pool.sheet.kind == "cpu":  # kernels of our own are for bf16
+            name = "motley-cpu" if pool.best_precision == "bf16" else "motley-cpu-plain"
+        engine = load_engine(name)
         return engine if pool.speed == 1 else engine.at_speed(pool.speed)
 
     def precision_for(self, pool: Pool) -> str:

@@ -151,7 +151,7 @@ def muon_seconds(block: Block, hardware: Hardware, engine: Engine, precision: st
         share = hardware.curve_factor(wide, matmul.held, *sides)
         if share is None:
             share = short / (short + engine.half_outer)
-        rate = hardware.flops[wide] * engine.matmul_efficiency[wide] * float(np.squeeze(share))
+        rate = hardware.flops[wide] * engine.matmul_efficiency[wide] * engine.muon_efficiency * float(np.squeeze(share))
         moved = MUON_STEPS * 3 * matmul.held * cut * short * long * VALUE_BYTES / _memory_rate(hardware, engine)
         totals[matmul.held > 1] += flops / rate + moved
     return totals[0], totals[1]

@@ -82,6 +82,8 @@ def parts_of(text: str, workers: int, plan: Mapping[str, Any] | None) -> list[Pa
                 f"make the plan with --fleet {text}"
             )
         seats |= dict(zip(ranks, whole.get(name, ()), strict=False))
+    if sorted(seats) != list(range(workers)):
+        raise InputError(f"the plan is for {len(seats)} workers, but {workers} were started")
     return [seats[rank] for rank in range(workers)]
 
 

@@ -26,14 +26,17 @@ from motley.plan.shape import shape_of
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
 from motley.train.layout import IslandLayout, Place, island_of, place_of
-from motley.train.optimizer import OptimizerName
+from motley.train.optimizer import NUMBERS_AT_ONCE, OptimizerName
 from motley.train.parts import bytes_kept_anyway, bytes_kept_once, cut_parts, held_bytes
 from motley.train.timing import memory_bytes
+from motley.train.traffic import AT_ONCE, MESSAGE_BYTES
 
 FP32_BYTES = 4
 SPARE = 1.15  # of saved activations over the planner's count of them: 1.12 for nano, in fp32
 STATE_SHARE = 0.5  # of the memory that is left may hold what is kept once, and more only where that is not enough
 NEW_HIGH = 1.1  # times what was last said of a worker's memory is worth saying again
+ALLOCATED = 1.15  # of what is held over what is counted (docs/benchmarks.md, what a worker keeps)
+UPDATE_COPIES = 4  # of the numbers that Muon orthogonalises at once, in fp32
 SLACK = 1.05  # room for parts that do not fill it to the byte
 STATES = {"muon": 1, "adamw": 2}  # tensors of a parameter's size (Muon leaves AdamW's two to the few others)
 
@@ -62,13 +65,13 @@ class Need:
     """Of one worker, in bytes.
 
     Attributes:
-        held: weights, gradients and optimizer state.
+        held: weights, gradients and optimizer state, and without a plan what updates and messages take besides.
         row: activations of one row of every micro-batch in flight.
         rows: that a micro-batch must have.
         budget: what it may hold.
     """
 
-    held: int
+    held: float
     row: float
     rows: int
     budget: float
@@ -114,6 +117,14 @@ def dealt(
     return found
 
 
+def in_passing_bytes(shape: ModelConfig, zero: int, workers: int) -> float:
+    """Messages that are under way (with ZeRO 3 about a layer's), and the copies of what is updated at once."""
+    whole = sum(part.parameters for part in parts(shape, 0)) * FP32_BYTES
+    travelling = whole / shape.num_hidden_layers if zero == 3 else whole
+    messages = min(AT_ONCE * MESSAGE_BYTES, travelling) if workers > 1 else 0
+    return messages + UPDATE_COPIES * min(NUMBERS_AT_ONCE * FP32_BYTES, whole)
+
+
 def row_bytes(shape: ModelConfig, place: Place, seq_len: int, number_bytes: int, recompute: bool) -> float:
     """Activations that a worker holds for one row of each micro-batch that its schedule has in flight."""
     plain, engine = shape_of(shape, "model", ""), load_engine("motley-cpu")
@@ -143,9 +154,12 @@ def within_memory(
     """
     own = island_of(islands, crew.rank)
     rank = list(own.ranks).index(crew.rank)
-    held = held_bytes(shape, own.layout, rank, config.optimizer, mtp=bool(config.mtp_weight)).total
+    held: float = held_bytes(shape, own.layout, rank, config.optimizer, mtp=bool(config.mtp_weight)).total
     place = place_of(own.layout, rank)
     row = row_bytes(shape, place, config.seq_len, ACTIVATIONS[formats[crew.rank]].itemsize, config.recompute)
+    if not config.plan:  # a plan has margins of its own
+        held = ALLOCATED * (held + in_passing_bytes(shape, own.layout.zero, crew.size))
+        row = ALLOCATED * row
     rows = place.team.micro_batch if config.plan else 1
     needs: list[Need] = crew.all_values(Need(held, row, rows, budgets[crew.rank]))
     tight = min(range(crew.size), key=lambda other: needs[other].most_rows - needs[other].rows)
@@ -153,9 +167,9 @@ def within_memory(
     if need.most_rows < need.rows:
         raise InputError(
             f"worker {tight} needs about {in_megabytes(need.held + need.rows * need.row)} "
-            f"({in_megabytes(need.held)} for weights, gradients and optimizer state, the rest for a micro-batch of "
-            f"{need.rows} x {config.seq_len} tokens) and may hold {in_megabytes(need.budget)}; choose a smaller "
-            "--model or --seq-len, --recompute, or a plan that gives it less"
+            f"({in_megabytes(need.held)} for weights, gradients, optimizer state and messages, the rest for a "
+            f"micro-batch of {need.rows} x {config.seq_len} tokens) and may hold {in_megabytes(need.budget)}; choose "
+            "a smaller --model or --seq-len, --recompute, or a plan that gives it less"
         )
     return (
         islands
