@@ -29,7 +29,7 @@ from motley.train.metrics import read_metrics
 from motley.train.slow_link import DEVICE, SlowLinks
 
 COMMON: dict[str, Any] = {
-    "model": "nano", "batch_rows": 8, "seq_len": 128, "micro_batch": 8, "precision": "fp32", "device": "cpu",
+    "model": "nano", "batch_rows": 8, "seq_len": 128, "micro_batch": 8, "precision": "bf16", "device": "cpu",
     "checkpoint_every": 10**6, "valid_rows": 256,
 }  # fmt: skip
 ISLANDS = {"islands": 2, "sync_every": 30}

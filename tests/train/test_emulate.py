@@ -71,6 +71,8 @@ def test_with_a_plan_each_worker_plays_the_chip_that_the_plan_gave_it(fleet: str
     ]
     parts = parts_of(fleet, 3, {"pools": pools, "teams": teams})
     assert [(part.pool, part.chip) for part in parts] == [("small", 0), ("big", 0), ("small", 1)]
+    with pytest.raises(InputError, match="the plan is for 3 workers, but 4 were started"):
+        parts_of(fleet, 4, {"pools": pools, "teams": teams})
     teams[0]["dp"] = 2
     with pytest.raises(InputError, match=r"2 workers in pool big, .* has 1 such chips; make the plan with --fleet"):
         parts_of(fleet, 5, {"pools": pools, "teams": teams})
