@@ -29,7 +29,7 @@ from motley.train.metrics import read_metrics
 from motley.train.slow_link import DEVICE, SlowLinks
 
 COMMON: dict[str, Any] = {
-    "model": "nano", "batch_rows": 8, "seq_len": 128, "micro_batch": 8, "precision": "bf16", "device": "cpu",
+    "model": "nano", "batch_rows": 8, "seq_len": 128, "micro_batch": 8, "device": "cpu",
     "checkpoint_every": 10**6, "valid_rows": 256,
 }  # fmt: skip
 ISLANDS = {"islands": 2, "sync_every": 30}
@@ -79,15 +79,16 @@ def validations(records: list[dict[str, Any]]) -> list[tuple[int, float, float]]
 
 def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
     """Both ways over a slow link; the crew's steps are few, because each takes seconds."""
+    precision = {"precision": arguments.precision}
     steps, more = (6, 10) if arguments.quick else (arguments.steps, round(arguments.steps * arguments.more))
     with slow_links(2, arguments.megabits, arguments.round_trip) as link:
         megabits, trip = measured(link)
-        crew = train(folder / "crew", data, link, {"steps": steps, "valid_every": max(1, steps // 6)})
+        crew = train(folder / "crew", data, link, precision | {"steps": steps, "valid_every": max(1, steps // 6)})
         found = {
             "megabits": megabits, "round_trip_seconds": trip, "by": link.way,
             "crew": validations(crew),
         }  # fmt: skip
-        chosen = WAYS[arguments.way] | {"sync_every": arguments.sync_every or ISLANDS["sync_every"]}
+        chosen = precision | WAYS[arguments.way] | {"sync_every": arguments.sync_every or ISLANDS["sync_every"]}
         if arguments.plan:
             chosen = {**chosen, "islands": 1, "sync_every": None, "plan": arguments.plan}
         settings = chosen | {"steps": more, "valid_every": max(1, more // 12)}
@@ -113,11 +114,12 @@ def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> di
 def at_equal_tokens(arguments: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
     """Held-out loss after the last step of each way, by seed."""
     steps = 20 if arguments.quick else arguments.steps
-    found: dict[str, Any] = {"settings": COMMON | {"steps": steps}, "ways": {}}
+    found: dict[str, Any] = {"settings": COMMON | {"steps": steps, "precision": arguments.precision}, "ways": {}}
     for way in arguments.ways:
         losses = []
         for seed in range(1 if arguments.quick else arguments.seeds):
             settings = WAYS[way] | {"steps": steps, "valid_every": steps, "seed": seed, "inner_steps": "planned"}
+            settings["precision"] = arguments.precision
             losses.append(validations(train(folder / f"{way}-{seed}", data, None, settings))[-1][2])
         found["ways"][way] = {"settings": WAYS[way], "losses": losses}
     return found
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, default="islands", help="link: how the islands meet")
     parser.add_argument("--sync-every", type=int, help="link: steps between two meetings")
     parser.add_argument("--plan", type=Path, help="link: a plan of two islands of one worker; its step is compared")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--megabits", type=float, default=100.0, help="a second, each direction")
     parser.add_argument("--round-trip", type=float, default=0.05, help="seconds")
     parser.add_argument("--seeds", type=int, default=3)
