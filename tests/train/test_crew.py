@@ -1,6 +1,7 @@
 """The real commands under torchrun: uneven workers learn what one process learns, and go on whoever is left."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from crews import free_port, on_crew
 from test_resume import STEPS, command
 from test_resume import data as data  # the fixture
@@ -17,7 +19,10 @@ from test_resume import shape as shape
 
 from motley.errors import CrewError, InputError
 from motley.plan.partition import apportion
-from motley.train.crew import Crew
+from motley.train import crew as crew_module
+from motley.train import start
+from motley.train.crew import Crew, join_crew
+from motley.train.layout import islands_side_by_side
 from motley.train.shares import Shares
 
 
@@ -138,6 +143,43 @@ def disagree(crew: Crew) -> str:
 def test_a_worker_with_other_data_is_named_on_every_worker():
     for message in on_crew(3, disagree):
         assert message.startswith("worker 1 has data xyz, worker 0 has abc;")
+
+
+def meet_as(crew: Crew, kinds: list[str], port: int) -> tuple[bool, list[list[float]], float, list[float]]:
+    """Crews meet anew as torchrun's workers do, on devices of these kinds; all tensors lie in the host's memory."""
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(crew.rank), "WORLD_SIZE": str(crew.size), "MASTER_PORT": str(port)}
+    crew_module.seat_of = lambda device: str(device)  # there is no GPU to ask
+    met = join_crew(torch.device(kinds[crew.rank]))
+    ours = met.part([[0, 1]])
+    passed = torch.full((3,), float(crew.rank))
+    ours.send(passed, 1) if crew.leads else ours.receive(passed, 0)
+    return ours.by_host, ours.everyone([float(crew.rank)]), float(ours.sum(torch.ones(()))), passed.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "by_host"), [(["cpu", "cpu"], False), (["cpu", "cuda:0"], True), (["cuda:0", "cuda:0"], True)]
+)
+def test_cpus_and_gpus_and_those_who_share_a_gpu_meet_in_the_hosts_memory(kinds: list[str], by_host: bool):
+    for found in on_crew(2, meet_as, kinds, free_port()):
+        assert found == (by_host, [[0.0], [1.0]], 2.0, [0.0, 0.0, 0.0])
+
+
+def of_makes(crew: Crew, makes: list[str], zero: int) -> str:
+    start.device_name = lambda device: makes[crew.rank]  # type: ignore[assignment]
+    try:
+        start.check_devices(islands_side_by_side("1", crew.size, 2, 1, zero), crew)  # type: ignore[arg-type]
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_copies_of_the_model_on_chips_of_several_makes_are_refused_on_all():
+    first, second = on_crew(2, of_makes, ["one make", "another"], 0)
+    assert first == second
+    assert "another and one make round differently" in first
+    assert "choose --zero 1" in first
+    assert on_crew(2, of_makes, ["one make", "another"], 1) == on_crew(2, of_makes, ["one", "one"], 0) == ["", ""]
 
 
 def test_a_worker_that_is_gone_ends_the_others_with_a_sentence():

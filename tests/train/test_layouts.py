@@ -231,6 +231,21 @@ def assert_same_steps(
             assert error(tensor, weights[name]) <= 1e-4, (layout, name)
 
 
+def take_steps_by_copies(crew: Crew, cases: list[tuple[Layout, PretrainConfig, int]]) -> list[Any]:
+    Crew.posted = lambda self, tensor: tensor.clone()  # of this process alone, which ends with the crew
+    return take_steps(crew, cases)
+
+
+@pytest.mark.slow(15)
+def test_what_travels_through_the_hosts_memory_is_the_same_step():
+    """Copies stand in for a GPU's memory: nothing may come back before it has arrived, or not at all."""
+    chance = random.Random(11)
+    cases = [(random_layout(3, chance), settings(mtp_weight=0.3), number) for number in range(6)]
+    teams = tuple(Team(((rank,),), (DEEP.num_hidden_layers,), micro_batch=rank + 1) for rank in range(3))
+    cases += [(Layout(teams, zero=zero), settings(), zero) for zero in (2, 3)]  # type: ignore[arg-type]
+    assert_same_steps(on_crew(3, take_steps_by_copies, cases), cases)
+
+
 HANGING = (1.0, 3.0, 6.0)
 """Micro-batches of three workers in a step: with unequal numbers, sharded engines wait for each other for ever."""
 

@@ -45,7 +45,7 @@ class Crew:
     Attributes:
         rank: its number, from 0.
         size: how many there are.
-        device: what it computes on; messages travel from there.
+        device: what it computes on.
         groups: process groups made so far, by their workers' numbers among all.
         watch: what this worker does with its time; all messages are waits.
         patience: seconds to wait for a silent worker.
@@ -53,6 +53,8 @@ class Crew:
         members: of a part, its workers' numbers among all.
         whole: the crew that a part belongs to.
         links: slow cables between the workers, where some are pretended.
+        by_host: whether sums travel through the host's memory, as CPUs and GPUs together need it, and workers that
+            share a GPU. Messages between two workers always do: over NCCL those that cross could block each other.
     """
 
     rank: int = 0
@@ -65,6 +67,7 @@ class Crew:
     members: tuple[int, ...] = ()
     whole: "Crew | None" = None
     links: Links | None = field(default=None, compare=False)
+    by_host: bool = False
 
     @property
     def alone(self) -> bool:
@@ -82,7 +85,10 @@ class Crew:
         links = self.links and self.links.among(own)
         processes = tuple(self.processes[rank] for rank in own) if self.processes else ()
         place = own.index(self.rank)
-        return Crew(place, len(own), self.device, self.groups, self.watch, self.patience, processes, own, self, links)
+        return Crew(
+            place, len(own), self.device, self.groups, self.watch, self.patience, processes, own, self, links,
+            self.by_host,
+        )  # fmt: skip
 
     def form(self, groups: Iterable[Sequence[int]]) -> None:
         """Make process groups of these ranks; every worker calls this with the same groups.
@@ -109,10 +115,17 @@ class Crew:
     def sum(self, values: Tensor, ranks: Sequence[int] | None = None) -> Tensor:
         """`values`, in place, added up over the workers `ranks` (default: all)."""
         if not self.alone and (ranks is None or len(ranks) > 1):
-            self.talk("adding up", lambda: dist.all_reduce(values, group=self.group(ranks)), ranks or ())
+            travelling = self.posted(values)
+            self.talk("adding up", lambda: dist.all_reduce(travelling, group=self.group(ranks)), ranks or ())
+            if travelling is not values:
+                values.copy_(travelling)
             self.watch.summed(values.nbytes, len(ranks or range(self.size)))
             self.crossed("adding up", [(ranks, None, values.nbytes)])
         return values
+
+    def posted(self, tensor: Tensor) -> Tensor:
+        """What travels of a tensor that takes part in a sum: itself, or a copy in the host's memory."""
+        return tensor.cpu() if self.by_host else tensor
 
     def outgoing(self, tensor: Tensor) -> Tensor:
         """Where messages leave from: the device of a crew, or wherever the tensor is when there is nobody to tell."""
@@ -123,7 +136,7 @@ class Crew:
         mine = torch.tensor(values, dtype=torch.float64)
         if self.alone:
             return [mine.tolist()]
-        mine = mine.to(self.device)
+        mine = mine if self.by_host else mine.to(self.device)
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         self.talk("sharing numbers", lambda: dist.all_gather(rows, mine, group=self.group()))
         self.watch.moved((self.size - 1) * mine.nbytes, (self.size - 1) * mine.nbytes)
@@ -172,10 +185,10 @@ class Crew:
 
     def begin_to_send(self, tensor: Tensor, to: int) -> list[tuple[Any, Tensor]]:
         """(what can be waited for, the tensor until then) of each message under way; the receiver calls `receive`."""
-        messages, there = [tensor.contiguous()], self.among_all(to)
+        messages, there = [tensor.contiguous().cpu()], self.among_all(to)
         if self.links is not None and self.links.crosses(to):
             arrival = self.links.arrival(to, tensor.nbytes)
-            messages.insert(0, torch.tensor([arrival], dtype=torch.float64, device=self.device))
+            messages.insert(0, torch.tensor([arrival], dtype=torch.float64))
         self.watch.moved(tensor.nbytes, 0)
         return [(self.talk(f"sending to worker {to}", lambda m=m: dist.isend(m, dst=there), [to]), m) for m in messages]
 
@@ -185,15 +198,18 @@ class Crew:
 
     def receive(self, tensor: Tensor, source: int) -> Tensor:
         """Fill `tensor` with what worker `source` sends."""
+        here = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
 
         def message() -> None:
-            arrival, there = torch.zeros(1, dtype=torch.float64, device=self.device), self.among_all(source)
+            arrival, there = torch.zeros(1, dtype=torch.float64), self.among_all(source)
             if self.links is not None and self.links.crosses(source):
                 dist.recv(arrival, src=there)
-            dist.recv(tensor, src=there)
+            dist.recv(here, src=there)
             time.sleep(max(0.0, float(arrival) - time.monotonic()))
 
         self.talk(f"waiting for worker {source}", message, [source])
+        if here is not tensor:
+            tensor.copy_(here)
         self.watch.moved(0, tensor.nbytes)
         return tensor
 
@@ -312,6 +328,11 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
     raise CrewError(f"worker {rank} waited {PREPARING_SECONDS:.0f} s for worker 0 to begin; start the job again")
 
 
+def seat_of(device: torch.device) -> str:
+    """A device by its kind, and a GPU by its serial number: NCCL needs one of its own for each worker."""
+    return f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else device.type
+
+
 def join_crew(device: torch.device, patience: float = PATIENCE_SECONDS) -> Crew:
     """Meet the other workers of this job, if torchrun (or anything that sets its variables) started one.
 
@@ -322,10 +343,14 @@ def join_crew(device: torch.device, patience: float = PATIENCE_SECONDS) -> Crew:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Crew(device=device)
+    by_host = False
     if not dist.is_initialized():
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         limit = timedelta(seconds=PREPARING_SECONDS)
         store, rank, _ = next(rendezvous("env://", timeout=limit))
         store = _fresh(store, rank, size)
+        store.set(f"device/{rank}", seat_of(device))
+        seats = [store.get(f"device/{other}").decode() for other in range(size)]
+        apart = len(set(seats)) == size and all(seat.startswith("cuda") for seat in seats)
+        backend, by_host = ("cpu:gloo,cuda:nccl", False) if apart else ("gloo", set(seats) != {"cpu"})
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
-    return Crew(dist.get_rank(), size, device, patience=patience).acquainted()
+    return Crew(dist.get_rank(), size, device, patience=patience, by_host=by_host).acquainted()

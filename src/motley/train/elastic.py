@@ -127,7 +127,7 @@ class Memory:
             island.begin_round(kept.at.step)
         if isinstance(crew, LiveCrew):
             assert crew.door is not None
-            crew.door.introduce({**facts(worker.settings, crew.device, data), DATA: str(data)})
+            crew.door.introduce({**facts(worker.settings, data), DATA: str(data)})
             worker.shares = _shares(crew.names, rates)
             if rates:
                 kept.news = [_news(crew.names, tuple(rates), kept.at.step)]
@@ -157,7 +157,7 @@ def live(config: TrainingConfig, work: Callable[[Crew, Memory], Result]) -> Resu
         raise InputError("--live has only been run on CPUs so far; add --device cpu, or use torchrun --max-restarts")
 
     def check(theirs: Mapping[str, str]) -> None:
-        mine = facts(config, device, Path(theirs[DATA]))
+        mine = facts(config, Path(theirs[DATA]))
         compare("this worker", mine, "the crew at work", {name: theirs[name] for name in theirs if name != DATA})
 
     memory = Memory()

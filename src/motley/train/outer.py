@@ -45,8 +45,8 @@ class Fragment:
         return [*self.shapes, *self.biases]
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """One fp32 vector of its tensors."""
-        return torch.cat([tensors[name].detach().reshape(-1).float() for name in self.names])
+        """One fp32 vector of its tensors, in the host's memory, where islands meet."""
+        return torch.cat([tensors[name].detach().reshape(-1).float().cpu() for name in self.names])
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """The inverse of `flat`: views into the vector."""

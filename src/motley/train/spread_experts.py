@@ -70,10 +70,11 @@ def all_to_all(values: Tensor, leaving: list[int], arriving: list[int], crew: Cr
     by_rank = sorted(range(len(ranks)), key=lambda place: ranks[place])
     if by_rank != list(range(len(ranks))):
         raise ValueError(f"the workers of an expert group must stand in the order of their ranks, not {ranks}")
-    received = values.new_empty(sum(arriving), *values.shape[1:])
+    posted = crew.posted(values.contiguous())
+    received = posted.new_empty(sum(arriving), *values.shape[1:])
     crew.talk(
         "exchanging tokens of experts",
-        lambda: dist.all_to_all_single(received, values.contiguous(), arriving, leaving, group=crew.group(ranks)),
+        lambda: dist.all_to_all_single(received, posted, arriving, leaving, group=crew.group(ranks)),
         ranks,
     )
     row, own = values.element_size() * values.shape[1:].numel(), ranks.index(crew.rank)
@@ -84,7 +85,7 @@ def all_to_all(values: Tensor, leaving: list[int], arriving: list[int], crew: Cr
             for counts in (leaving, arriving)
         )
         crew.talk("exchanging tokens of experts", lambda: links.exchange(ranks, sent, got), ranks)
-    return received
+    return received.to(values.device)
 
 
 class _Travel(torch.autograd.Function):

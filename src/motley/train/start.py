@@ -7,7 +7,7 @@ others     wait, then check that they see the same code, data and settings     â
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.device import Format, choose_device
 from motley.fleet.inventory import Emulated
-from motley.fleet.probe import Machine, glance
+from motley.fleet.probe import Machine, device_name, glance
 from motley.model import ModelConfig, Transformer
+from motley.progress import note
 from motley.train.cast import parts_of
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew, join_crew
@@ -54,12 +55,12 @@ def sources() -> str:
     return found.hexdigest()[:12]
 
 
-def facts(config: TrainingConfig, device: torch.device, data: Path) -> dict[str, str]:
-    """What must be the same on all workers: program, kind of device, data and settings."""
+def facts(config: TrainingConfig, data: Path) -> dict[str, str]:
+    """What must be the same on all workers: program, data and settings."""
     settings = {name: str(value) for name, value in dataclasses.asdict(config).items() if name not in OWN}
     known = str(read_json(data / DATA_FILE).get("fingerprint")) if (data / DATA_FILE).is_file() else "missing"
     versions = {"motley": __version__, "source code": sources(), "PyTorch": torch.__version__.split("+")[0]}
-    return {**versions, "kind of device": device.type, "data": known, **settings}
+    return {**versions, "data": known, **settings}
 
 
 def plan_of(config: TrainingConfig) -> dict[str, Any] | None:
@@ -92,6 +93,27 @@ def islands_for(
     return islands, config.sync_every or plan.get("inner_steps") or USUAL_ROUND
 
 
+def check_devices(islands: Sequence[IslandLayout], crew: Crew) -> None:
+    """Raises InputError, on every worker, where copies of a model would drift apart: each make rounds in its own way.
+
+    What has never run is said aloud.
+    """
+    names: list[str] = crew.all_values(device_name(crew.device))
+    for island in islands:
+        makes = sorted({names[rank] for rank in island.ranks})
+        if island.layout.zero == 0 and len(island.layout.lanes) > 1 and len(makes) > 1:
+            raise InputError(
+                f"with ZeRO 0 every worker updates its own copy of the model, and {' and '.join(makes)} round "
+                "differently, so that copies would drift apart; choose --zero 1, where each weight is updated once"
+            )
+    piped = any(team.stages > 1 for island in islands for team in island.layout.teams)
+    if crew.leads and (crew.by_host or (piped and crew.device.type != "cpu")):
+        note(
+            "pipelines over GPUs, and crews that share a GPU or have CPUs too, have only been tested on CPUs: compare "
+            "losses of a few steps with those of one worker alone"
+        )
+
+
 def employ(
     config: TrainingConfig,
     shape: ModelConfig,
@@ -115,9 +137,10 @@ def employ(
     plan = crew.led(lambda: plan_of(config))
     pretended = crew.led(lambda: parts_of(config.emulate, crew.size, plan)) if config.emulate else []
     islands, every = crew.led(lambda: islands_for(config, shape, crew, plan))
-    crew.agree({**facts(config, crew.device, data), "shape": str(shape)})
+    crew.agree({**facts(config, data), "shape": str(shape)})
     if crew.alone:
         check_memory(shape, config.optimizer, crew.device)
+    check_devices(islands, crew)
     own = island_of(islands, crew.rank)
     emulated = pretended[crew.rank].emulated if pretended else Emulated()
     asked = asked_format(config.precision, emulated.precision, own.layout, own.ranks.index(crew.rank))

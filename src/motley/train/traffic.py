@@ -4,7 +4,8 @@
     under way      █████████ █████████ █████████           the fourth waits until the first has arrived
 
 Every worker starts the messages that it takes part in in the same order, so whatever is waited for is on its way.
-Numbers travel from where they lie: there is no second copy.
+Numbers travel from where they lie: there is no second copy, but in crews of several kinds of device, where each piece
+goes through the host's memory.
 """
 
 from collections import deque
@@ -24,7 +25,7 @@ class Traffic:
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
-        self._under_way: deque[tuple[str, tuple[int, ...], dist.Work | None, Tensor]] = deque()
+        self._under_way: deque[tuple[str, tuple[int, ...], dist.Work | None, Tensor, Tensor]] = deque()
         self._travelled: list[tuple[tuple[int, ...], int | None, int]] = []  # workers, owner, bytes
         self._doing = ""  # the newest message
 
@@ -72,11 +73,14 @@ class Traffic:
         self._doing = doing
         for piece in flat.split(MESSAGE_BYTES // flat.element_size()):
             self._arrive(AT_ONCE - 1)
-            work = self._crew.talk(doing, lambda: message(piece), holders)  # noqa: B023  (called at once)
-            self._under_way.append((doing, holders, work, piece))
+            posted = self._crew.posted(piece)
+            work = self._crew.talk(doing, lambda: message(posted), holders)  # noqa: B023  (called at once)
+            self._under_way.append((doing, holders, work, posted, piece))
 
     def _arrive(self, left: int) -> None:
         while len(self._under_way) > left:
-            doing, holders, work, _ = self._under_way.popleft()
+            doing, holders, work, posted, piece = self._under_way.popleft()
             if work is not None:
                 self._crew.talk(doing, work.wait, holders)
+            if posted is not piece:
+                piece.copy_(posted)

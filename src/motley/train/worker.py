@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from motley.data.stream import NO_LOSS, PADDING, Batch, TokenStream
-from motley.errors import InputError
 from motley.fleet.device import ACTIVATIONS, Format
 from motley.model import ModelConfig, Transformer
 from motley.plan.partition import apportion
@@ -65,11 +64,6 @@ class Worker:
         dtype, wire = ACTIVATIONS[all_formats[crew.rank]], wire_dtype(all_formats)
         self.config, self.settings, self.layout, self.crew = config, settings, layout, crew
         self.place = place = place_of(layout, crew.rank)
-        if place.team.stages > 1 and crew.device.type != "cpu":
-            raise InputError(
-                "pipelines have only been run on CPUs so far: their messages could block each other on a GPU; "
-                "choose a plan without pipelines"
-            )
         if crew.alone:
             self.model = Transformer(config).to(crew.device) if model is None else model
         else:
