@@ -14,14 +14,12 @@ import json
 import platform
 import statistics
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
+from fit_engines import write
 from scipy.optimize import least_squares
 
-from motley.files import write_text
 from motley.fleet.inventory import parse_fleet
 from motley.fleet.probe import probe
 from motley.fleet.write import fleet_text
@@ -36,7 +34,7 @@ from motley.progress import Progress
 from motley.train.config import PretrainConfig
 
 ROUNDS = 3  # of all cases: a busy minute of the machine then spoils no case in all of them
-ENGINES = Path(__file__).parent.parent / "src/motley/plan/engines"
+WRITTEN = "Written by benchmarks/plan_own_runtime.py --fit; constants: motley.plan.engine.Engine."
 DESCRIPTIONS = {
     "motley-cpu": "motley's own runtime on CPUs, one process, in bf16 with kernels of its own.",
     "motley-cpu-plain": "motley's own runtime on CPUs, one process, in fp32 with PyTorch's operators.",
@@ -192,14 +190,6 @@ def fit(name: str, measured: list[tuple[Case, float]], hardware: dict[int, Hardw
     return engine_of(least_squares(residuals, centre, max_nfev=80).x)
 
 
-def write(engine: Engine) -> None:
-    body = yaml.safe_dump(
-        {key: _plain(value) for key, value in asdict(engine).items()}, sort_keys=False, allow_unicode=True, width=118
-    )
-    head = "# Written by benchmarks/plan_own_runtime.py --fit; constants: motley.plan.engine.Engine.\n"
-    write_text(ENGINES / f"{engine.name}.yaml", head + body)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true")
@@ -210,7 +200,8 @@ def main() -> None:
     hardware = {}
     for threads in (machine.threads, 1):
         torch.set_num_threads(threads)
-        fleet = parse_fleet(fleet_text([probe(20.0, torch.device("cpu"), grid=True)]), "probe")
+        measured_machine = machine if threads == machine.threads else probe(20.0, torch.device("cpu"), grid=True)
+        fleet = parse_fleet(fleet_text([measured_machine]), "probe")
         hardware[threads] = Hardware.of_pool(fleet.pools[0])
     everything = cases(machine.threads)[::5] if arguments.quick else cases(machine.threads)
     rounds = 1 if arguments.quick else ROUNDS
@@ -230,7 +221,7 @@ def main() -> None:
             own = [own[i] for i in np.random.default_rng(0).permutation(len(own))]
             engines[name] = fit(name, own[: len(own) // 2], hardware)
             used += own[len(own) // 2 :]
-            write(fit(name, own, hardware))
+            write(fit(name, own, hardware), WRITTEN)
         print(f"fitted to {len(measured) - len(used)} cases; the other {len(used)}:")
     rows = [(case, seconds, predict(case, hardware, engines[case.engine])) for case, seconds in used]
     errors = [predicted / seconds - 1 for _, seconds, predicted in rows]
@@ -257,16 +248,6 @@ def main() -> None:
             f"measured {1e3 * seconds:7.1f} ms  predicted {1e3 * predicted:7.1f} ms  {error:+.1%}"
         )
     print(f"mean error {statistics.mean(map(abs, errors)):.1%}, worst {max(map(abs, errors)):.1%}, {len(rows)} cases")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Fragment:
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One fp32 vector of its tensors, in the host's memory, where islands meet."""
-        return torch.cat([tensors[name].detach().reshape(-1).float().cpu() for name in self.names])
+        return torch.cat([tensors[name].detach().reshape(-1).float() for name in self.names]).cpu()
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """The inverse of `flat`: views into the vector."""
