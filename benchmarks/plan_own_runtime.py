@@ -5,7 +5,8 @@
                                                    fit them to all, and write those
 
 Every case is a shape and a batch: real steps of the training loop (forward, backward, clipping, optimizer) on random
-tokens; the median of five, the best of three rounds. Products are predicted from this machine's probe, not fitted.
+tokens; the median of five, the better of two rounds. Passes are measured and fitted apart from the update. Products
+are predicted from this machine's probe, not fitted.
 In bf16 motley runs kernels of its own (engine `motley-cpu`), in fp32 PyTorch's operators (`motley-cpu-plain`).
 """
 
@@ -33,8 +34,8 @@ from motley.plan.step import step_seconds
 from motley.progress import Progress
 from motley.train.config import PretrainConfig
 
-ROUNDS = 3  # of all cases: a busy minute of the machine then spoils no case in all of them
-WRITTEN = "Written by benchmarks/plan_own_runtime.py --fit; constants: motley.plan.engine.Engine."
+ROUNDS = 2  # of all cases: a busy minute of the machine then spoils no case in all of them
+WRITTEN = "Written by benchmarks/plan_own_runtime.py --fit, `waiting` by plan_uneven.py; constants: motley.plan.engine."
 DESCRIPTIONS = {
     "motley-cpu": "motley's own runtime on CPUs, one process, in bf16 with kernels of its own.",
     "motley-cpu-plain": "motley's own runtime on CPUs, one process, in fp32 with PyTorch's operators.",
@@ -98,6 +99,8 @@ def cases(cores: int) -> list[Case]:
             Case("dense", dense, 8, 8, 64, "muon", dtype, 1),
             Case("nano", nano, 64, 16, 64, "muon", dtype, 1),
             Case("nano", nano, 32, 4, 64, "adamw", dtype, 1),
+            Case("nano, no MTP", replace(nano, num_nextn_predict_layers=0), 16, 16, 64, "muon", dtype, 1),
+            Case("nano, no MTP", replace(nano, num_nextn_predict_layers=0), 32, 4, 128, "adamw", dtype, 1),
             Case("nano", nano, 32, 8, 128, "muon", dtype, cores),
             Case("micro", micro, 16, 4, 128, "muon", dtype, 1),
             Case("dense", dense, 16, 4, 128, "adamw", dtype, cores),
@@ -106,7 +109,8 @@ def cases(cores: int) -> list[Case]:
     return found
 
 
-def measure(case: Case) -> float:
+def measure(case: Case) -> tuple[float, float]:
+    """Seconds of a step's passes, and of its update."""
     config = PretrainConfig(
         batch_rows=case.rows,
         micro_batch=case.micro_batch,
@@ -118,8 +122,8 @@ def measure(case: Case) -> float:
     return measured_step_seconds(case.config, config, torch.device("cpu"), dtype, steps=5)
 
 
-def predict(case: Case, hardware: dict[int, Hardware], engine: Engine) -> float:
-    """Seconds of a step; `hardware` by the number of threads."""
+def predict(case: Case, hardware: dict[int, Hardware], engine: Engine) -> tuple[float, float]:
+    """The same, predicted; `hardware` by the number of threads."""
     engine = replace(engine, muon=case.optimizer == "muon")
     layouts = Layouts.of(
         tp=1,
@@ -135,13 +139,15 @@ def predict(case: Case, hardware: dict[int, Hardware], engine: Engine) -> float:
         zero=0,
     )
     shape = deepseek(case.config, case.name)
-    return float(step_seconds(shape, layouts, case.seq_len, hardware[case.threads], engine, case.dtype).total[0])
+    step = step_seconds(shape, layouts, case.seq_len, hardware[case.threads], engine, case.dtype)
+    return float((step.total - step.optimizer)[0]), float(step.optimizer[0])
 
 
 START = {
     "matmul_efficiency": (0.75, 0.2),
     "kernel_seconds": (3e-5, 0.7),
     "stream_passes": (10, 0.7),
+    "gradient_passes": (12, 0.5),
     "logit_bytes": (30, 0.5),
     "attention_efficiency": (0.4, 0.3),
     "score_bytes": (4, 0.7),
@@ -156,7 +162,8 @@ START = {
 }
 
 
-def fit(name: str, measured: list[tuple[Case, float]], hardware: dict[int, Hardware]) -> Engine:
+def fit(name: str, measured: list[tuple[Case, tuple[float, float]]], hardware: dict[int, Hardware]) -> Engine:
+    """Constants with which passes, and passes and update together, come out as measured."""
     base = replace(
         load_engine("motley"),
         name=name,
@@ -171,6 +178,7 @@ def fit(name: str, measured: list[tuple[Case, float]], hardware: dict[int, Hardw
         expert_padding=32.0,
         expert_imbalance=1.0,
         state_bytes={"weight": 4, "gradient": 4, "optimizer": 8},
+        waiting=load_engine(name).waiting,  # from benchmarks/plan_uneven.py --fit
         fitted=("all cases of benchmarks/plan_own_runtime.py; products come from the machine's own probe",),
     )
     names = list(START)
@@ -184,7 +192,10 @@ def fit(name: str, measured: list[tuple[Case, float]], hardware: dict[int, Hardw
 
     def residuals(logs: np.ndarray) -> np.ndarray:
         engine = engine_of(logs)
-        misses = [np.log(predict(case, hardware, engine) / seconds) for case, seconds in measured]
+        misses = []
+        for case, (passes, update) in measured:
+            own = predict(case, hardware, engine)
+            misses += [np.log(own[0] / passes), np.log(sum(own) / (passes + update))]
         return np.concatenate([np.array(misses) * 8, (logs - centre) / spread * 0.2])
 
     return engine_of(least_squares(residuals, centre, max_nfev=80).x)
@@ -205,13 +216,13 @@ def main() -> None:
         hardware[threads] = Hardware.of_pool(fleet.pools[0])
     everything = cases(machine.threads)[::5] if arguments.quick else cases(machine.threads)
     rounds = 1 if arguments.quick else ROUNDS
-    times: list[list[float]] = [[] for _ in everything]
+    times: list[list[tuple[float, float]]] = [[] for _ in everything]
     with Progress("measuring", total=rounds * len(everything), unit="cases") as bar:
         for _ in range(rounds):
             for case, own in zip(everything, times, strict=True):
                 own.append(measure(case))
                 bar.advance(1)
-    measured = [(case, min(own)) for case, own in zip(everything, times, strict=True)]
+    measured = [(case, min(own, key=sum)) for case, own in zip(everything, times, strict=True)]
     used = measured
     engines = {name: load_engine(name) for name in DESCRIPTIONS}
     if arguments.fit:
@@ -223,7 +234,7 @@ def main() -> None:
             used += own[len(own) // 2 :]
             write(fit(name, own, hardware), WRITTEN)
         print(f"fitted to {len(measured) - len(used)} cases; the other {len(used)}:")
-    rows = [(case, seconds, predict(case, hardware, engines[case.engine])) for case, seconds in used]
+    rows = [(case, sum(parts), sum(predict(case, hardware, engines[case.engine]))) for case, parts in used]
     errors = [predicted / seconds - 1 for _, seconds, predicted in rows]
     if arguments.json:
         print(

@@ -1,6 +1,8 @@
 """Predicted against measured step time of unequal workers: the planner's word before the run, and the run.
 
     python benchmarks/plan_uneven.py [--cases 1:2:4:1 1:8 ...] [--runs 3] [--steps 8] [--quick] [--json]
+    python benchmarks/plan_uneven.py --fit         only measure how long workers of other speeds than those below wait
+                                                   for each other, and write it into engines/motley-cpu*.yaml
 
 A machine is measured once, as `motley fleet probe` does it, with one thread. A case is a fleet of such machines that
 are slowed down (`emulated:`), for which the planner makes a plan and says how long a step takes; then `motley pretrain
@@ -29,6 +31,8 @@ import numpy as np
 import torch
 import yaml
 from crews import step_seconds
+from fit_engines import write
+from plan_own_runtime import DESCRIPTIONS, WRITTEN
 
 from motley.data.pack import DataConfig, prepare
 from motley.files import write_json, write_text
@@ -36,6 +40,7 @@ from motley.fleet.inventory import Fleet, parse_fleet
 from motley.fleet.probe import probe
 from motley.fleet.write import fleet_text
 from motley.model import SIZES
+from motley.plan.engine import load_engine
 from motley.plan.job import Job
 from motley.plan.outcome import spelled_out
 from motley.plan.search import Searcher
@@ -87,6 +92,9 @@ CASES = (
     Case("islands", (1, 2, 4), 96, ("north", "north", "south"), options=("--fragments=3", "--overlap=3")),
 )
 
+WAITING = (Case("2:3", (2, 3), 192), Case("3:1:2", (3, 1, 2), 256))
+WAITING_STEPS = 16
+
 
 def measured_pool() -> dict[str, Any]:
     """This machine with one thread, as a pool of one chip."""
@@ -124,11 +132,11 @@ def plan_of(case: Case, fleet: Fleet, shape: Shape) -> dict[str, Any]:
     return spelled_out(found)
 
 
-def run(case: Case, folder: Path, data: Path, steps: int) -> list[float]:
-    """Seconds of each step of the run, or of each round by its steps."""
+def run(case: Case, folder: Path, number: int, data: Path, steps: int) -> list[dict[str, Any]]:
+    """Metrics of a run of the plan in `folder`."""
     port = free_port()
     options = [
-        f"--out={folder / 'run'}", f"--data={data}", f"--model={MODEL}", f"--plan={folder / 'plan.json'}",
+        f"--out={folder / str(number)}", f"--data={data}", f"--model={MODEL}", f"--plan={folder / 'plan.json'}",
         f"--emulate={folder / 'fleet.yaml'}", f"--emulate-by={case.emulate_by}", "--device=cpu",
         f"--steps={steps}", f"--batch-rows={case.rows}", f"--seq-len={SEQ_LEN}", "--valid-rows=8",
         f"--valid-every={10**6}", f"--checkpoint-every={10**6}", *case.options,
@@ -147,27 +155,47 @@ def run(case: Case, folder: Path, data: Path, steps: int) -> list[float]:
     said = [worker.communicate()[1].decode() for worker in workers]
     if any(worker.returncode for worker in workers):
         raise SystemExit("\n".join(said))
-    records = read_metrics(folder / "run")
+    return read_metrics(folder / str(number))
+
+
+def seconds_of(records: list[dict[str, Any]]) -> list[float]:
+    """Of each step once shares are found, or of each round by its steps."""
     rounds = [one["round_seconds"] / one["steps"] for one in records if one["kind"] == "islands"]
     if rounds:
         return rounds[1:] or rounds
     return step_seconds(records)[FIRST_STEPS:]
 
 
+def planned(case: Case, machine: dict[str, Any], shape: Shape, folder: Path) -> dict[str, Any]:
+    """The plan of a case; it and the fleet lie in `folder`."""
+    text = fleet_of(case, machine)
+    plan = plan_of(case, parse_fleet(text, case.name), shape)
+    write_text(folder / "fleet.yaml", text)
+    write_json(folder / "plan.json", plan)
+    return plan
+
+
+def waiting(machine: dict[str, Any], shape: Shape, data: Path, folder: Path) -> float:
+    """By what share the worker that works the longest in a step exceeds their mean: median of steps, mean of crews."""
+    found = []
+    for case in WAITING:
+        planned(case, machine, shape, folder / case.label)
+        records = run(case, folder / case.label, 0, data, WAITING_STEPS + FIRST_STEPS)
+        busy = [one["busy_seconds"] for one in records if one["kind"] == "workers"][FIRST_STEPS:]
+        found.append(statistics.median(max(step) / statistics.mean(step) - 1 for step in busy))
+    return statistics.mean(found)
+
+
 def judged(
     case: Case, machine: dict[str, Any], shape: Shape, data: Path, folder: Path, runs: int, steps: int
 ) -> dict[str, Any]:
     """A case planned, and run so many times."""
-    text = fleet_of(case, machine)
-    fleet = parse_fleet(text, case.name)
-    plan = plan_of(case, fleet, shape)
     medians = []
+    plan = planned(case, machine, shape, folder / case.label)
+    steps = 3 * plan["inner_steps"] or steps + FIRST_STEPS + 1
     for number in range(runs):
-        own = folder / f"{case.label}-{number}"
-        write_text(own / "fleet.yaml", text)
-        write_json(own / "plan.json", plan)
-        rounds = plan["inner_steps"]
-        medians.append(statistics.median(run(case, own, data, 3 * rounds if rounds else steps + FIRST_STEPS + 1)))
+        records = run(case, folder / case.label, number, data, steps)
+        medians.append(statistics.median(seconds_of(records)))
     middle = statistics.median(medians)
     return {
         **asdict(case),
@@ -200,6 +228,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="that count, of a run")
     parser.add_argument("--quick", action="store_true", help="one run of three steps")
+    parser.add_argument("--fit", action="store_true", help="measure and write `Engine.waiting` only")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     runs, steps = (1, 3) if arguments.quick else (arguments.runs, arguments.steps)
@@ -209,6 +238,12 @@ def main() -> None:
         folder = Path(place)
         prepared = prepare(DataConfig(vocab_size=VOCAB_SIZE), folder / "data")  # Python's standard library
         shape = deepseek(replace(SIZES[MODEL], vocab_size=prepared.vocab_size), MODEL)
+        if arguments.fit:
+            share = waiting(machine, shape, folder / "data", folder)
+            for name in DESCRIPTIONS:
+                write(replace(load_engine(name), waiting=share), WRITTEN)
+            print(f"waiting {share:.2%} of a step")
+            return
         found = []
         for case in chosen:
             found.append(judged(case, machine, shape, folder / "data", folder, runs, steps))

@@ -165,9 +165,9 @@ def test_the_time_that_measuring_takes_is_part_of_the_time_given(
 ) -> None:
     clock = [1000.0]
 
-    def trial(*_: object) -> float:
+    def trial(*_: object) -> tuple[float, float]:
         clock[0] += 10
-        return 0.1
+        return 0.08, 0.02
 
     monkeypatch.setattr("motley.journey.plan.step_seconds", trial)
     monkeypatch.setattr("motley.journey.plan.time.monotonic", lambda: clock[0])

@@ -1,5 +1,6 @@
 """Seconds and bytes of a layout: formulas of the papers, and what must hold whatever the constants are."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from motley.plan.layout import RECOMPUTES, SCHEDULES, Layouts
 from motley.plan.memory import in_flight, saved_bytes, state_bytes
 from motley.plan.operators import LayerSeconds, layer_seconds
 from motley.plan.step import bubble_seconds, items, step_seconds
+from motley.train.stages import order
 
 A100 = Hardware.of_chip(find_chip("A100-80GB-SXM"))
 H800 = Hardware.of_chip(find_chip("H800"))
@@ -48,14 +50,44 @@ def test_bubbles_are_those_of_the_papers(pp: int):
     assert bubble("dualpipe") == pytest.approx((pp / 2 - 1) * (both + backward - 3 * weight))  # V3 report, table 2
 
 
+def played(seconds: list[tuple[float, float, float]], count: int) -> float:
+    """Seconds in which unequal stages do, in the runtime's own order, `count` micro-batches of F, B and W seconds."""
+    todo = [order("zero_bubble", stage, len(seconds), count) for stage in range(len(seconds))]
+    clock, ended = [0.0] * len(seconds), {}
+    while any(todo):
+        for stage, works in enumerate(todo):
+            while works:
+                kind, micro = works[0]
+                first = (kind, stage + {"F": -1, "B": 1, "W": 0}[kind], micro)
+                if kind != "W" and 0 <= first[1] < len(seconds) and first not in ended:
+                    break
+                clock[stage] = max(clock[stage], ended.get(first, 0.0)) + seconds[stage]["FBW".index(kind)]
+                ended[works.pop(0)[0], stage, micro] = clock[stage]
+    return max(clock)
+
+
+def test_the_zero_bubble_of_unequal_stages_is_what_the_runtimes_order_leaves():
+    chance = random.Random(5)
+    for pp, most in ((2, 0.01), (3, 0.05), (6, 0.05)):
+        for _ in range(30):
+            count, scale = chance.choice((pp, 2 * pp, 4 * pp)), [chance.uniform(1, 2) for _ in range(pp)]
+            each = [(size, size * chance.uniform(0.9, 1.2), size * chance.uniform(0.5, 0.9)) for size in scale]
+            rows = [stages(1, f, b + w, w)[0] for f, b, w in each]
+            asked = layouts(pp=pp, micro_batches=count, schedule=SCHEDULES.index("zero_bubble"))
+            formula = float(bubble_seconds(asked, rows)[0]) + count * max(map(sum, each))
+            exact = played(each, count)
+            assert formula <= exact * (1 + 1e-9)
+            assert formula == pytest.approx(exact, rel=most)
+
+
 def test_one_stage_has_no_bubble():
     assert bubble_seconds(layouts(), stages(1, 1.0, 2.0, 1.0)).tolist() == [0.0]
 
 
 def test_activations_in_flight_follow_the_schedule():
     first = layouts(pp=8, schedule=[0, 1, 2])
-    assert in_flight(first, np.array([0])).tolist() == [8, 8, 9]  # DualPipe: pp + 1
-    assert in_flight(first, np.array([7])).tolist() == [1, 1, 9]
+    assert in_flight(first, np.array([0])).tolist() == [8, 8, 9]  # ZB-H1: pp, DualPipe: pp + 1
+    assert in_flight(first, np.array([7])).tolist() == [1, 8, 9]
 
 
 def test_megatrons_activation_formula_comes_out():

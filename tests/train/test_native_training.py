@@ -1,13 +1,17 @@
 """The kernels of the loss and of Muon give what the plain paths give."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motley.model import native
+from motley.data.stream import Batch
+from motley.model import SIZES, Transformer, native
 from motley.train.loss import summed_cross_entropy
 from motley.train.optimizer import Optimizer
+from motley.train.step import LossWeights, accumulate
 
 ROUNDING = 1e-2  # of bf16
 
@@ -67,3 +71,21 @@ def test_muon_equals_the_plain_path_for_matrices_of_all_forms() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     for one, other in zip(weights, plain_weights, strict=True):
         assert distance(one, other) < 2e-3  # three updates are 3 % of the weights' length
+
+
+def test_passes_that_are_computed_again_give_the_same_gradient() -> None:
+    shape = dataclasses.replace(SIZES["nano"], vocab_size=64, num_hidden_layers=2)
+    ids = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(1))
+    batch = Batch(ids, ids.roll(-1, dims=1), torch.zeros_like(ids))
+
+    def gradients(recompute: bool) -> list[Tensor]:
+        model = Transformer(shape)
+        model.initialize(0)
+        model.compute_dtype, model.recompute = torch.bfloat16, recompute
+        accumulate(model, batch, 2, LossWeights(0.3), confined=True)
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    kept, again = gradients(False), gradients(True)
+    assert kept
+    for one, other in zip(kept, again, strict=True):
+        assert torch.equal(one, other)

@@ -8,7 +8,11 @@ import pytest
 from test_layouts import DEEP
 
 from motley.errors import InputError
+from motley.model import SIZES
+from motley.plan.known import trainable
+from motley.train.config import PretrainConfig
 from motley.train.layout import Layout, Team, from_plan
+from motley.train.start import as_planned
 
 
 def plan() -> dict[str, Any]:
@@ -83,3 +87,23 @@ WHOLE = Team(((0,), (1,)), (4,))
 def test_a_layout_that_does_not_fit_model_or_workers_is_refused(layout: Layout, said: str):
     with pytest.raises(InputError, match=said):
         layout.check(DEEP, 2)
+
+
+def test_what_the_command_leaves_open_is_the_plans_and_what_differs_is_said(capsys: pytest.CaptureFixture[str]):
+    values = plan() | {"model": "micro", "seq_len": 512, "global_batch": 24}
+    config = as_planned(PretrainConfig(batch_rows=40), values, leads=True)
+    assert (config.model, config.seq_len, config.batch_rows) == ("micro", 512, 40)
+    said = capsys.readouterr().err
+    assert "from the plan: --model micro, --seq-len 512" in said
+    assert "--batch-rows 40, although the plan was made for 24" in said
+    assert as_planned(config, values | {"batch_rows": 40}, leads=False) == config
+    assert as_planned(config, None, leads=True) == config
+
+
+def test_a_plan_for_a_published_deepseek_names_a_model_that_can_be_trained():
+    found = trainable("v2-lite")
+    assert found is not None
+    assert found.num_hidden_layers == 27
+    assert trainable("nano") == SIZES["nano"]
+    assert trainable("gpt-22b") is None
+    assert trainable("no such model") is None

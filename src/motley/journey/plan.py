@@ -82,8 +82,8 @@ def make_plan(machine: Machine, minutes: float, seed: int, spent: float = 0.0) -
     device = choose_device("auto")
     dtype = ACTIVATIONS[number_format("auto", lambda: machine)]
     shape = dataclasses.replace(SIZES[size], vocab_size=VOCAB_SIZE)
-    first_step = step_seconds(shape, first, device, dtype)
-    second_step = step_seconds(shape, second, device, dtype)
+    first_step = sum(step_seconds(shape, first, device, dtype))
+    second_step = sum(step_seconds(shape, second, device, dtype))
 
     slower = MEASURED_FP32_GFLOPS / machine.peak_gflops("fp32") if device.type == "cpu" else 1.0
     seconds = {name: value * max(slower, 0.5) for name, value in MEASURED_SECONDS.items()}

@@ -58,8 +58,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         batch, seq, heads, _, rope, *_ = ctx.sizes
-        q, kv, k_rope, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: with recomputation each reading would compute them again
+        q, kv, k_rope, *_ = saved
         grads = torch.empty_like(q), torch.empty_like(kv), k_rope.new_empty(k_rope.shape)
         by_head = torch.empty(batch, heads, seq, rope)
-        native.call("attention_backward", *ctx.sizes, *ctx.saved_tensors, grad.contiguous(), *grads, by_head)
+        native.call("attention_backward", *ctx.sizes, *saved, grad.contiguous(), *grads, by_head)
         return *grads, None, None, None, None, None

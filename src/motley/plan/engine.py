@@ -63,6 +63,7 @@ class Engine:
         score_bytes: bytes moved per attention score, forward (0 where attention is fused).
         stream_passes: how often a layer's forward pass reads or writes a hidden vector per token, outside products.
         stream_efficiency: share of the memory bandwidth those reach.
+        gradient_passes: bytes per parameter that each micro-batch moves to add its gradient to the others'.
         sequence_parallel: when tensor parallelism also divides those: "always", "never" or "unless full recompute".
         logit_bytes: bytes the loss moves per logit, forward and backward.
         head_seconds: what the host needs to launch head and loss.
@@ -85,6 +86,7 @@ class Engine:
         muon_efficiency: how fast those are, against products of layers of the same size.
         optimizer_seconds, step_seconds: fixed costs: per layer of the optimizer, per step.
         skew: share of a step lost in waiting for the slowest rank, per doubling of the nodes.
+        waiting: the same for teams that share a step by their measured speeds, which never are quite what was measured.
         most_tensor, most_context: largest degrees of tensor and context parallelism it can run.
         most_zero: highest ZeRO stage it has.
         zero_over: among whom ZeRO shares: equal chips of a "team", or all of an "island", by speed within memory. Over
@@ -113,6 +115,7 @@ class Engine:
     score_bytes: float
     stream_passes: float
     stream_efficiency: float
+    gradient_passes: float
     sequence_parallel: str
     logit_bytes: float
     head_seconds: float
@@ -139,6 +142,7 @@ class Engine:
     optimizer_seconds: float
     step_seconds: float
     skew: float
+    waiting: float
     most_tensor: int
     most_context: int
     most_zero: int

@@ -71,6 +71,12 @@ def known_shape(model: str) -> Shape | None:
     return _names().get(_plain(model))
 
 
+def trainable(model: str) -> ModelConfig | None:
+    """The configuration of a network with this name that motley can train: one of its own, or a published DeepSeek."""
+    shape = known_shapes().get(model) or known_shape(model)
+    return shape.config if shape is not None and isinstance(shape.config, ModelConfig) else None
+
+
 def find_shape(model: str, base: Path = Path()) -> Shape:
     """The shape that `model` names: a known name, a `config.json` (relative to `base`), or a folder that holds one.
 

@@ -1,6 +1,6 @@
 """Bytes on one chip: weights, gradients, optimizer states, activations of the micro-batches in flight, buffers.
 
-    stage i of p holds the activations of      1F1B, zero bubble: p - i micro-batches      DualPipe: p + 1
+    stage i of p holds the activations of      1F1B: p - i micro-batches      zero bubble: p      DualPipe: p + 1
     of each layer it keeps per token           none: inputs and outputs of every product (GPT: 36 h, as Megatron)
                                                selective: inputs only       full: the layer's input only
 
@@ -82,7 +82,8 @@ def in_flight(layouts: Layouts, stage: Ints) -> Floats:
     """Micro-batches whose activations stage number `stage` (from 0) holds at its fullest."""
     plain = np.maximum(layouts.pp - stage, 1).astype(float)
     interleaved = plain + layouts.pp * (layouts.chunks > 1) * (layouts.chunks - 1) / layouts.chunks
-    return np.where(layouts.schedule == SCHEDULES.index("dualpipe"), layouts.pp + 1.0, interleaved)
+    held = np.where(layouts.schedule == SCHEDULES.index("zero_bubble"), layouts.pp + 0.0, interleaved)
+    return np.where(layouts.schedule == SCHEDULES.index("dualpipe"), layouts.pp + 1.0, held)
 
 
 def state_bytes(dense: Floats, experts: Floats, layouts: Layouts, engine: Engine) -> tuple[Floats, Floats, Floats]:

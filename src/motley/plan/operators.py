@@ -1,6 +1,6 @@
 """Seconds of one layer, forward and backward, for one micro-batch on one chip: products, attention, streams, messages.
 
-    device = products + attention between tokens + streams (norms, activations, residuals)
+    device = products + attention between tokens + streams (norms, activations, residuals) + gradients added up
     layer  = (host^p + device^p)^(1/p)         launching kernels runs beside computing: the slower one counts
            + exposed messages                   tensor-parallel sums, expert exchange, ring attention
 
@@ -70,7 +70,9 @@ def layer_seconds(
     width = _stream_width(block, shape, layouts, engine)
     streams = tokens * width * VALUE_BYTES * engine.stream_passes / _memory_rate(hardware, engine)
     device_forward = products + attention + streams
-    device_backward = 2 * products + engine.attention_backward * attention + 2 * streams
+    experts = block.expert_parameters
+    adding = _adding_seconds(block.parameters - experts, experts, layouts, hardware, engine)
+    device_backward = 2 * products + engine.attention_backward * attention + 2 * streams + adding
     again = np.select(
         [layouts.recompute == RECOMPUTES.index("none"), layouts.recompute == RECOMPUTES.index("selective")],
         [np.zeros(len(layouts)), (attention if engine.attention_efficiency == 0 else 0 * attention) + streams],
@@ -86,42 +88,54 @@ def layer_seconds(
         exposed, hidden = _expert_exchange(block, shape, tokens, layouts, hardware, engine, forward + backward)
         messages = messages + exposed
     factor = engine.correction(hardware.chip, tokens, shape.hidden_size, layouts.tp)
-    return LayerSeconds(forward, backward, products, messages, hidden) * factor
+    return LayerSeconds(forward, backward, products + adding, messages, hidden) * factor
 
 
 def head_seconds(
     shape: Shape, layouts: Layouts, seq: int, hardware: Hardware, engine: Engine, precision: str
 ) -> LayerSeconds:
-    """Head and loss. The head's products run in the engine's widest training format, not in fp8."""
+    """Head and loss. The head's products run in the engine's widest training format, not in fp8.
+
+    Logits are too many to be kept, so both gradients are made at once: nothing of them can be put off.
+    """
     tokens = layouts.micro_batch * seq / layouts.cp
     wide = hardware.wide(precision)
     product = _product_seconds(shape.head, tokens, layouts, hardware, engine, wide)
     logits = tokens * shape.vocab_size / layouts.tp * engine.logit_bytes / _memory_rate(hardware, engine)
     forward = _together(product + logits / 3, engine.head_seconds / 3, engine)
-    backward = _together(2 * product + 2 * logits / 3, 2 * engine.head_seconds / 3, engine)
+    adding = _adding_seconds(shape.head.parameters, 0, layouts, hardware, engine)
+    backward = _together(2 * product + 2 * logits / 3 + adding, 2 * engine.head_seconds / 3, engine)
     summed = tokens * 3 * 4.0
     messages = np.where(layouts.tp > 1, 3 * hardware.all_reduce(layouts.tp, layouts.tp, summed, engine), 0.0)
-    return LayerSeconds(forward, backward, product, messages, np.zeros(len(layouts)))
+    none = np.zeros(len(layouts))
+    return LayerSeconds(forward, backward, none, messages, none)
 
 
 def embedding_seconds(shape: Shape, layouts: Layouts, seq: int, hardware: Hardware, engine: Engine) -> LayerSeconds:
     """Looking tokens up, and adding their gradients to the table."""
     tokens = layouts.micro_batch * seq / layouts.cp
     moved = tokens * shape.hidden_size * VALUE_BYTES / _memory_rate(hardware, engine)
+    adding = _adding_seconds(shape.embedding_parameters, 0, layouts, hardware, engine)
     zero = np.zeros(len(layouts))
-    return LayerSeconds(2 * moved, 4 * moved, zero, zero, zero)
+    return LayerSeconds(2 * moved, 4 * moved + adding, zero, zero, zero)
 
 
 def mtp_seconds(
     block: Block, shape: Shape, layouts: Layouts, seq: int, hardware: Hardware, engine: Engine, precision: str
 ) -> LayerSeconds:
-    """An MTP module: projection of two hidden vectors, a block, the shared head again (V3 report, 2.2)."""
+    """An MTP module: the embedding again, norms of two hidden vectors, their projection, a block, the head again.
+
+    Source: V3 report, 2.2.
+    """
     tokens = layouts.micro_batch * seq / layouts.cp
     projection = _product_seconds(shape.mtp_projection(), tokens, layouts, hardware, engine, hardware.wide(precision))
+    norms = tokens * 2 * shape.hidden_size * VALUE_BYTES * engine.stream_passes / _memory_rate(hardware, engine)
+    adding = _adding_seconds(shape.mtp_projection().parameters, 0, layouts, hardware, engine)
     none = np.zeros(len(layouts))
-    around = LayerSeconds(projection, 2 * projection, projection, none, none)
+    around = LayerSeconds(projection + norms, 2 * (projection + norms) + adding, projection + adding, none, none)
     return (
         around
+        + embedding_seconds(shape, layouts, seq, hardware, engine)
         + layer_seconds(block, shape, layouts, seq, hardware, engine, precision)
         + head_seconds(shape, layouts, seq, hardware, engine, precision)
     )
@@ -213,6 +227,12 @@ def _stream_width(block: Block, shape: Shape, layouts: Layouts, engine: Engine) 
         "unless full recompute": layouts.recompute != RECOMPUTES.index("full"),
     }[engine.sequence_parallel]
     return np.where(divided, whole / layouts.tp, whole) + inside / layouts.tp
+
+
+def _adding_seconds(dense: float, experts: float, layouts: Layouts, hardware: Hardware, engine: Engine) -> Floats:
+    """A micro-batch's gradients of so many parameters, added to those before it."""
+    held = dense / layouts.tp + experts / (layouts.tp * layouts.ep)
+    return held * engine.gradient_passes / _memory_rate(hardware, engine)
 
 
 def _together(device: Floats, host: Floats | float, engine: Engine) -> Floats:

@@ -193,7 +193,10 @@ class Searcher:
 
     def _found(self, teams: Sequence[Chosen], slow: float = 0.0) -> Found:
         """One synchronous step of teams, `slow` seconds of it for links between sites."""
-        return Found(self.job, self.fleet, tuple(teams), max(team.seconds for team in teams) + slow, 0, 0.0)
+        seconds = max(team.seconds for team in teams)
+        if len(teams) > 1:
+            seconds *= 1 + max(self._engines[pool].waiting for team in teams for pool in team.team)
+        return Found(self.job, self.fleet, tuple(teams), seconds + slow, 0, 0.0)
 
     def _whole(self, team: frozenset[str], sequences: int, crossing: bool) -> Chosen | None:
         """How a team takes so many sequences fastest with its states at home; None where they do not fit."""

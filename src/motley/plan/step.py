@@ -200,7 +200,7 @@ def _stages_leave_node(layouts: Layouts, hardware: Hardware) -> NDArray[np.bool_
 def bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
     """Idle seconds that a schedule leaves in the pipeline.
 
-    1F1B: (p-1)(F+B), cut by interleaved chunks; zero bubble (ZB1P): (p-1)(F+B-2W); DualPipe: (p/2-1)(F&B+B-3W), with
+    1F1B: (p-1)(F+B), cut by interleaved chunks; zero bubble: `zero_bubble_seconds`; DualPipe: (p/2-1)(F&B+B-3W), with
     B the whole backward pass and F&B a forward and a backward that overlap (DualPipe README; V3 report, table 2).
     """
     pp = len(stages)
@@ -211,11 +211,38 @@ def bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
     through = np.sum([stage.total for stage in stages], axis=0)
     whole = through - slowest  # (p-1)(F+B) when stages are equal
     weight = np.minimum(mean.weight, mean.total / 3)
-    zero = np.maximum(whole - 2 * (pp - 1) * weight, 0.0)
     both, backward = mean.total, mean.backward + mean.communication / 2
     dual = np.maximum((pp / 2 - 1) * (both + backward - 3 * weight), 0.0)
     names = [layouts.schedule == SCHEDULES.index("1f1b"), layouts.schedule == SCHEDULES.index("zero_bubble")]
-    return np.select(names, [whole / layouts.chunks, zero], dual)
+    return np.select(names, [whole / layouts.chunks, zero_bubble_seconds(layouts, stages)], dual)
+
+
+def zero_bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
+    """Idle seconds of unequal stages under ZB-H1, with at least as many micro-batches as stages.
+
+    Of the paths through each stage s, with F, B, W its forward pass and the gradients of inputs and of weights:
+
+        F of earlier stages | hole | m (F + B + W) | hole | B and W of the first, beside which s does what W it put off
+
+    A hole is what a micro-batch needs to go through later stages and back, less what stage s does meanwhile. Exact for
+    two stages, a few percent low for more; for equal ones (p-1)(F+B-W), as in Zero Bubble Pipeline Parallelism
+    (arXiv 2401.10241).
+    """
+    pp = len(stages)
+    weight = [np.minimum(stage.weight, stage.total / 3) for stage in stages]
+    forward = [stage.forward + stage.communication / 3 for stage in stages]
+    inputs = [stage.total - ahead - later for stage, ahead, later in zip(stages, forward, weight, strict=True)]
+    m = np.maximum(layouts.micro_batches, pp)
+    longest = np.zeros(len(layouts))
+    for number, stage in enumerate(stages):
+        ahead, behind = sum(forward[:number], start=longest * 0), pp - 1 - number
+        round_trip = sum(forward[number + 1 :], start=longest * 0) + sum(inputs[number + 1 :], start=longest * 0)
+        filling = np.maximum(round_trip - behind * forward[number], 0.0)
+        draining = np.maximum(round_trip - behind * (inputs[number] + weight[number]), 0.0)
+        back = sum(inputs[:number], start=longest * 0) + weight[0] - (number + 1) * weight[number]
+        last = np.maximum(back, 0.0) if number else 0.0
+        longest = np.maximum(longest, ahead + filling + m * stage.total + draining + last)
+    return longest - m * np.max([stage.total for stage in stages], axis=0)
 
 
 def gradient_seconds(

@@ -135,14 +135,14 @@ def _lower_bounds(
     dual = first.schedule == SCHEDULES.index("dualpipe")
     slow = np.maximum(1 / speed, np.where(dual, heaviest / 2, heaviest))
     least = np.min([own.total for own in whole], axis=0)
-    weight = np.max([np.minimum(own.weight, own.total / 3) for own in whole], axis=0) / pp
     filling = np.maximum(least - slow, 0.0)
     mean = whole[0] * (1 / pp)
+    weight = np.minimum(mean.weight, mean.total / 3)
     both = mean.total + mean.backward + mean.communication / 2 - 3 * weight
     bubble = np.select(
         [pp == 1, first.schedule == SCHEDULES.index("1f1b"), dual],
         [np.zeros(len(first)), filling / first.chunks, np.maximum((pp / 2 - 1) * both, 0.0)],
-        np.maximum(filling - 2 * (pp - 1) * weight, 0.0),
+        np.zeros(len(first)),  # stages can be cut so that a zero bubble is one
     )
     fixed = bubble + max(member.engine.step_seconds for member in members)
     once, hidden = np.zeros(len(first)), 0.0

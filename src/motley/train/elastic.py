@@ -12,7 +12,7 @@ of its number, so whoever computes them, the gradient is the sum over the same r
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -32,7 +32,7 @@ from motley.train.loop import Course, begin
 from motley.train.membership import Door, entered
 from motley.train.run import claimed
 from motley.train.shares import Shares
-from motley.train.start import facts
+from motley.train.start import facts, rounding
 
 Result = TypeVar("Result")
 LOOK_SECONDS = 0.2  # between two looks whether all are still there, while a message keeps one waiting
@@ -118,16 +118,18 @@ class Memory:
     def course(self, island: Island, data: Path) -> Course:
         """Where the run stands, with its state in the worker; every worker of a crew calls this."""
         crew, worker, before = island.world, island.worker, self.island
-        kept, rates = crew.share((self.kept, self._rates()))
+        old = None if before is None or not crew.leads else before.worker
+        kept, rates, scales = crew.share((self.kept, self._rates(), None if old is None else asdict(old.scales)))
         if kept is None:
             kept = begin(island)
         else:
-            old = None if before is None or not crew.leads else before.worker
+            kept.asked = self.kept is not None and self.kept.asked
+            worker.scales.restore(scales)
             island.take_state(None if old is None else (dict(old.model.state_dict()), old.optimizer.state_tensors()))
             island.begin_round(kept.at.step)
         if isinstance(crew, LiveCrew):
             assert crew.door is not None
-            crew.door.introduce({**facts(worker.settings, data), DATA: str(data)})
+            crew.door.introduce({**_own_facts(worker.settings, data, crew.device), DATA: str(data)})
             worker.shares = _shares(crew.names, rates)
             if rates:
                 kept.news = [_news(crew.names, tuple(rates), kept.at.step)]
@@ -145,6 +147,11 @@ class Memory:
 DATA = "path of the data"
 
 
+def _own_facts(config: TrainingConfig, data: Path, device: torch.device) -> dict[str, str]:
+    """What must be the same on all: how they round too, as every copy of the model is updated where it lies."""
+    return {**facts(config, data), "the processor": rounding(device)}
+
+
 def live(config: TrainingConfig, work: Callable[[Crew, Memory], Result]) -> Result:
     """`work`, with one crew after the other, until it returns; what it keeps in the memory goes from crew to crew.
 
@@ -153,11 +160,9 @@ def live(config: TrainingConfig, work: Callable[[Crew, Memory], Result]) -> Resu
     device = choose_device(config.device)
     if config.plan is not None or config.emulate or config.islands != "1":
         raise InputError("--live workers each hold the whole model; leave --plan, --emulate and --islands out")
-    if device.type != "cpu":
-        raise InputError("--live has only been run on CPUs so far; add --device cpu, or use torchrun --max-restarts")
 
     def check(theirs: Mapping[str, str]) -> None:
-        mine = facts(config, Path(theirs[DATA]))
+        mine = _own_facts(config, Path(theirs[DATA]), device)
         compare("this worker", mine, "the crew at work", {name: theirs[name] for name in theirs if name != DATA})
 
     memory = Memory()
@@ -177,7 +182,8 @@ def _form(door: Door, step: int, device: torch.device, check: Callable[[Mapping[
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
     agreed = door.agree(step, host, store.port, check)
     rank, size = agreed.members.index(door.name), len(agreed.members)
-    crew = LiveCrew(rank, size, device, patience=door.patience, door=door, names=agreed.members)
+    by_host = device.type != "cpu"  # members come and go: gloo notices, where NCCL would wait for the dead
+    crew = LiveCrew(rank, size, device, patience=door.patience, by_host=by_host, door=door, names=agreed.members)
     if size == 1:
         return crew
     limit = timedelta(seconds=door.patience)
@@ -191,9 +197,13 @@ def _form(door: Door, step: int, device: torch.device, check: Callable[[Mapping[
 
 
 def _part() -> None:
-    """Let go of the crew."""
+    """Let go of the crew, also of one that was never complete.
+
+    Members meet under a number that PyTorch counts up from the first crew of a process, unless the last one ended well.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    dist.distributed_c10d._world.group_count = 0
 
 
 def _shares(names: tuple[str, ...], rates: Mapping[str, tuple[float, int]]) -> Shares:

@@ -69,6 +69,7 @@ class Course:
         load: routed tokens per expert of the last step, one tensor per MoE layer.
         recent: records of the last steps.
         news: what the metrics are to say before the next step.
+        asked: this worker was asked to stop; kept from one crew to the next.
     """
 
     at: Position = field(default_factory=Position)
@@ -78,6 +79,7 @@ class Course:
     load: list[Tensor] = field(default_factory=list)
     recent: list[dict[str, Any]] = field(default_factory=list)
     news: list[str] = field(default_factory=list)
+    asked: bool = False
 
     @property
     def written(self) -> int:
@@ -114,7 +116,7 @@ def train(
     with (
         MetricsWriter(run, course.written) if world.leads else Silence() as file,
         Progress(title, config.steps * step_tokens, "tokens", done=at.step * step_tokens, shown=world.leads) as bar,
-        stop_requests() as asked,
+        stop_requests(course) as asked,
     ):
         metrics = Recent(file, course.recent)
         if (forgotten := world.share(file.forgotten)) > at.step:
@@ -273,9 +275,14 @@ def _validate(
 
 
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that the step in hand ends and is saved; a second one stops at once."""
+def stop_requests(course: Course) -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event, so that the step in hand ends and is saved; a second one stops at once.
+
+    What was asked stays with the course: a crew may end for another reason before it is done.
+    """
     stop = threading.Event()
+    if course.asked:
+        stop.set()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may catch signals
         return
@@ -289,5 +296,6 @@ def stop_requests() -> Iterator[threading.Event]:
     try:
         yield stop
     finally:
+        course.asked = stop.is_set()
         for number, handler in before.items():
             signal.signal(number, handler)

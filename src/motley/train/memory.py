@@ -135,7 +135,8 @@ def row_bytes(shape: ModelConfig, place: Place, seq_len: int, number_bytes: int,
         tp=1, cp=1, ep=1, dp=1, pp=1, micro_batch=1, micro_batches=1, recompute=how, schedule=0, chunks=1, zero=0
     )
     saved = sum(float(saved_bytes(block, plain, one, engine, seq_len)[0]) for block in own)
-    return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES * (place.team.stages - place.stage))
+    in_flight = place.team.stages - (0 if place.team.schedule == "zero_bubble" else place.stage)
+    return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES * in_flight)
 
 
 def within_memory(

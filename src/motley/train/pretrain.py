@@ -14,6 +14,7 @@ from motley.files import read_json
 from motley.fleet.probe import Machine
 from motley.model import SIZES, ModelConfig, Transformer, load
 from motley.model.find import find_model
+from motley.plan.known import trainable
 from motley.progress import note
 from motley.train.carry_out import carry_out, with_crew
 from motley.train.checks import check_data, check_length
@@ -21,17 +22,19 @@ from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
 from motley.train.elastic import Memory
 from motley.train.run import Run, open_run
+from motley.train.start import as_planned, plan_of
 
 
 def new_model_config(name: str, tokenizer: Tokenizer) -> ModelConfig:
-    """The config of a named size or of a config.json, with the vocabulary and control tokens of `tokenizer`."""
-    if name in SIZES:
-        config = SIZES[name]
-    elif Path(name).is_file():
+    """The config of a named network or of a config.json, with the vocabulary and control tokens of `tokenizer`."""
+    if Path(name).is_file():
         config = ModelConfig.from_hf(read_json(Path(name)))
+    elif (known := trainable(name)) is not None:
+        config = known
     else:
         raise InputError(
-            f"--model {name} is neither a size ({', '.join(SIZES)}) nor a config.json, a run or a checkpoint folder"
+            f"--model {name} is neither a size ({', '.join(SIZES)}), nor a published DeepSeek such as v2-lite, nor a "
+            "config.json, a run or a checkpoint folder"
         )
     return dataclasses.replace(
         config, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
@@ -60,6 +63,7 @@ def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str
 
 
 def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None, memory: Memory) -> dict[str, Any] | None:
+    config = as_planned(config, crew.led(lambda: plan_of(config)), crew.leads)
     source = find_model(Path(config.model)) if config.model not in SIZES and Path(config.model).is_dir() else None
 
     def prepare_run() -> tuple[Path, ModelConfig, Run]:

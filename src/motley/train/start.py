@@ -7,9 +7,9 @@ others     wait, then check that they see the same code, data and settings     â
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,7 +20,8 @@ from motley.files import read_json
 from motley.fleet.device import Format, choose_device
 from motley.fleet.inventory import Emulated
 from motley.fleet.probe import Machine, device_name, glance
-from motley.model import ModelConfig, Transformer
+from motley.model import ModelConfig, Transformer, native
+from motley.plan.known import trainable
 from motley.progress import note
 from motley.train.cast import parts_of
 from motley.train.config import TrainingConfig
@@ -36,6 +37,8 @@ from motley.train.worker import Worker
 OWN = ("out", "device", "data", "model", "plan", "micro_batch", "precision")
 """Settings that may differ: paths, what worker 0 decides for all, and each chip's number format. Data and shape are
 compared themselves."""
+
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 def meet(config: TrainingConfig) -> Crew:
@@ -73,6 +76,31 @@ def plan_of(config: TrainingConfig) -> dict[str, Any] | None:
     return values
 
 
+PLANNED = {"model": "model", "seq_len": "seq_len", "batch_rows": "global_batch"}
+"""Settings that a plan has an opinion on, and what it calls them."""
+
+
+def as_planned(config: Config, plan: Mapping[str, Any] | None, leads: bool) -> Config:
+    """The settings, with what the plan says of model, context and batch where they are left at their defaults.
+
+    What is taken from it, and what differs from it, is said aloud by the worker that `leads`.
+    """
+    taken: dict[str, Any] = {}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in (name for name in PLANNED if name in defaults):
+        own, theirs = getattr(config, name), (plan or {}).get(PLANNED[name])
+        if theirs is None or own == theirs or (name == "model" and trainable(theirs) is None):
+            continue
+        if own == defaults[name]:
+            taken[name] = theirs
+        elif leads:
+            option = f"--{name.replace('_', '-')}"
+            note(f"{option} {own}, although the plan was made for {theirs}: its times will not be those of this run")
+    if taken and leads:
+        note("from the plan: " + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in taken.items()))
+    return dataclasses.replace(config, **taken)
+
+
 def islands_for(
     config: TrainingConfig, shape: ModelConfig, crew: Crew, plan: dict[str, Any] | None
 ) -> tuple[list[IslandLayout], int]:
@@ -93,24 +121,31 @@ def islands_for(
     return islands, config.sync_every or plan.get("inner_steps") or USUAL_ROUND
 
 
+def rounding(device: torch.device) -> str:
+    """What decides how a worker rounds: the make of its chip and, on a CPU, whether kernels of our own were built."""
+    plain = device.type == "cpu" and native.missing() is not None
+    return device_name(device) + (" without motley's kernels" if plain else "")
+
+
 def check_devices(islands: Sequence[IslandLayout], crew: Crew) -> None:
     """Raises InputError, on every worker, where copies of a model would drift apart: each make rounds in its own way.
 
     What has never run is said aloud.
     """
-    names: list[str] = crew.all_values(device_name(crew.device))
+    names: list[str] = crew.all_values(rounding(crew.device))
     for island in islands:
         makes = sorted({names[rank] for rank in island.ranks})
         if island.layout.zero == 0 and len(island.layout.lanes) > 1 and len(makes) > 1:
             raise InputError(
                 f"with ZeRO 0 every worker updates its own copy of the model, and {' and '.join(makes)} round "
-                "differently, so that copies would drift apart; choose --zero 1, where each weight is updated once"
+                "differently, so that copies would drift apart; choose --zero 1, where each weight is updated once, "
+                "without --live"
             )
     piped = any(team.stages > 1 for island in islands for team in island.layout.teams)
     if crew.leads and (crew.by_host or (piped and crew.device.type != "cpu")):
         note(
-            "pipelines over GPUs, and crews that share a GPU or have CPUs too, have only been tested on CPUs: compare "
-            "losses of a few steps with those of one worker alone"
+            "pipelines and --live on GPUs, and crews that share a GPU or have CPUs too, have only been tested on "
+            "CPUs: compare losses of a few steps with those of one worker alone"
         )
 
 
