@@ -178,7 +178,7 @@ def test_the_time_that_measuring_takes_is_part_of_the_time_given(
 def test_where_time_is_too_short_the_fewest_steps_are_taken_and_it_is_said(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("motley.journey.plan.step_seconds", lambda *_: 10.0)
+    monkeypatch.setattr("motley.journey.plan.step_seconds", lambda *_: (6.0, 4.0))
     plan = make_plan(machine, 2.0, seed=0)
     assert plan.pretrain.steps == plan.finetune.steps == FEWEST_STEPS
     assert plan.seconds["pretrain"] > 10 * FEWEST_STEPS

@@ -238,7 +238,7 @@ def test_states_spread_over_free_memory_when_small_chips_cannot_hold_theirs():
 def test_an_island_shares_gradients_and_weights_too_the_less_memory_there_is():
     """Two chips with a fast link: the less each may hold, the more they share; at last they share out the layers."""
     found = []
-    for memory in ("6 GB", "2.2 GB", "2 GB", "1.8 GB"):
+    for memory in ("6 GB", "2.2 GB", "2 GB", "1.7 GB"):
         lines = ["pools:"]
         for name, speed in (("a", 1.0), ("b", 0.5)):
             emulated = f"emulated: {{memory: {memory}, speed: {speed}}}"

@@ -97,6 +97,8 @@ def dealt(
 ) -> list[IslandLayout]:
     """The islands, in which workers begin with rows, and keep what is kept once, by their speed and memory.
 
+    Islands begin with steps by their workers' speed, so that they arrive together in the first round already.
+
     budgets: bytes that each worker may hold. What a worker keeps in any case (weights below ZeRO 3, gradients below 2)
     is not left, and activations get half of what is, if the others' halves do for all that is kept once.
     speeds: of each worker, relative to the others.
@@ -113,7 +115,9 @@ def dealt(
             needed = sum(bytes_kept_once(part, layout, config.optimizer) for part in parts)
             share = min(1.0, max(STATE_SHARE, SLACK * needed / sum(left)))
             layout = replace(layout, memory=tuple(share * room for room in left))
-        found.append(replace(island, layout=layout))
+        measured = config.inner_steps == "measured"
+        speed = sum(speeds[rank] for rank in island.ranks) if measured else island.speed
+        found.append(replace(island, layout=layout, speed=speed))
     return found
 
 
