@@ -36,6 +36,22 @@ def test_the_plan_that_the_others_are_made_of_is_run():
     assert layout.memory == (3.0, 3.0), "of the optimizer's, and what is free"
 
 
+def test_a_plan_may_spread_experts_unevenly_over_a_teams_lanes():
+    values = plan()
+    (team,) = values["teams"]
+    team.update(dp=2, ep=2)
+    held = DEEP.n_routed_experts or 0
+    assert from_plan(values, DEEP).teams[0].experts == (held // 2, held // 2)
+    team["experts"] = [held - 1, 1]
+    assert from_plan(values, DEEP).teams[0].experts == (held - 1, 1)
+    team["experts"] = ["many", 1]
+    with pytest.raises(InputError, match="no plan as"):
+        from_plan(values, DEEP)
+    team["experts"] = [held, 1]
+    with pytest.raises(InputError, match=f"has experts .{held}, 1., the model has {held}"):
+        from_plan(values, DEEP)
+
+
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_plan_shares_gradients_and_weights_too_among_workers_that_hold_the_whole_model(zero: int):
     values = plan()

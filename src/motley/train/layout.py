@@ -252,7 +252,7 @@ def islands_of_plan(plan: Mapping[str, Any], config: ModelConfig) -> list[Island
             ranks = tuple(rank for _, own in members for rank in own)
             islands.append(IslandLayout(ranks, layout, float(sum(team["sequences"] for team, _ in members))))
         return islands
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise _no_plan(error) from None
 
 
@@ -263,7 +263,7 @@ def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
     """
     try:
         return _from_plan(plan, config)
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise _no_plan(error) from None
 
 
@@ -296,7 +296,8 @@ def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
         )
         rank += entry["dp"] * len(layers)
         experts = config.n_routed_experts or 0
-        spread = (experts // entry["ep"],) * entry["ep"] if entry["ep"] > 1 else ()
+        equal = (experts // entry["ep"],) * entry["ep"] if entry["ep"] > 1 else ()
+        spread = tuple(int(count) for count in entry.get("experts", equal))
         recompute = entry["recompute"] != "none"
         formats = tuple(entry["precision"][stage["pool"]] for stage in entry["stages"])
         if unknown := set(formats) - set(ACTIVATIONS):

@@ -146,10 +146,7 @@ def train(
                 try:
                     losses, norm = worker.gradient(train_rows, at.step, rows)
                 except torch.OutOfMemoryError as error:
-                    raise InputError(
-                        f"{worker.model.device} has too little memory for --micro-batch {config.micro_batch} rows of "
-                        f"{config.seq_len} tokens; lower it (the result stays the same), or add --recompute"
-                    ) from error
+                    raise InputError(_too_little_memory(island)) from error
                 overflow = worker.scales.follow(losses.culprits)
                 if overflow is None or not (ended or stop):
                     break  # otherwise this gradient has to prove the weights: once more, with a lower loss scale
@@ -223,6 +220,15 @@ def train(
     worker.model.eval()
     save_model(run / "model", island, tokenizer)
     return at
+
+
+def _too_little_memory(island: Island) -> str:
+    config, worker = island.settings, island.worker
+    rows = worker.lane.place.team.micro_batch
+    said = f"{worker.model.device} has too little memory for micro-batches of {rows} rows of {config.seq_len} tokens"
+    if config.plan is not None:
+        return f"{said}; say in the fleet file how much it really has (memory:) and make the plan again"
+    return f"{said}; lower --micro-batch (the result stays the same), or add --recompute"
 
 
 def _where(at: Position) -> dict[str, Any]:

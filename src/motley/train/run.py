@@ -30,9 +30,9 @@ except ImportError:  # Windows
 
 CONFIG_FILE, MACHINE_FILE, RESULT_FILE, LOCK_FILE = "config.json", "machine.json", "result.json", "lock"
 FORMATS_FILE = "formats.json"
-FREE_TO_CHANGE = {  # these do not change what is learned
-    "out", "micro_batch", "recompute", "device", "plan", "zero", "emulate", "emulate_by", "emulate_links", "islands",
-    "live", "patience", "valid_every", "valid_rows", "checkpoint_every", "keep_last",
+FREE_TO_CHANGE = {  # these do not change what is learned, beyond how each worker rounds
+    "out", "micro_batch", "precision", "recompute", "device", "plan", "zero", "emulate", "emulate_by", "emulate_links",
+    "islands", "live", "patience", "valid_every", "valid_rows", "checkpoint_every", "keep_last",
 }  # fmt: skip
 
 
