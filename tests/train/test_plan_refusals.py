@@ -48,7 +48,7 @@ def test_a_plan_may_spread_experts_unevenly_over_a_teams_lanes():
     with pytest.raises(InputError, match="no plan as"):
         from_plan(values, DEEP)
     team["experts"] = [held, 1]
-    with pytest.raises(InputError, match=f"has experts .{held}, 1., the model has {held}"):
+    with pytest.raises(InputError, match=f"^team 0 has experts .{held}, 1., the model has {held}"):
         from_plan(values, DEEP)
 
 

@@ -252,6 +252,8 @@ def islands_of_plan(plan: Mapping[str, Any], config: ModelConfig) -> list[Island
             ranks = tuple(rank for _, own in members for rank in own)
             islands.append(IslandLayout(ranks, layout, float(sum(team["sequences"] for team, _ in members))))
         return islands
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise _no_plan(error) from None
 
@@ -263,6 +265,8 @@ def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
     """
     try:
         return _from_plan(plan, config)
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise _no_plan(error) from None
 
