@@ -6,28 +6,23 @@ import random
 import signal
 import subprocess
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from crews import SERVER
 from test_crew import alone as alone  # fixtures
 from test_crew import children, losses, torchrun, until
 from test_crew import shape as shape
 from test_resume import STEPS, command, records
 from test_resume import data as data
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 import motley.train.carry_out
 import motley.train.start
 from motley.data.stream import Batch, TokenStream
 from motley.errors import CrewError, InputError
 from motley.train.config import PretrainConfig
-from motley.train.crew import free_port
-from motley.train.elastic import _part
 from motley.train.loop import Course, stop_requests
 from motley.train.membership import Door
 from motley.train.pretrain import pretrain
@@ -195,13 +190,3 @@ def test_who_was_asked_to_stop_still_is_when_the_crew_ends_for_another_reason():
         assert asked.is_set()
     with stop_requests(Course()) as asked:
         assert not asked.is_set()
-
-
-def test_a_crew_that_never_met_leaves_no_number_behind_that_others_do_not_have():
-    limit = timedelta(seconds=1)
-    store = TCPStore("127.0.0.1", free_port(), is_master=True, timeout=limit, wait_for_workers=False)
-    with pytest.raises(dist.DistError):  # the second of them died on the way
-        dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=limit)
-    assert dist.distributed_c10d._world.group_count > 0, "which is what this is about"
-    _part()
-    assert dist.distributed_c10d._world.group_count == 0
