@@ -6,23 +6,29 @@ import random
 import signal
 import subprocess
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from crews import SERVER
 from test_crew import alone as alone  # fixtures
 from test_crew import children, losses, torchrun, until
 from test_crew import shape as shape
 from test_resume import STEPS, command, records
 from test_resume import data as data
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 import motley.train.carry_out
 import motley.train.start
 from motley.data.stream import Batch, TokenStream
 from motley.errors import CrewError, InputError
+from motley.model import native
 from motley.train.config import PretrainConfig
+from motley.train.crew import free_port
+from motley.train.elastic import _part
 from motley.train.loop import Course, stop_requests
 from motley.train.membership import Door
 from motley.train.pretrain import pretrain
@@ -153,8 +159,10 @@ def test_a_live_crew_loses_one_and_gains_one_and_learns_what_one_process_learns(
     wait(lambda: len(arrived(gates, 12)) == 2)
     stranger = begin(program="other") if seed == 0 else begin(make="other")
     stranger.join(90)
-    what = "source code" if seed == 0 else "the processor"
-    assert (tmp_path / "said").read_text().startswith(f"this worker has {what} other")
+    kernels = "" if native.missing() is None else " without motley's kernels"
+    what, rest = ("source code", "") if seed == 0 else ("the processor", kernels)
+    sent_away = f"this worker has {what} other{rest}, the crew at work has same{rest};"
+    assert (tmp_path / "said").read_text().startswith(sent_away)
     processes.append(begin())
     wait(lambda: crew.knocking(crew.newest().number + 1) == 1)
     (gates / "12.gate").unlink()
@@ -190,3 +198,13 @@ def test_who_was_asked_to_stop_still_is_when_the_crew_ends_for_another_reason():
         assert asked.is_set()
     with stop_requests(Course()) as asked:
         assert not asked.is_set()
+
+
+def test_a_crew_that_never_met_leaves_no_number_behind_that_others_do_not_have():
+    limit = timedelta(seconds=1)
+    store = TCPStore("127.0.0.1", free_port(), is_master=True, timeout=limit, wait_for_workers=False)
+    with pytest.raises(dist.DistError):  # the second of them died on the way
+        dist.init_process_group("gloo", store=store, rank=0, world_size=2, timeout=limit)
+    assert dist.distributed_c10d._world.group_count > 0, "which is what this is about"
+    _part()
+    assert dist.distributed_c10d._world.group_count == 0

@@ -225,10 +225,10 @@ def train(
 def _too_little_memory(island: Island) -> str:
     config, worker = island.settings, island.worker
     rows = worker.lane.place.team.micro_batch
-    said = f"{worker.model.device} has too little memory for micro-batches of {rows} rows of {config.seq_len} tokens"
+    said = f"{worker.model.device} has too little memory for --micro-batch {rows} rows of {config.seq_len} tokens"
     if config.plan is not None:
         return f"{said}; say in the fleet file how much it really has (memory:) and make the plan again"
-    return f"{said}; lower --micro-batch (the result stays the same), or add --recompute"
+    return f"{said}; lower it (the result stays the same), or add --recompute"
 
 
 def _where(at: Position) -> dict[str, Any]:
