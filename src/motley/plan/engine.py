@@ -86,7 +86,7 @@ class Engine:
         muon_efficiency: how fast those are, against products of layers of the same size.
         optimizer_seconds, step_seconds: fixed costs: per layer of the optimizer, per step.
         skew: share of a step lost in waiting for the slowest rank, per doubling of the nodes.
-        waiting: the same for teams that share a step by their measured speeds, which never are quite what was measured.
+        waiting: share of a step that teams, however many, wait for each other: rows follow speeds that jitter.
         most_tensor, most_context: largest degrees of tensor and context parallelism it can run.
         most_zero: highest ZeRO stage it has.
         zero_over: among whom ZeRO shares: equal chips of a "team", or all of an "island", by speed within memory. Over

@@ -68,12 +68,12 @@ def _plain(name: str) -> str:
 
 def known_shape(model: str) -> Shape | None:
     """The published shape with this name, if there is one."""
-    return _names().get(_plain(model))
+    return known_shapes().get(model) or _names().get(_plain(model))
 
 
 def trainable(model: str) -> ModelConfig | None:
     """The configuration of a network with this name that motley can train: one of its own, or a published DeepSeek."""
-    shape = known_shapes().get(model) or known_shape(model)
+    shape = known_shape(model)
     return shape.config if shape is not None and isinstance(shape.config, ModelConfig) else None
 
 
@@ -83,9 +83,8 @@ def find_shape(model: str, base: Path = Path()) -> Shape:
     What exists as a file goes before a name that is only like a known one. Raises InputError with the nearest names.
     """
     path = base / model
-    exact = known_shapes().get(model)
-    if exact or not path.exists():
-        if (shape := exact or known_shape(model)) is None:
+    if model in known_shapes() or not path.exists():
+        if (shape := known_shape(model)) is None:
             near = difflib.get_close_matches(_plain(model), _names(), n=6, cutoff=0.5)
             nearest = list(dict.fromkeys(_names()[name].name for name in near)) or list(known_shapes())
             raise InputError(

@@ -213,8 +213,10 @@ def bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
     weight = np.minimum(mean.weight, mean.total / 3)
     both, backward = mean.total, mean.backward + mean.communication / 2
     dual = np.maximum((pp / 2 - 1) * (both + backward - 3 * weight), 0.0)
-    names = [layouts.schedule == SCHEDULES.index("1f1b"), layouts.schedule == SCHEDULES.index("zero_bubble")]
-    return np.select(names, [whole / layouts.chunks, zero_bubble_seconds(layouts, stages)], dual)
+    once = layouts.schedule == SCHEDULES.index("1f1b")
+    zero = layouts.schedule == SCHEDULES.index("zero_bubble")
+    unequal = zero_bubble_seconds(layouts, stages) if zero.any() else dual
+    return np.select([once, zero], [whole / layouts.chunks, unequal], dual)
 
 
 def zero_bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
@@ -229,20 +231,23 @@ def zero_bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
     (arXiv 2401.10241).
     """
     pp = len(stages)
-    weight = [np.minimum(stage.weight, stage.total / 3) for stage in stages]
-    forward = [stage.forward + stage.communication / 3 for stage in stages]
-    inputs = [stage.total - ahead - later for stage, ahead, later in zip(stages, forward, weight, strict=True)]
-    m = np.maximum(layouts.micro_batches, pp)
-    longest = np.zeros(len(layouts))
-    for number, stage in enumerate(stages):
-        ahead, behind = sum(forward[:number], start=longest * 0), pp - 1 - number
-        round_trip = sum(forward[number + 1 :], start=longest * 0) + sum(inputs[number + 1 :], start=longest * 0)
-        filling = np.maximum(round_trip - behind * forward[number], 0.0)
-        draining = np.maximum(round_trip - behind * (inputs[number] + weight[number]), 0.0)
-        back = sum(inputs[:number], start=longest * 0) + weight[0] - (number + 1) * weight[number]
-        last = np.maximum(back, 0.0) if number else 0.0
-        longest = np.maximum(longest, ahead + filling + m * stage.total + draining + last)
-    return longest - m * np.max([stage.total for stage in stages], axis=0)
+    total = np.stack([stage.total for stage in stages])
+    weight = np.minimum(np.stack([stage.weight for stage in stages]), total / 3)
+    forward = np.stack([stage.forward + stage.communication / 3 for stage in stages])
+    inputs = total - forward - weight
+    number = np.arange(pp)[:, None]
+    behind, m = pp - 1 - number, np.maximum(layouts.micro_batches, pp)
+
+    def earlier(values: Floats) -> Floats:
+        """Of each stage: the sum over those before it."""
+        return np.cumsum(values, axis=0) - values
+
+    round_trip = np.sum(forward + inputs, axis=0) - np.cumsum(forward + inputs, axis=0)
+    filling = np.maximum(round_trip - behind * forward, 0.0)
+    draining = np.maximum(round_trip - behind * (inputs + weight), 0.0)
+    last = np.maximum(earlier(inputs) + weight[0] - (number + 1) * weight, 0.0) * (number > 0)
+    paths = earlier(forward) + filling + m * total + draining + last
+    return np.max(paths, axis=0) - m * np.max(total, axis=0)
 
 
 def gradient_seconds(

@@ -14,7 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Self
@@ -258,20 +258,10 @@ class Crew:
     @contextmanager
     def waiting(self, seconds: float, ranks: Sequence[int] | None = None) -> Iterator[None]:
         """Inside, wait so long for messages among these workers (None: all) instead of `patience`."""
-        if self.alone:
-            yield
-            return
-        # Messages between two workers belong to the group of all, sums to their own.
-        groups: list[Any] = [dist.group.WORLD, *([own] if (own := self.group(ranks)) is not None else [])]
-        for group in groups:
-            group.set_timeout(timedelta(seconds=seconds))
+        group: Any = self.group(ranks) or dist.group.WORLD
+        group.set_timeout(timedelta(seconds=seconds))
         yield
-        for group in groups:
-            group.set_timeout(timedelta(seconds=self.patience))
-
-    def moving_state(self) -> AbstractContextManager[None]:
-        """Inside, patience for whole models on their way: late workers wait until early ones are served."""
-        return self.waiting(max(self.patience, PREPARING_SECONDS))
+        group.set_timeout(timedelta(seconds=self.patience))
 
     def _lost(self) -> str:
         """Who is gone, where that can be seen: processes of this machine."""

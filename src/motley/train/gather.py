@@ -29,13 +29,6 @@ def gather(
 
     names: of the only weights and buffers that are wanted, without optimizer state; None: everything.
     """
-    with crew.moving_state():
-        return _gathered(model, shards, optimizer, crew, names)
-
-
-def _gathered(
-    model: Transformer, shards: Shards, optimizer: Optimizer, crew: Crew, names: Collection[str] | None
-) -> tuple[State, State] | None:
     mine = _own_state(shards, optimizer, names)
     headers = crew.all_values([(name, tuple(tensor.shape)) for name, tensor in mine])
     held = _buffers(model)
@@ -79,19 +72,6 @@ def scatter(
     names: of the only weights to set; None: all.
     keep: share that weights and buffers keep of what they were.
     """
-    with crew.moving_state():
-        _scattered(state, model, shards, optimizer, crew, names, keep)
-
-
-def _scattered(
-    state: tuple[State, State] | None,
-    model: Transformer,
-    shards: Shards,
-    optimizer: Optimizer,
-    crew: Crew,
-    names: Collection[str] | None,
-    keep: float,
-) -> None:
     weights, states = state or ({}, {})
     held = dict(_buffers(model))
     parameters = shards.names | {TIED}

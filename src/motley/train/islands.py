@@ -430,12 +430,11 @@ class Island:
 
     def _copy_of_first(self, tensor: Tensor) -> None:
         """Make `tensor` what it is at worker 0, on all leaders: a message over each slow link."""
-        with self.world.moving_state():
-            if self.world.leads:
-                for leader in self.leaders[1:]:
-                    self.world.send(tensor, leader)
-            else:
-                self.world.receive(tensor, self.leaders[0])
+        if self.world.leads:
+            for leader in self.leaders[1:]:
+                self.world.send(tensor, leader)
+        else:
+            self.world.receive(tensor, self.leaders[0])
 
 
 def _named_after(start: str, tensors: State) -> State:

@@ -9,7 +9,8 @@ parameter is held by one worker of every lane (an expert, of every group of lane
 the sum over all rows of the step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -240,7 +241,7 @@ def islands_side_by_side(text: str, workers: int, layers: int, micro_batch: int,
 
 def islands_of_plan(plan: Mapping[str, Any], config: ModelConfig) -> list[IslandLayout]:
     """The islands of a plan file, mostly one; as `from_plan`."""
-    try:
+    with _reading():
         found, rank = {}, 0
         for team in plan["teams"]:
             workers = team["dp"] * len(team["stages"])
@@ -252,10 +253,6 @@ def islands_of_plan(plan: Mapping[str, Any], config: ModelConfig) -> list[Island
             ranks = tuple(rank for _, own in members for rank in own)
             islands.append(IslandLayout(ranks, layout, float(sum(team["sequences"] for team, _ in members))))
         return islands
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _no_plan(error) from None
 
 
 def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
@@ -263,16 +260,19 @@ def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
 
     Raises InputError for what this runtime does not run, and for what is no plan.
     """
-    try:
+    with _reading():
         return _from_plan(plan, config)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Inside, what is missing in a plan, or is not what it should be, becomes an InputError."""
+    try:
+        yield
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _no_plan(error) from None
-
-
-def _no_plan(error: Exception) -> InputError:
-    return InputError(f"this is no plan as `motley plan --out` writes it: {error!r} is missing or wrong")
+        raise InputError(f"this is no plan as `motley plan --out` writes it: {error!r} is missing or wrong") from None
 
 
 def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from motley.errors import InputError
@@ -19,8 +20,8 @@ from motley.fleet.probe import device_memory, host_memory, in_gigabytes
 from motley.model import ModelConfig
 from motley.plan.cost import parts
 from motley.plan.engine import load_engine
-from motley.plan.layout import RECOMPUTES, Layouts
-from motley.plan.memory import saved_bytes
+from motley.plan.layout import RECOMPUTES, SCHEDULES, Layouts
+from motley.plan.memory import in_flight, saved_bytes
 from motley.plan.operators import VALUE_BYTES
 from motley.plan.shape import shape_of
 from motley.train.config import TrainingConfig
@@ -136,11 +137,12 @@ def row_bytes(shape: ModelConfig, place: Place, seq_len: int, number_bytes: int,
     own = [blocks[layer] for layer in place.team.stage_layers(place.stage)] + list(plain.mtp if place.last else ())
     how = RECOMPUTES.index("full" if recompute or place.team.recompute else "none")
     one = Layouts.of(
-        tp=1, cp=1, ep=1, dp=1, pp=1, micro_batch=1, micro_batches=1, recompute=how, schedule=0, chunks=1, zero=0
-    )
+        tp=1, cp=1, ep=1, dp=1, pp=place.team.stages, micro_batch=1, micro_batches=1, recompute=how,
+        schedule=SCHEDULES.index(place.team.schedule), chunks=1, zero=0,
+    )  # fmt: skip
     saved = sum(float(saved_bytes(block, plain, one, engine, seq_len)[0]) for block in own)
-    in_flight = place.team.stages - (0 if place.team.schedule == "zero_bubble" else place.stage)
-    return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES * in_flight)
+    flights = float(in_flight(one, np.array([place.stage]))[0])
+    return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES * flights)
 
 
 def within_memory(

@@ -27,7 +27,9 @@ from motley.train.start import as_planned, plan_of
 
 def new_model_config(name: str, tokenizer: Tokenizer) -> ModelConfig:
     """The config of a named network or of a config.json, with the vocabulary and control tokens of `tokenizer`."""
-    if Path(name).is_file():
+    if name in SIZES:
+        config = SIZES[name]
+    elif Path(name).is_file():
         config = ModelConfig.from_hf(read_json(Path(name)))
     elif (known := trainable(name)) is not None:
         config = known
