@@ -367,3 +367,18 @@ def test_shares_add_up_and_are_as_near_as_whole_numbers_allow():
 
 def test_every_number_of_copies_is_tried_in_small_teams():
     assert SMALL_TEAM >= 16
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_workers_that_were_started_all_get_work_where_that_is_asked(seed: int) -> None:
+    """However slow the slowest: the plan may be slower than one without it, never than the fleet's best."""
+    chance = np.random.default_rng(seed)
+    chips = ("A100", "RTX-3090", "V100", "T4")
+    pools = [(f"pool{n}", str(chance.choice(chips)), 1, int(chance.integers(1, 4))) for n in range(3)]
+    job = Job(shallow(), 1e9, 1024, 64, "motley")
+    fleet = fleet_of(*pools)
+    plan, best = Searcher(fleet, job, all_chips=True).best(), Searcher(fleet, job).best()
+    assert plan is not None
+    assert best is not None
+    assert plan.chips == fleet.chips >= best.chips
+    assert plan.step_seconds >= best.step_seconds * (1 - 1e-6)

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,19 @@ class Links:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def slowest(self, ranks: Sequence[int], same_host: bool) -> tuple[float, float] | None:
+        """Least bytes/s and greatest latency measured among the pairs of `ranks` that share a host, or do not."""
+        found = [
+            pair
+            for pair in self.pairs
+            if pair.one in ranks
+            and pair.other in ranks
+            and (self.hosts[pair.one] == self.hosts[pair.other]) == same_host
+        ]
+        if not found:
+            return None
+        return min(pair.bytes_per_second for pair in found), max(pair.latency_seconds for pair in found)
+
 
 def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -72,13 +85,10 @@ def measure_together(measure: Callable[[], Machine]) -> tuple[list[Machine], Lin
     )
     dist.init_process_group(backend)
     try:
-        rank, world = dist.get_rank(), dist.get_world_size()
-        gathered: list[Any] = [None] * world
+        rank = dist.get_rank()
+        gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (measure().to_dict(), socket.gethostname()))
-        hosts = [host for _, host in gathered]
-        own = [_pair(rank, together, device) for together in pair_rounds(hosts)]
-        pairs: list[Any] = [None] * world
-        dist.all_gather_object(pairs, [pair for pair in own if pair is not None])
+        links = links_between([host for _, host in gathered], device)
         collectives = [
             CollectiveRate(name, size, _collective(name, size, device))
             for name in COLLECTIVES
@@ -87,9 +97,20 @@ def measure_together(measure: Callable[[], Machine]) -> tuple[list[Machine], Lin
         if rank != 0:
             return None
         machines = [Machine.from_dict(value) for value, _ in gathered]
-        return machines, Links(tuple(hosts), tuple(pair for some in pairs for pair in some), tuple(collectives))
+        return machines, replace(links, collectives=tuple(collectives))
     finally:
         dist.destroy_process_group()
+
+
+def links_between(hosts: Sequence[str], device: torch.device) -> Links:
+    """The pairs of a job that has met, measured; every rank calls this with the host of each and gets all of them.
+
+    device: where messages lie.
+    """
+    own = [_pair(dist.get_rank(), together, device) for together in pair_rounds(hosts)]
+    pairs: list[Any] = [None] * len(hosts)
+    dist.all_gather_object(pairs, [pair for pair in own if pair is not None])
+    return Links(tuple(hosts), tuple(pair for some in pairs for pair in some), ())
 
 
 def _own_device() -> torch.device:

@@ -35,9 +35,9 @@ def fleet_text(machines: Sequence[Machine], links: Links | None = None) -> str:
             f"    nodes: {nodes}",
             f"    chips_per_node: {max(1, len(ranks) // nodes)}",
         ]
-        if links and (inside := _between(links, ranks, hosts, same_host=True)) is not None:
+        if links and (inside := links.slowest(ranks, same_host=True)) is not None:
             lines.append(f"    link_inside: {rate_text(inside[0])}")
-        if links and (outside := _between(links, range(len(machines)), hosts, same_host=False)) is not None:
+        if links and (outside := links.slowest(range(len(machines)), same_host=False)) is not None:
             lines.append(f"    link_outside: {rate_text(outside[0])}")
             lines.append(f"    latency_outside: {outside[1] * 1e6:.0f} us")
         if machine.device == "cpu":
@@ -105,20 +105,6 @@ def measured_by(machine: Machine) -> Measured:
         memory_bandwidth=machine.bandwidth_gigabytes_per_second * 1e9,
         matmul=matmul,
     )
-
-
-def _between(
-    links: Links, ranks: Sequence[int] | range, hosts: Sequence[str], same_host: bool
-) -> tuple[float, float] | None:
-    """Slowest measured (bytes/s, latency) among the pairs of `ranks` that share a host, or do not."""
-    found = [
-        pair
-        for pair in links.pairs
-        if pair.one in ranks and pair.other in ranks and (hosts[pair.one] == hosts[pair.other]) == same_host
-    ]
-    if not found:
-        return None
-    return min(pair.bytes_per_second for pair in found), max(pair.latency_seconds for pair in found)
 
 
 def _quoted(text: str) -> str:

@@ -25,8 +25,8 @@ class Point:
     picks: tuple[Pick, ...]
 
 
-def pack(pools: int, offers: Mapping[int, Sequence[Pick]], needed: float) -> Point | None:
-    """Most sequences over all ways to split the pools (bits of a mask) into teams or idleness.
+def pack(pools: int, offers: Mapping[int, Sequence[Pick]], needed: float, idle: bool = True) -> Point | None:
+    """Most sequences over all ways to split the pools (bits of a mask) into teams or, where that is allowed, idleness.
 
     Of ways with enough spare bytes, if there are any; else of all ways.
     """
@@ -38,7 +38,8 @@ def pack(pools: int, offers: Mapping[int, Sequence[Pick]], needed: float) -> Poi
             if lowest is None:
                 best.append(point)
                 continue
-            _keep(points, mask | 1 << lowest, point)  # this pool stays idle
+            if idle:
+                _keep(points, mask | 1 << lowest, point)  # this pool does nothing
             for own, picks in offers.items():
                 if own >> lowest & 1 and not own & mask:
                     for pick in picks:

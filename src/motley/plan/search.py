@@ -46,6 +46,8 @@ ISLANDS_WORTH = 1.02  # islands learn a little less from a token, so they must b
 class Searcher:
     """Costs the teams of a fleet once and answers for any of its pools.
 
+    With `all_chips`, only plans in which no chip is left idle: for workers that were started already.
+
     Raises InputError from `best` when no pool and no team can hold the model.
     """
 
@@ -55,8 +57,9 @@ class Searcher:
         job: Job,
         progress: Callable[[str], None] | None = None,
         known: Mapping[frozenset[str], tuple[Options, ...]] | None = None,
+        all_chips: bool = False,
     ) -> None:
-        self.fleet, self.job = fleet, job
+        self.fleet, self.job, self.all_chips = fleet, job, all_chips
         self._engines = {pool.name: job.engine_for(pool) for pool in fleet.pools}
         self._over_island = any(engine.zero_over == "island" for engine in self._engines.values())
         peaks = {pool.name: pool.chips * pool.flops(pool.best_precision) for pool in fleet.pools}
@@ -70,7 +73,10 @@ class Searcher:
                 if progress:
                     progress(" + ".join(pool.name for pool in team))
                 share = sum(peaks[pool.name] for pool in team) / whole
-                ways = [options_of(used, job, share, self._without_this_team(team)) for used in _usages(team)]
+                usages = [team] if all_chips else _usages(team)
+                ways = [options_of(used, job, share, self._without_this_team(team)) for used in usages]
+                if all_chips:
+                    ways = [found and _busy(found, team) for found in ways]
                 if kept := tuple(_pruned(found) for found in ways if found is not None and len(found)):
                     self.options[frozenset(pool.name for pool in team)] = kept
 
@@ -87,7 +93,8 @@ class Searcher:
             pool.model_copy(update={"nodes": nodes}) if pool.name == name else pool for pool in self.fleet.pools
         )
         known = {team: options for team, options in self.options.items() if name not in team}
-        return Searcher(self.fleet.model_copy(update={"pools": pools}), self.job, known=known)
+        fleet = self.fleet.model_copy(update={"pools": pools})
+        return Searcher(fleet, self.job, known=known, all_chips=self.all_chips)
 
     def _teams(self, size: int) -> list[tuple[Pool, ...]]:
         """Pools of one site that may form a pipeline; called after all smaller teams are costed.
@@ -180,7 +187,8 @@ class Searcher:
         found: list[Found] = []
         slow = self._slow_link_seconds(pools)
         for team in self.options:
-            if team <= pools and (chosen := self._whole(team, sequences, False)) is not None:
+            fits = team == pools if self.all_chips else team <= pools
+            if fits and (chosen := self._whole(team, sequences, False)) is not None:
                 found.append(self._found([chosen]))
         for level in self._levels:
             below = min((plan.step_seconds for plan in found), default=None)
@@ -340,7 +348,7 @@ class Searcher:
             # need be.
             for trade in (False, True) if level else (False,):
                 offers = {masks[team]: self._offers(team, seconds, level, trade, update) for team in teams}
-                best = pack(len(order), offers, state if trade else 0.0)
+                best = pack(len(order), offers, state if trade else 0.0, idle=not self.all_chips)
                 if best is not None and best.picks and best.spare >= state:
                     break
             else:
@@ -431,6 +439,12 @@ def _usages(team: Sequence[Pool]) -> list[tuple[Pool, ...]]:
         if used not in usages and [pool.per_node for pool in used] != [pool.per_node for pool in team]:
             usages.append(used)
     return usages
+
+
+def _busy(options: Options, team: Sequence[Pool]) -> Options:
+    """Only options in which every chip of the team works."""
+    there = np.array([pool.chips for pool in team])
+    return options.take(np.flatnonzero((options.chips == there[:, None]).all(axis=0)))
 
 
 def _pruned(options: Options) -> Options:

@@ -27,7 +27,7 @@ from motley.plan.shape import shape_of
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
 from motley.train.layout import IslandLayout, Place, island_of, place_of
-from motley.train.optimizer import NUMBERS_AT_ONCE, OptimizerName
+from motley.train.optimizer import MOMENTS, NUMBERS_AT_ONCE, Moments, OptimizerName
 from motley.train.parts import bytes_kept_anyway, bytes_kept_once, cut_parts, held_bytes
 from motley.train.timing import memory_bytes
 from motley.train.traffic import AT_ONCE, MESSAGE_BYTES
@@ -42,15 +42,18 @@ SLACK = 1.05  # room for parts that do not fill it to the byte
 STATES = {"muon": 1, "adamw": 2}  # tensors of a parameter's size (Muon leaves AdamW's two to the few others)
 
 
-def state_bytes(config: ModelConfig, optimizer: OptimizerName) -> int:
-    """The least that training holds: weights, gradients and optimizer state in fp32; activations come on top."""
-    return sum(part.parameters for part in parts(config, 0)) * FP32_BYTES * (2 + STATES[optimizer])
+def state_bytes(config: ModelConfig, optimizer: OptimizerName, moments: Moments = "fp32") -> int:
+    """The least that training holds: weights, gradients and optimizer state; activations come on top."""
+    each = 2 * FP32_BYTES + STATES[optimizer] * MOMENTS[moments].itemsize
+    return sum(part.parameters for part in parts(config, 0)) * each
 
 
-def check_memory(config: ModelConfig, optimizer: OptimizerName, device: torch.device) -> None:
+def check_memory(
+    config: ModelConfig, optimizer: OptimizerName, device: torch.device, moments: Moments = "fp32"
+) -> None:
     """Raises InputError when `device` cannot hold the training state of such a model."""
     held = device_memory(device)[1] or host_memory()[0]
-    needed = state_bytes(config, optimizer)
+    needed = state_bytes(config, optimizer, moments)
     if needed > held:
         raise InputError(
             f"training this model takes at least {in_gigabytes(needed)} for weights, gradients and optimizer state, "
@@ -152,22 +155,26 @@ def within_memory(
     crew: Crew,
     budgets: Sequence[float],
     formats: Sequence[Format],
+    shrink: bool,
 ) -> list[IslandLayout]:
-    """`islands`, in which every worker fits its memory; without a plan micro-batches shrink to what fits.
+    """`islands`, in which every worker fits its memory.
 
     Every worker calls this. Raises InputError on all of them, naming the one that fits least.
 
     budgets, formats: bytes that each worker may hold, and what it computes in.
+    shrink: micro-batches to what fits; else they stay as they are.
     """
     own = island_of(islands, crew.rank)
     rank = list(own.ranks).index(crew.rank)
-    held: float = held_bytes(shape, own.layout, rank, config.optimizer, mtp=bool(config.mtp_weight)).total
+    held: float = held_bytes(
+        shape, own.layout, rank, config.optimizer, mtp=bool(config.mtp_weight), moments=config.moments
+    ).total
     place = place_of(own.layout, rank)
     row = row_bytes(shape, place, config.seq_len, ACTIVATIONS[formats[crew.rank]].itemsize, config.recompute)
     if not config.plan:  # a plan has margins of its own
         held = ALLOCATED * (held + in_passing_bytes(shape, own.layout.zero, crew.size))
         row = ALLOCATED * row
-    rows = place.team.micro_batch if config.plan else 1
+    rows = 1 if shrink else place.team.micro_batch
     needs: list[Need] = crew.all_values(Need(held, row, rows, budgets[crew.rank]))
     tight = min(range(crew.size), key=lambda other: needs[other].most_rows - needs[other].rows)
     need = needs[tight]
@@ -178,11 +185,9 @@ def within_memory(
             f"micro-batch of {need.rows} x {config.seq_len} tokens) and may hold {in_megabytes(need.budget)}; choose "
             "a smaller --model or --seq-len, --recompute, or a plan that gives it less"
         )
-    return (
-        islands
-        if config.plan
-        else [_fitting(island, [needs[other].most_rows for other in island.ranks]) for island in islands]
-    )
+    if not shrink:
+        return islands
+    return [_fitting(island, [needs[other].most_rows for other in island.ranks]) for island in islands]
 
 
 def _fitting(island: IslandLayout, most: Sequence[int]) -> IslandLayout:

@@ -32,6 +32,7 @@ from motley.train.layout import IslandLayout, island_of, islands_of_plan, island
 from motley.train.memory import Budgets, budget, check_memory, dealt, held_already, within_memory
 from motley.train.precision import asked_format, number_formats
 from motley.train.run import Run
+from motley.train.unplanned import may_be_planned, planned_from_probe
 from motley.train.worker import Worker
 
 OWN = ("out", "device", "data", "model", "plan", "micro_batch", "precision")
@@ -174,7 +175,7 @@ def employ(
     islands, every = crew.led(lambda: islands_for(config, shape, crew, plan))
     crew.agree({**facts(config, data), "shape": str(shape)})
     if crew.alone:
-        check_memory(shape, config.optimizer, crew.device)
+        check_memory(shape, config.optimizer, crew.device, config.moments)
     check_devices(islands, crew)
     own = island_of(islands, crew.rank)
     emulated = pretended[crew.rank].emulated if pretended else Emulated()
@@ -186,7 +187,17 @@ def employ(
         if plan is None:
             glances = crew.all_values(emulated.speed * glance(crew.device, everyone[crew.rank]))
             islands = dealt(islands, shape, config, budgets, glances)
-        islands = within_memory(islands, shape, config, crew, budgets, everyone)
+        try:
+            islands = within_memory(islands, shape, config, crew, budgets, everyone, shrink=plan is None)
+        except InputError as error:
+            if crew.alone or not may_be_planned(config):
+                raise
+            file, islands = planned_from_probe(
+                config, shape, crew, run.folder, budgets[crew.rank], everyone[crew.rank], emulated, error
+            )
+            config = dataclasses.replace(config, plan=file)
+            check_devices(islands, crew)
+            islands = within_memory(islands, shape, config, crew, budgets, everyone, shrink=True)
         own = island_of(islands, crew.rank)
     if pretended:
         crew = dataclasses.replace(crew, links=links_of(pretended, config.emulate_links, crew))
