@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from motley.train.guard import PATIENCE, WINDOW, Guard
-from motley.train.optimizer import Optimizer, as_matrices, by_muon, orthogonalize
+from motley.train.optimizer import MOMENTS, Optimizer, as_matrices, by_muon, orthogonalize
 from motley.train.schedule import factor
 
 
@@ -104,6 +104,45 @@ def test_what_muon_leaves_is_torchs_adamw(kind: str) -> None:
         reference.step()
     for name, parameter in others.items():
         torch.testing.assert_close(named[name], parameter)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_moments_in_bf16_are_rounded_between_steps_and_nothing_else_is(kind: str) -> None:
+    """Each step is that of an optimizer with fp32 moments which begins it from the rounded ones."""
+    narrow, wide = parameters(), parameters()
+    make = [(narrow, "bf16"), (wide, "fp32")]
+    one, other = (Optimizer(named.items(), kind, 0.1, torch.float32, 10.0, moments) for named, moments in make)  # type: ignore[arg-type]
+    for step in range(4):
+        give_gradients(narrow, step)
+        give_gradients(wide, step)
+        one.step(0.02)
+        other.step(0.02)
+        for name, parameter in narrow.items():
+            torch.testing.assert_close(wide[name], parameter)
+        rounded = {
+            key: value if key.endswith(":step") else value.bfloat16() for key, value in other.state_tensors().items()
+        }
+        assert one.state_tensors().keys() == rounded.keys()
+        for key, value in one.state_tensors().items():
+            assert value.dtype == rounded[key].dtype, key
+            torch.testing.assert_close(value, rounded[key], rtol=2**-7, atol=1e-6)
+        other.load_state_tensors({key: value.float() for key, value in one.state_tensors().items()})
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_state_goes_on_in_another_format(kind: str) -> None:
+    for before, after in (("fp32", "bf16"), ("bf16", "fp32")):
+        named = parameters()
+        first = Optimizer(named.items(), kind, 0.1, torch.float32, moments=before)  # type: ignore[arg-type]
+        give_gradients(named, 0)
+        first.step(0.02)
+        second = Optimizer(named.items(), kind, 0.1, torch.float32, moments=after)  # type: ignore[arg-type]
+        second.load_state_tensors(first.state_tensors())
+        give_gradients(named, 1)
+        second.step(0.02)
+        for key, value in second.state_tensors().items():
+            assert value.dtype == (torch.float32 if key.endswith(":step") else MOMENTS[after]), key
+            assert value.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])

@@ -29,12 +29,12 @@ def layout(zero: int) -> Layout:
     return Layout(teams, zero=zero, memory=MEMORY, rates=(1.0, 3.0, 6.0))  # type: ignore[arg-type]
 
 
-def keep(crew: Crew, cases: list[tuple[int, str, float]]) -> list[Any]:
+def keep(crew: Crew, cases: list[tuple[int, str, float, str]]) -> list[Any]:
     """For each case, after a step: bytes of weights, gradients, optimizer state; the most that exchanging them adds."""
     experts.PAD, traffic.MESSAGE_BYTES = FEW, 1 << 16
     found = []
-    for zero, optimizer, mtp in cases:
-        worker = Worker(WIDE, settings(optimizer=optimizer, mtp_weight=mtp), layout(zero), crew)
+    for zero, optimizer, mtp, moments in cases:
+        worker = Worker(WIDE, settings(optimizer=optimizer, mtp_weight=mtp, moments=moments), layout(zero), crew)
         whole = Transformer(WIDE)
         whole.initialize(0)
         worker.take_state((dict(whole.state_dict()), {}) if crew.leads else None)
@@ -51,11 +51,12 @@ def keep(crew: Crew, cases: list[tuple[int, str, float]]) -> list[Any]:
 
 @pytest.mark.slow(15)
 def test_a_worker_keeps_what_the_layout_says_to_the_byte_and_exchanging_it_makes_no_second_copy():
-    cases = [(zero, optimizer, mtp) for zero in range(4) for optimizer, mtp in (("muon", 0.3), ("adamw", 0.0))]
+    ways = (("muon", 0.3, "fp32"), ("adamw", 0.0, "fp32"), ("muon", 0.3, "bf16"), ("adamw", 0.3, "bf16"))
+    cases = [(zero, *way) for zero in range(4) for way in (ways if zero in (0, 1) else ways[:2])]
     for rank, answers in enumerate(on_crew(3, keep, cases)):
-        for (zero, optimizer, mtp), (kept, added) in zip(cases, answers, strict=True):
-            said = held_bytes(WIDE, layout(zero), rank, optimizer, bool(mtp))  # type: ignore[arg-type]
-            assert kept == (said.weights, said.gradients, said.optimizer), (zero, optimizer, rank)
+        for (zero, optimizer, mtp, moments), (kept, added) in zip(cases, answers, strict=True):
+            said = held_bytes(WIDE, layout(zero), rank, optimizer, bool(mtp), moments)  # type: ignore[arg-type]
+            assert kept == (said.weights, said.gradients, said.optimizer), (zero, optimizer, moments, rank)
             assert added == 0
 
 

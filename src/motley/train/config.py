@@ -13,7 +13,7 @@ from motley.train.cast import LinksBy
 from motley.train.crew import PATIENCE_SECONDS
 from motley.train.handicap import Way
 from motley.train.layout import Zero
-from motley.train.optimizer import OptimizerName
+from motley.train.optimizer import Moments, OptimizerName
 from motley.train.schedule import Schedule
 from motley.train.wire import Bits
 
@@ -36,6 +36,8 @@ class TrainingConfig:
     embedding_rate: float = 1.0
     """The embedding's learning rate beside Muon, as a multiple of the others'; 10 learns faster from random weights."""
     optimizer: OptimizerName = "muon"
+    moments: Moments = "fp32"
+    """What the optimizer's state is kept in; bf16 halves it, as DeepSeek-V3 did."""
     schedule: Schedule = "wsd"
     warmup_steps: int = 20
     decay_share: float = 0.4
@@ -62,7 +64,8 @@ class TrainingConfig:
     device: str = "auto"
     plan: Path | None = None
     """A plan file (`motley plan`) that says who holds and computes what; without one every worker of a crew (torchrun)
-    holds the whole model and takes rows in proportion to its measured speed."""
+    holds the whole model and takes rows in proportion to its measured speed, or, where some cannot hold it, a plan is
+    made from a probe of them."""
     zero: Zero = 1
     """Without a plan: what the workers of a crew share instead of each keeping the whole: 0 nothing, 1 optimizer state,
     2 gradients too (more messages), 3 weights too (more still, and about a third more computing)."""

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from motley.model import native
 
 OptimizerName = Literal["muon", "adamw"]
+Moments = Literal["fp32", "bf16"]
+MOMENTS: dict[Moments, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What momenta, and AdamW's first and second moments, are kept in between steps; all is computed in fp32."""
 
 
 EMBEDDING = "embed_tokens.weight"
@@ -83,6 +86,7 @@ class Optimizer:
         kind: "muon" (Muon and AdamW) or "adamw" (AdamW for all).
         weight_decay: decoupled, on everything with two dimensions or more.
         dtype: of Muon's matrix products.
+        moments: what the optimizer's state is kept in (V3 report, 3.3.3: bf16 without loss).
         embedding_rate: of the learning rate beside Muon; the embedding then takes so many times that of the others. A
             row of it sees a gradient only when its token occurs, and what is normed next asks for no size of it.
     """
@@ -97,11 +101,13 @@ class Optimizer:
         weight_decay: float,
         dtype: torch.dtype,
         embedding_rate: float = 1.0,
+        moments: Moments = "fp32",
     ) -> None:
+        self.moments = MOMENTS[moments]
         named = [(name, p) for name, p in parameters if p.requires_grad]
         self.matrices = {name: p for name, p in named if by_muon(kind, name, p.dim())}
         self.others = {name: p for name, p in named if name not in self.matrices}
-        self.momentum = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
+        self.momentum = {name: torch.zeros_like(p, dtype=self.moments) for name, p in self.matrices.items()}
         self.weight_decay, self.dtype = weight_decay, dtype
         apart = {name for name in self.others if kind == "muon" and name.endswith(EMBEDDING)}
         embedding = [self.others[name] for name in self.others if name in apart]
@@ -125,7 +131,10 @@ class Optimizer:
         """Apply one update from the gradients; parameters without a gradient stay as they are."""
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate * group["times"]
-        self.adamw.step()
+        if self.moments == torch.float32:
+            self.adamw.step()
+        else:
+            self._adamw_of_narrow_moments()
         by_kernel: list[str] = []
         for shape, names in self._same_shape.items():
             names = [name for name in names if self.matrices[name].grad is not None]
@@ -148,8 +157,9 @@ class Optimizer:
         for group in _groups(pieces):
             looking_ahead = []
             for _, grad, momentum in group:
-                momentum.lerp_(grad, 1 - self.MOMENTUM)
-                looking_ahead.append(torch.lerp(grad, momentum, self.MOMENTUM).to(self.dtype))
+                now = momentum.float().lerp_(grad, 1 - self.MOMENTUM)  # itself, where it is fp32
+                momentum.copy_(now)
+                looking_ahead.append(torch.lerp(grad, now, self.MOMENTUM).to(self.dtype))
             updates = orthogonalize(torch.cat(looking_ahead), self.dtype)
             for (weight, *_), update in zip(group, updates.split([len(m) for m in looking_ahead]), strict=True):
                 weight.mul_(1 - learning_rate * self.weight_decay)
@@ -160,9 +170,9 @@ class Optimizer:
         shape = as_matrices(name, weight).shape[1:]
         if self.dtype != torch.bfloat16 or weight.device.type != "cpu" or shape.numel() > LARGEST_OF_ONE_THREAD:
             return False
-        tensors = (weight, weight.grad, momentum)
-        flat = all(t is not None and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-        return flat and native.runs(*shape)
+        assert weight.grad is not None
+        wide = weight.dtype == weight.grad.dtype == torch.float32
+        return wide and all(t.is_contiguous() for t in (weight, weight.grad, momentum)) and native.runs(*shape)
 
     def _native_muon(self, names: list[str], learning_rate: float) -> None:
         """All matrices in one kernel, each by one thread, the largest first (`motley/model/native/muon.cpp`)."""
@@ -170,17 +180,44 @@ class Optimizer:
         rates: list[float] = []
         for name in sorted(names, key=lambda name: -as_matrices(name, self.matrices[name]).shape[1:].numel()):
             weight, momentum = self.matrices[name], self.momentum[name]
+            assert weight.grad is not None
             count, *shape = as_matrices(name, weight).shape
-            tensors = (weight.grad, momentum, weight)
-            apart = 4 * shape[0] * shape[1]  # bytes
             for index in range(count):
-                rows.append((*shape, *(tensor.data_ptr() + index * apart for tensor in tensors if tensor is not None)))
+                first = index * shape[0] * shape[1]
+                tensors = (weight.grad, momentum, weight)
+                rows.append((*shape, *(tensor.data_ptr() + first * tensor.element_size() for tensor in tensors)))
                 rates.append(learning_rate * update_scale(shape))
         sizes, *pointers = (
             torch.tensor(column) for column in ([r[:2] for r in rows], *zip(*(r[2:] for r in rows), strict=True))
         )
         kept = 1 - learning_rate * self.weight_decay
-        native.call("muon_step", len(rows), sizes, *pointers, torch.tensor(rates), self.MOMENTUM, kept, ITERATIONS)
+        narrow = int(self.moments == torch.bfloat16)
+        native.call(
+            "muon_step", len(rows), sizes, *pointers, torch.tensor(rates), self.MOMENTUM, kept, ITERATIONS, narrow
+        )  # fmt: skip
+
+    def _adamw_of_narrow_moments(self) -> None:
+        """What PyTorch's does, which keeps its moments in the parameters' own format; some rows at a time."""
+        first, second = self.BETAS
+        for group in self.adamw.param_groups:
+            rate, kept = group["lr"], 1 - group["lr"] * group["weight_decay"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.adamw.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(parameter, dtype=self.moments)
+                state["step"] += 1
+                step = int(state["step"])
+                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                flat = (tensor.view(-1).split(NUMBERS_AT_ONCE // 4) for tensor in tensors)
+                for weight, grad, mean, square in zip(*flat, strict=True):
+                    mean.copy_(now := mean.float().lerp_(grad, 1 - first))
+                    square.copy_(length := square.float().lerp_(grad.square(), 1 - second))
+                    length.div_(1 - second**step).sqrt_().add_(self.adamw.defaults["eps"])
+                    weight.mul_(kept).addcdiv_(now, length, value=-rate / (1 - first**step))
 
     def zero_grad(self) -> None:
         for parameter in (*self.matrices.values(), *self.others.values()):
@@ -201,6 +238,11 @@ class Optimizer:
         for name, parameter in self.others.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
             if f"{name}:step" in state:
-                self.adamw.state[parameter] = {key: state[f"{name}:{key}"].clone().to(
-                    device="cpu" if key == "step" and parameter.device.type == "cpu" else parameter.device
-                ) for key in keys}  # fmt: skip
+                self.adamw.state[parameter] = {key: self._own(key, state[f"{name}:{key}"], parameter) for key in keys}
+
+    def _own(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A copy of an entry of AdamW's state, as this optimizer keeps it; its count of steps is fp32."""
+        if key != "step":
+            return value.to(device=parameter.device, dtype=self.moments, copy=True)
+        narrow = self.moments != torch.float32
+        return value.to(device="cpu" if narrow else parameter.device, dtype=torch.float32, copy=True)

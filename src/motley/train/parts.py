@@ -23,7 +23,7 @@ import torch
 
 from motley.model import ModelConfig, Transformer
 from motley.train.layout import Layout, Team, Zero, place_of
-from motley.train.optimizer import ITERATIONS, OptimizerName, as_matrices, by_muon
+from motley.train.optimizer import ITERATIONS, MOMENTS, Moments, OptimizerName, as_matrices, by_muon
 
 NUMBER_BYTES = 4
 ELEMENTWISE = 400
@@ -130,7 +130,7 @@ class HeldBytes:
 
 
 def bytes_kept_once(part: Part, layout: Layout, optimizer: OptimizerName) -> int:
-    """What a part's owner keeps for all its holders."""
+    """What a part's owner keeps for all its holders; moments count as fp32, so that owners do not depend on them."""
     states = 1 if by_muon(optimizer, part.name, len(part.shape)) else 2
     numbers = states * (layout.zero >= 1) + (layout.zero >= 2) + (layout.zero >= 3)
     return NUMBER_BYTES * part.numbers * numbers
@@ -144,19 +144,28 @@ def bytes_kept_anyway(parts: Iterable[Part], zero: Zero, rank: int, mtp: bool) -
     return NUMBER_BYTES * (weights + gradients)
 
 
-def held_bytes(config: ModelConfig, layout: Layout, rank: int, optimizer: OptimizerName, mtp: bool = True) -> HeldBytes:
-    """What worker `rank` of a layout keeps, all of it in fp32 (the routers' biases, a few numbers each, left out)."""
+def held_bytes(
+    config: ModelConfig,
+    layout: Layout,
+    rank: int,
+    optimizer: OptimizerName,
+    mtp: bool = True,
+    moments: Moments = "fp32",
+) -> HeldBytes:
+    """What worker `rank` of a layout keeps, all but moments in fp32 (the routers' biases, a few numbers, left out)."""
     parts = parts_of(config, layout, optimizer)
     learning = [part for part in parts if trained(part.name, mtp)]
-    states = 0
+    states = counters = 0
     for part in kept(parts, "optimizer", layout.zero, rank):
         if by_muon(optimizer, part.name, len(part.shape)):
             states += part.numbers
         elif trained(part.name, mtp):
-            states += 2 * part.numbers + 1  # AdamW counts its steps
+            states += 2 * part.numbers
+            counters += 1  # AdamW counts its steps
     weights = sum(part.numbers for part in kept(parts, "weights", layout.zero, rank))
     gradients = sum(part.numbers for part in kept(learning, "gradients", layout.zero, rank))
-    return HeldBytes(NUMBER_BYTES * weights, NUMBER_BYTES * gradients, NUMBER_BYTES * states)
+    optimizer_bytes = MOMENTS[moments].itemsize * states + NUMBER_BYTES * counters
+    return HeldBytes(NUMBER_BYTES * weights, NUMBER_BYTES * gradients, optimizer_bytes)
 
 
 def _bounds(name: str, rows: int, layout: Layout) -> list[int]:

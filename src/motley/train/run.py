@@ -31,8 +31,8 @@ except ImportError:  # Windows
 CONFIG_FILE, MACHINE_FILE, RESULT_FILE, LOCK_FILE = "config.json", "machine.json", "result.json", "lock"
 FORMATS_FILE = "formats.json"
 FREE_TO_CHANGE = {  # these do not change what is learned, beyond how each worker rounds
-    "out", "micro_batch", "precision", "recompute", "device", "plan", "zero", "emulate", "emulate_by", "emulate_links",
-    "islands", "live", "patience", "valid_every", "valid_rows", "checkpoint_every", "keep_last",
+    "out", "micro_batch", "precision", "moments", "recompute", "device", "plan", "zero", "emulate", "emulate_by",
+    "emulate_links", "islands", "live", "patience", "valid_every", "valid_rows", "checkpoint_every", "keep_last",
 }  # fmt: skip
 
 

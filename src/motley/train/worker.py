@@ -79,7 +79,9 @@ class Worker:
         # Where several workers update the same weights, they must do it alike.
         products = torch.bfloat16 if torch.bfloat16 in ((dtype,) if self.shards.zero else (wire,)) else torch.float32
         named = [(part.label, self.shards.view(part)) for part in self.shards.kept]
-        self.optimizer = Optimizer(named, settings.optimizer, settings.weight_decay, products, settings.embedding_rate)
+        self.optimizer = Optimizer(
+            named, settings.optimizer, settings.weight_decay, products, settings.embedding_rate, settings.moments
+        )
         self.lane = Lane(self.model, config, place, crew, wire)
         if layout.zero >= 2 and not crew.alone:
             turns = Turns if layout.zero == 2 else Visits

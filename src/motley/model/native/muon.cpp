@@ -45,9 +45,10 @@ static void orthogonalize(long m, long n, long iterations, bf16* x) {
   }
 }
 
-// Matrix i is sizes[2i] x sizes[2i + 1] numbers at gradients[i], momenta[i] and weights[i].
-extern "C" void muon_step(long count, const int64_t* sizes, const float* const* gradients, float* const* momenta,
-                          float* const* weights, const float* rates, float momentum, float kept, long iterations) {
+// Matrix i is sizes[2i] x sizes[2i + 1] numbers at gradients[i], momenta[i] (fp32, or bf16 if so told) and weights[i].
+extern "C" void muon_step(long count, const int64_t* sizes, const float* const* gradients, void* const* momenta,
+                          float* const* weights, const float* rates, float momentum, float kept, long iterations,
+                          long momenta_in_bf16) {
 #pragma omp parallel for schedule(dynamic)
   for (long i = 0; i < count; ++i) {
     const long height = sizes[2 * i], width = sizes[2 * i + 1], numbers = height * width;
@@ -59,9 +60,13 @@ extern "C" void muon_step(long count, const int64_t* sizes, const float* const* 
     bf16* x = scratch<6, bf16>(numbers);
     __m512 square = _mm512_setzero_ps();
     for (long j = 0; j < numbers; j += 16) {
-      const __m512 grad = _mm512_loadu_ps(g + j), old = _mm512_loadu_ps(momenta[i] + j);
+      const __m512 grad = _mm512_loadu_ps(g + j);
+      const __m512 old = momenta_in_bf16 ? load((bf16*)momenta[i] + j) : _mm512_loadu_ps((float*)momenta[i] + j);
       const __m512 now = _mm512_fmadd_ps(_mm512_sub_ps(grad, old), _mm512_set1_ps(1 - momentum), old);
-      _mm512_storeu_ps(momenta[i] + j, now);
+      if (momenta_in_bf16)
+        store((bf16*)momenta[i] + j, now);
+      else
+        _mm512_storeu_ps((float*)momenta[i] + j, now);
       const __m512 look = _mm512_fmadd_ps(_mm512_sub_ps(now, grad), _mm512_set1_ps(momentum), grad);
       _mm512_storeu_ps(ahead + j, look);
       square = _mm512_fmadd_ps(look, look, square);
