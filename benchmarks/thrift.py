@@ -219,12 +219,14 @@ def raced(arguments: argparse.Namespace, race: Race) -> dict[str, Any]:
     best = race.chosen("ours", Recipe(shape, 4e-3, mtp_weight=0.0), rates, rows)
 
     seeds = range(arguments.seeds)
-    theirs = [race.run(f"ordinary, seed {seed}", ordinary, race.seconds, seed, MARKS) for seed in seeds]
-    if not arguments.quick:  # the rate of short runs may be too high for long ones: the lower of two counts
+
+    def whole(recipe: Recipe, seed: int) -> dict[str, Any]:
+        return race.run(f"ordinary, rate {recipe.learning_rate:g}, seed {seed}", recipe, race.seconds, seed, MARKS)
+
+    if not arguments.quick:  # the rate of short runs may be too high for long ones: the better of two counts
         slower = replace(ordinary, learning_rate=ordinary.learning_rate / 2)
-        if race.run("ordinary, half the rate", slower, race.seconds, 0, MARKS)["loss"] < theirs[0]["loss"]:
-            ordinary = slower
-            theirs = [race.run(f"ordinary, seed {seed}", ordinary, race.seconds, seed, MARKS) for seed in seeds]
+        ordinary = min((ordinary, slower), key=lambda recipe: whole(recipe, 0)["loss"])
+    theirs = [whole(ordinary, seed) for seed in seeds]
     aim = mean(theirs)
 
     parts: dict[int, list[dict[str, Any]]] = {}
