@@ -91,7 +91,7 @@ def within(
     islands = islands_side_by_side("1", crew.size, NANO.num_hidden_layers, config.micro_batch, 0)
     try:
         bytes_each = [budget(crew.device, pretended) for pretended in budgets]
-        (fitting,) = within_memory(islands, NANO, config, crew, bytes_each, formats, shrink=True)
+        (fitting,) = within_memory(islands, NANO, config, crew, bytes_each, formats, planned=False, shrink=True)
     except InputError as error:
         return str(error)
     return [team.micro_batch for team in fitting.layout.teams]

@@ -34,6 +34,16 @@ def test_workers_alike_are_chips_of_one_pool_and_others_are_not() -> None:
     assert pools_of(chips) == {"pool0": [0, 7], **{f"pool{number}": [number] for number in range(1, 7)}}
 
 
+def test_hosts_alike_are_nodes_of_one_pool() -> None:
+    there = dataclasses.replace(CHIP, host="there", precision="fp16")
+    chips = [dataclasses.replace(CHIP, precision="fp16"), there, there, dataclasses.replace(CHIP, precision="fp16")]
+    assert pools_of(chips) == {"pool0": [0, 3, 1, 2]}, "node after node"
+    (pool,) = parse_fleet(fleet_of(chips, LINKS), "test").pools
+    assert (pool.nodes, pool.per_node) == (2, 2)
+    assert pool.precision == "fp32", "what a CPU computes fp16 through"
+    assert pool.link_inside == 2e9
+
+
 def test_the_fleet_says_what_workers_measured_and_pretend() -> None:
     pretended = Emulated(speed=0.25, link=EmulatedLink(bandwidth="10 MB/s", latency="40 ms"))  # type: ignore[arg-type]
     chips = [CHIP, CHIP, dataclasses.replace(CHIP, host="there", emulated=pretended)]

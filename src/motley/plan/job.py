@@ -1,7 +1,7 @@
 """What is to be trained, as the search sees it: model, tokens, batch, context, engine of each kind of chip."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from motley.errors import InputError
 from motley.fleet.inventory import Pool
@@ -23,6 +23,7 @@ class Job:
         global_batch: sequences in an optimizer step.
         engine: name of the training system; "motley" takes its CPU constants on CPUs.
         fp8: whether chips that can may compute products in fp8.
+        optimizer_bytes: of optimizer state for each parameter; None: what the engine usually keeps.
     """
 
     shape: Shape
@@ -31,6 +32,7 @@ class Job:
     global_batch: int
     engine: str = "motley"
     fp8: bool = False
+    optimizer_bytes: float | None = None
 
     @property
     def flops_per_token(self) -> float:
@@ -54,6 +56,8 @@ class Job:
         if name == "motley" and pool.sheet.kind == "cpu":  # kernels of our own are for bf16
             name = "motley-cpu" if pool.best_precision == "bf16" else "motley-cpu-plain"
         engine = load_engine(name)
+        if self.optimizer_bytes is not None:
+            engine = replace(engine, state_bytes=engine.state_bytes | {"optimizer": self.optimizer_bytes})
         return engine if pool.speed == 1 else engine.at_speed(pool.speed)
 
     def precision_for(self, pool: Pool) -> str:

@@ -73,10 +73,8 @@ class Searcher:
                 if progress:
                     progress(" + ".join(pool.name for pool in team))
                 share = sum(peaks[pool.name] for pool in team) / whole
-                usages = [team] if all_chips else _usages(team)
-                ways = [options_of(used, job, share, self._without_this_team(team)) for used in usages]
-                if all_chips:
-                    ways = [found and _busy(found, team) for found in ways]
+                usages, beaten = [team] if all_chips else _usages(team), self._without_this_team(team)
+                ways = [options_of(used, job, share, beaten, all_chips) for used in usages]
                 if kept := tuple(_pruned(found) for found in ways if found is not None and len(found)):
                     self.options[frozenset(pool.name for pool in team)] = kept
 
@@ -418,10 +416,11 @@ class Searcher:
                 f"{size_text(needed - there)} too little; "
                 f"about {more:,} more {pool.sheet.name} would hold it, or choose a smaller model"
             )
+        every = f" in which all {self.fleet.chips:,} chips work" * self.all_chips
         return InputError(
             f"{model} takes {size_text(needed)} of the {size_text(there)} that {self.fleet.name} has, but no layout of "
-            f"one micro-batch of {self.job.seq_len:,} tokens fits any pool or pair of pools; try a shorter --seq-len, "
-            f"more nodes in the largest pool, or a smaller model"
+            f"one micro-batch of {self.job.seq_len:,} tokens{every} fits any pool or pair of pools; try a shorter "
+            f"--seq-len, more nodes in the largest pool, or a smaller model"
         )
 
 
@@ -439,12 +438,6 @@ def _usages(team: Sequence[Pool]) -> list[tuple[Pool, ...]]:
         if used not in usages and [pool.per_node for pool in used] != [pool.per_node for pool in team]:
             usages.append(used)
     return usages
-
-
-def _busy(options: Options, team: Sequence[Pool]) -> Options:
-    """Only options in which every chip of the team works."""
-    there = np.array([pool.chips for pool in team])
-    return options.take(np.flatnonzero((options.chips == there[:, None]).all(axis=0)))
 
 
 def _pruned(options: Options) -> Options:

@@ -21,7 +21,11 @@ MANY_CHIPS, PATIENCE = 64, 1  # larger teams of several pools end after so many 
 
 
 def options_of(
-    pools: Sequence[Pool], job: Job, share: float = 1.0, to_beat: Callable[[int], float] = lambda sequences: np.inf
+    pools: Sequence[Pool],
+    job: Job,
+    share: float = 1.0,
+    to_beat: Callable[[int], float] = lambda sequences: np.inf,
+    all_chips: bool = False,
 ) -> Options | None:
     """Every way worth considering; None where the model does not fit these pools at all.
 
@@ -30,6 +34,7 @@ def options_of(
         job: what to train.
         share: of the batch that these pools will probably get beside others.
         to_beat: sequences → seconds in which these pools can take them without forming this team.
+        all_chips: only ways in which every chip works.
 
     Candidates are costed with a lower bound (all stages equal) first and placed exactly in that order, until no bound
     that is left can beat what is known, for the whole batch as for likely shares of it.
@@ -44,7 +49,10 @@ def options_of(
         for own, member in zip(layouts, members, strict=True)
     ]
     shares = [job.global_batch * part for part in (1.0, share**0.5, share, share / 2)]
-    keep = np.flatnonzero(_could_fit(members, layouts, per_pool, costed, job))
+    fits = _could_fit(members, layouts, per_pool, costed, job)
+    for pool, own, stages in zip(pools, layouts, per_pool, strict=True) if all_chips else ():
+        fits &= stages * own.tp * own.cp * own.dp == pool.chips
+    keep = np.flatnonzero(fits)
     layouts, per_pool, costed = [own[keep] for own in layouts], per_pool[:, keep], [items_at(c, keep) for c in costed]
     if not len(keep):
         return None

@@ -155,6 +155,7 @@ def within_memory(
     crew: Crew,
     budgets: Sequence[float],
     formats: Sequence[Format],
+    planned: bool,
     shrink: bool,
 ) -> list[IslandLayout]:
     """`islands`, in which every worker fits its memory.
@@ -162,6 +163,7 @@ def within_memory(
     Every worker calls this. Raises InputError on all of them, naming the one that fits least.
 
     budgets, formats: bytes that each worker may hold, and what it computes in.
+    planned: a plan, which has margins of its own, asks for these islands.
     shrink: micro-batches to what fits; else they stay as they are.
     """
     own = island_of(islands, crew.rank)
@@ -171,7 +173,7 @@ def within_memory(
     ).total
     place = place_of(own.layout, rank)
     row = row_bytes(shape, place, config.seq_len, ACTIVATIONS[formats[crew.rank]].itemsize, config.recompute)
-    if not config.plan:  # a plan has margins of its own
+    if not planned:
         held = ALLOCATED * (held + in_passing_bytes(shape, own.layout.zero, crew.size))
         row = ALLOCATED * row
     rows = 1 if shrink else place.team.micro_batch

@@ -206,18 +206,18 @@ class Optimizer:
                     continue
                 state = self.adamw.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                     for name in ("exp_avg", "exp_avg_sq"):
                         state[name] = torch.zeros_like(parameter, dtype=self.moments)
                 state["step"] += 1
-                step = int(state["step"])
+                of_mean, of_square = 1 - first ** state["step"], 1 - second ** state["step"]
                 tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
                 flat = (tensor.view(-1).split(NUMBERS_AT_ONCE // 4) for tensor in tensors)
                 for weight, grad, mean, square in zip(*flat, strict=True):
                     mean.copy_(now := mean.float().lerp_(grad, 1 - first))
                     square.copy_(length := square.float().lerp_(grad.square(), 1 - second))
-                    length.div_(1 - second**step).sqrt_().add_(self.adamw.defaults["eps"])
-                    weight.mul_(kept).addcdiv_(now, length, value=-rate / (1 - first**step))
+                    length.div_(of_square).sqrt_().add_(self.adamw.defaults["eps"]).mul_(of_mean)
+                    weight.mul_(kept).addcdiv_(now, length, value=-rate)
 
     def zero_grad(self) -> None:
         for parameter in (*self.matrices.values(), *self.others.values()):
@@ -238,11 +238,9 @@ class Optimizer:
         for name, parameter in self.others.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
             if f"{name}:step" in state:
-                self.adamw.state[parameter] = {key: self._own(key, state[f"{name}:{key}"], parameter) for key in keys}
-
-    def _own(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """A copy of an entry of AdamW's state, as this optimizer keeps it; its count of steps is fp32."""
-        if key != "step":
-            return value.to(device=parameter.device, dtype=self.moments, copy=True)
-        narrow = self.moments != torch.float32
-        return value.to(device="cpu" if narrow else parameter.device, dtype=torch.float32, copy=True)
+                self.adamw.state[parameter] = {
+                    key: state[f"{name}:{key}"].to(
+                        device=parameter.device, dtype=torch.float32 if key == "step" else self.moments, copy=True
+                    )
+                    for key in keys
+                }

@@ -183,25 +183,26 @@ def employ(
     everyone = number_formats(asked, crew, run, lambda: run.machine(crew.device, machine))
     formats: list[Format] = [everyone[rank] for rank in own.ranks]
     budgets = crew.all_values(budget(crew.device, emulated.memory))
+    programs = crew.all_values(held_already(crew.device))
     if pretended or not crew.alone:
         if plan is None:
             glances = crew.all_values(emulated.speed * glance(crew.device, everyone[crew.rank]))
             islands = dealt(islands, shape, config, budgets, glances)
+        planned = plan is not None
         try:
-            islands = within_memory(islands, shape, config, crew, budgets, everyone, shrink=plan is None)
+            islands = within_memory(islands, shape, config, crew, budgets, everyone, planned, shrink=not planned)
         except InputError as error:
-            if crew.alone or not may_be_planned(config):
+            if crew.alone or planned or not may_be_planned(config):
                 raise
             file, islands = planned_from_probe(
                 config, shape, crew, run.folder, budgets[crew.rank], everyone[crew.rank], emulated, error
             )
             config = dataclasses.replace(config, plan=file)
             check_devices(islands, crew)
-            islands = within_memory(islands, shape, config, crew, budgets, everyone, shrink=True)
+            islands = within_memory(islands, shape, config, crew, budgets, everyone, planned=True, shrink=True)
         own = island_of(islands, crew.rank)
     if pretended:
         crew = dataclasses.replace(crew, links=links_of(pretended, config.emulate_links, crew))
-    programs = crew.all_values(held_already(crew.device))
     parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]
     if crew.alone:
         worker = Worker(shape, config, own.layout, crew, weights and weights(crew.device), formats)

@@ -30,11 +30,13 @@ from motley.plan.search import Searcher
 from motley.plan.shape import deepseek
 from motley.progress import note
 from motley.train.config import TrainingConfig
-from motley.train.crew import Crew
+from motley.train.crew import PREPARING_SECONDS, Crew
 from motley.train.launch import ranks_of_pools
-from motley.train.layout import IslandLayout, islands_of_plan
+from motley.train.layout import IslandLayout, islands_of_plan, side_by_side
+from motley.train.parts import NUMBER_BYTES, held_bytes
 
 PROBE_SECONDS = 4.0
+MOST_POOLS = 12  # with each more the search takes twice as long
 FLEET_FILE, PLAN_FILE = "fleet.yaml", "plan.json"
 
 
@@ -58,14 +60,14 @@ class Chip:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Workers alike in this are chips of one pool."""
+        """Workers alike in this, and with as many like them on their host, are chips of one pool."""
         pretended = (self.emulated.speed, self.emulated.link.bandwidth, self.emulated.link.latency)
-        return (self.host, self.machine.device, self.machine.name, round(self.memory / 1e6), self.precision, *pretended)
+        return (self.machine.device, self.machine.name, round(self.memory / 1e6), self.precision, *pretended)
 
 
 def may_be_planned(config: TrainingConfig) -> bool:
-    """Whether the settings leave it open who holds what."""
-    return config.plan is None and config.islands == "1" and not config.live
+    """Whether settings beside a plan leave it open who holds what."""
+    return config.islands == "1" and not config.live
 
 
 def planned_from_probe(
@@ -95,27 +97,39 @@ def planned_from_probe(
     short = str(why).partition(";")[0]
     if crew.leads:
         note(f"{short}; so a plan is made from a probe of these workers")
-    machine = probe(PROBE_SECONDS, crew.device, grid=True)
-    chips: list[Chip] = crew.all_values(Chip(socket.gethostname(), machine, memory, precision, emulated))
-    links = links_between([chip.host for chip in chips], torch.device("cpu"))  # by way of the host, as in training
+    own = Chip(socket.gethostname(), probe(PROBE_SECONDS, crew.device, grid=True), memory, precision, emulated)
+    with crew.waiting(max(crew.patience, PREPARING_SECONDS)):
+        chips: list[Chip] = crew.all_values(own)
+        hosts = [chip.host for chip in chips]
+        # Messages between two workers go by way of the host, in training too.
+        links = crew.talk("measuring links", lambda: links_between(hosts, torch.device("cpu")))
 
     def make() -> dict[str, Any]:
+        if len(pools_of(chips)) > MOST_POOLS:
+            raise InputError(
+                f"{short}; workers of {len(pools_of(chips))} kinds are too many to plan for at a start: write a fleet "
+                "file of them (`motley fleet probe` under torchrun) and give its plan as --plan"
+            )
         text = fleet_of(chips, links)
         tokens = config.steps * config.batch_rows * config.seq_len
-        job = Job(deepseek(shape, "model"), tokens, config.seq_len, config.batch_rows)
+        kept = held_bytes(
+            shape, side_by_side(1, shape.num_hidden_layers, 1), 0, config.optimizer, moments=config.moments
+        )
+        each = kept.optimizer / (kept.weights / NUMBER_BYTES)
+        job = Job(deepseek(shape, "model"), tokens, config.seq_len, config.batch_rows, optimizer_bytes=each)
         searcher = Searcher(parse_fleet(text, "these workers"), job, all_chips=True)
         found = searcher.best()
         if found is None:
             raise InputError(f"{short}; no plan fits either: {searcher.refusal()}")
         plan = spelled_out(found) | {"objective": "time"} | compared(searcher, found)
-        write_text(folder / FLEET_FILE, text)
-        write_json(folder / PLAN_FILE, plan)
-        write_text((folder / PLAN_FILE).with_suffix(".html"), plan_page(plan))
         if plan["chips"] < crew.size:  # so few rows that some worker gets none
             raise InputError(
                 f"{short}; the best plan has work for {plan['chips']} of {crew.size} workers only, so give more "
                 "--batch-rows, or start fewer"
             )
+        write_text(folder / FLEET_FILE, text)
+        write_json(folder / PLAN_FILE, plan)
+        write_text((folder / PLAN_FILE).with_suffix(".html"), plan_page(plan))
         return plan
 
     plan = crew.led(make)
@@ -130,26 +144,32 @@ def planned_from_probe(
 
 
 def pools_of(chips: Sequence[Chip]) -> dict[str, list[int]]:
-    """Workers of each pool, by the pool's name."""
-    kinds: dict[tuple[Any, ...], list[int]] = {}
+    """Workers of each pool, one node after another, by the pool's name."""
+    nodes: dict[tuple[Any, ...], list[int]] = {}
     for rank, chip in enumerate(chips):
-        kinds.setdefault(chip.kind, []).append(rank)
-    return {f"pool{number}": ranks for number, ranks in enumerate(kinds.values())}
+        nodes.setdefault((chip.host, chip.kind), []).append(rank)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for (_, kind), ranks in nodes.items():
+        alike.setdefault((kind, len(ranks)), []).extend(ranks)
+    return {f"pool{number}": ranks for number, ranks in enumerate(alike.values())}
 
 
 def fleet_of(chips: Sequence[Chip], links: Links) -> str:
-    """The fleet file of these workers: each pool a node, joined to others as slowly as any two hosts are."""
+    """The fleet file of these workers; nodes, and pools, are joined as slowly as any two hosts are."""
     pools, everyone = [], range(len(chips))
     across = links.slowest(everyone, same_host=False) or links.slowest(everyone, same_host=True)
     for name, ranks in pools_of(chips).items():
         first = chips[ranks[0]]
         (pool,) = yaml.safe_load(fleet_text([first.machine]))["pools"]
-        pool |= {"name": name, "nodes": 1, "chips_per_node": len(ranks), "precision": first.precision}
+        nodes = len({chips[rank].host for rank in ranks})
+        # What a chip only pretends to compute in, it computes through fp32.
+        precision = first.precision if first.precision in pool["measured"]["matmul"] else "fp32"
+        pool |= {"name": name, "nodes": nodes, "chips_per_node": len(ranks) // nodes, "precision": precision}
         pool["measured"]["memory"] = f"{first.memory / 1e6:f} MB"
-        if inside := links.slowest(ranks, same_host=True):
+        if inside := links.slowest(ranks, same_host=True) or links.slowest(everyone, same_host=True):
             pool["link_inside"] = rate_text(inside[0])
         pretended = first.emulated.link
-        rate, latency = pretended.bandwidth and pretended.bandwidth * len(ranks), pretended.latency
+        rate, latency = pretended.bandwidth and pretended.bandwidth * (len(ranks) // nodes), pretended.latency
         if across:
             rate, latency = rate or across[0], latency or across[1]
         if rate:
