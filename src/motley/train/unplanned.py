@@ -121,10 +121,10 @@ def planned_from_probe(
         found = searcher.best()
         if found is None:
             raise InputError(f"{short}; no plan fits either: {searcher.refusal()}")
-        plan = spelled_out(found) | {"objective": "time"} | compared(searcher, found)
-        if plan["chips"] < crew.size:  # so few rows that some worker gets none
+        plan: dict[str, Any] = {**spelled_out(found), "objective": "time", **compared(searcher, found)}
+        if found.chips < crew.size:  # so few rows that some worker gets none
             raise InputError(
-                f"{short}; the best plan has work for {plan['chips']} of {crew.size} workers only, so give more "
+                f"{short}; the best plan has work for {found.chips} of {crew.size} workers only, so give more "
                 "--batch-rows, or start fewer"
             )
         write_text(folder / FLEET_FILE, text)
