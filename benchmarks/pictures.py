@@ -1,11 +1,18 @@
-"""The picture of the race: held-out loss against chip time, each run a line, each side a colour."""
+"""Pictures of benchmarks, as SVG files: the race, and the laws of the loss."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+
+from motley.files import write_text
+from motley.plan.loss import DENSE, SPARSE, Law
 
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "motley", "axes.spines.top": False, "axes.spines.right": False,
@@ -14,29 +21,52 @@ SETTINGS: dict[Any, Any] = {
 ORDINARY, OURS = "#d9720b", "#2f6fd6"
 
 
-def picture(found: dict[str, Any]) -> str:
-    """An SVG file of what thrift.py found; the time axis is logarithmic, for ratios of times are what counts."""
+@contextmanager
+def drawn(file: Path, across: str) -> Iterator[Axes]:
+    """Axes of held-out loss over `across`, which is logarithmic, for ratios are what counts; written to `file`."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(8, 4.5))
         axes = figure.add_subplot()
-        runs = [("ordinary recipe", ORDINARY, found["ordinary"])]
-        runs += [("motley, each a whole run", OURS, found["ours"][part]) for part in found["ours"]]
-        named: set[str] = set()
+        axes.set_xscale("log")
+        yield axes
+        axes.set_xlabel(across)
+        axes.set_ylabel("held-out loss, nats a token")
+        axes.legend()
+        image = io.StringIO()
+        figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
+        write_text(file, image.getvalue())
+
+
+def draw_race(found: dict[str, Any], file: Path) -> None:
+    """What thrift.py found: each run a line, each side a colour."""
+    runs = [("ordinary recipe", ORDINARY, found["ordinary"])]
+    runs += [("motley, each a whole run", OURS, found["ours"][part]) for part in found["ours"]]
+    named: set[str] = set()
+    with drawn(file, "seconds of chip time") as axes:
         for name, colour, seeds in runs:
             for run in seeds:
                 seconds, _, losses = zip(*run["curve"], strict=True)
-                axes.plot(
-                    seconds, losses, color=colour, linewidth=1.2, alpha=0.6, label=None if name in named else name
-                )
+                label = None if name in named else name
+                axes.plot(seconds, losses, color=colour, linewidth=1.2, alpha=0.6, label=label)
                 axes.plot(seconds[-1:], losses[-1:], "o", color=colour, markersize=5)
                 named.add(name)
         axes.axhline(found["loss"], color=ORDINARY, linewidth=0.8, linestyle="--")
-        axes.set_xscale("log")
         for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_xlabel("seconds of chip time")
-        axes.set_ylabel("held-out loss, nats a token")
-        axes.legend()
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-        return file.getvalue()
+
+
+def draw_laws(found: dict[str, Any], file: Path) -> None:
+    """What scaling_law.py found: each run a dot, each size a line by its law, the best split of a budget dashed."""
+    with drawn(file, "compute, 6 x parameters that multiply x tokens, FLOPs") as axes:
+        for kind, colour in ((DENSE, ORDINARY), (SPARSE, OURS)):
+            law, runs = Law(**found[kind]["law"]), found[kind]["runs"]
+            for size in sorted({run["parameters"] for run in runs}):
+                own = sorted(run["tokens"] for run in runs if run["parameters"] == size)
+                lengths = [own[0] * (own[-1] / own[0]) ** (step / 40) for step in range(41)]
+                flops = [6 * size * length for length in lengths]
+                axes.plot(flops, [law.loss(size, n) for n in lengths], color=colour, linewidth=0.8, alpha=0.6)
+            flops = [6 * run["parameters"] * run["tokens"] for run in runs]
+            axes.plot(flops, [run["loss"] for run in runs], "o", color=colour, markersize=4, label=kind)
+            budgets = [min(flops) * (30 * max(flops) / min(flops)) ** (step / 40) for step in range(41)]
+            least = [law.loss(*law.best_split(budget)) for budget in budgets]
+            axes.plot(budgets, least, color=colour, linewidth=1.2, linestyle="--", label=f"{kind}, best split")

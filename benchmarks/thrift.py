@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from thrift_picture import picture
+from pictures import draw_race
 from thrift_sides import HELD_OUT_ROWS, MARKS, SEQ_LEN, Llama, Recipe, pace, trained
 
 from motley.data.pack import DATA_FILE, DataConfig, prepare
 from motley.data.stream import TokenStream
 from motley.errors import InputError
-from motley.files import read_json, write_json, write_text
+from motley.files import read_json, write_json
 from motley.fleet.device import choose_device
 from motley.fleet.probe import describe, probe
 from motley.model import ModelConfig
@@ -266,13 +266,12 @@ def _levers(
     """
     seconds = race.seconds / part
     ours_at = [(race.seconds / one, runs[0]["loss"]) for one, runs in parts.items()]
-    for shorter in [one for one in PARTS if one > max(parts)][: 0 if arguments.quick else 2]:
+    wanted = {name: recipe for name, recipe in levers(best, ordinary).items() if name in arguments.levers}
+    for shorter in [one for one in PARTS if one > max(parts)][: 2 if wanted and not arguments.quick else 0]:
         run = race.run(f"ours, T over {shorter}, seed 0", best, race.seconds / shorter, 0, MARKS)
         ours_at.append((race.seconds / shorter, run["loss"]))
     found: dict[str, Any] = {"seconds": seconds, "with all": parts[part][0]["loss"], "without": {}}
-    for name, recipe in levers(best, ordinary).items():
-        if name not in arguments.levers:
-            continue
+    for name, recipe in wanted.items():
         if name in RETUNED:
             recipe = race.chosen(f"without {name}", recipe, rates, ())
         run = race.run(f"without {name}", recipe, seconds, 0, MARKS)
@@ -346,7 +345,7 @@ def main() -> None:
         found = raced(arguments, Race(folder, data, device, seconds, short, rows))
         found["machine"] = describe(probe(2.0, device=device))
         write_json(folder / "result.json", found)
-        write_text(folder / "race.svg", picture(found))
+        draw_race(found, folder / "race.svg")
     except InputError as error:
         raise SystemExit(f"thrift: {error}") from None
     print(json.dumps(found) if arguments.json else table(found))

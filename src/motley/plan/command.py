@@ -15,6 +15,7 @@ from motley.plan.engine import ALIASES, ENGINES
 from motley.plan.evaluate import evaluate_cases
 from motley.plan.job import Job, default_batch
 from motley.plan.known import find_shape
+from motley.plan.loss import expected_loss, load_laws
 from motley.plan.objective import Objective, best_plan
 from motley.plan.outcome import compared, spelled_out
 from motley.plan.picture import plan_page
@@ -51,6 +52,8 @@ class PlanConfig:
     """Whose efficiencies to assume: motley, or one of the published systems."""
     fp8: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compute products in fp8 on chips that can."""
+    losses: Path | None = None
+    """Laws of the loss from runs of your own (benchmarks/scaling_law.py writes them); default: those of motley's."""
     out: Path = Path("plan.json")
     """The plan file to write; its picture goes beside it as HTML."""
 
@@ -95,6 +98,7 @@ class SimulateConfig(SimulateSettings):
 def plan(config: PlanConfig) -> dict[str, Any]:
     shape = find_shape(config.model)
     fleet = load_fleet(config.fleet)
+    laws = load_laws(config.losses)
     tokens = parse_tokens(config.tokens)
     seq_len = _within_context(config.seq_len, shape)
     batch = config.global_batch or default_batch(shape, tokens, seq_len)
@@ -110,6 +114,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     chosen, found = best_plan(searcher, config.objective, deadline)
     result = spelled_out(found)
     result["objective"] = config.objective
+    result["expected_loss"] = expected_loss(laws, shape, tokens)
     result |= compared(chosen, found)
     write_json(config.out, result)
     page = config.out.with_suffix(".html")

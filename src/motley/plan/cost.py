@@ -90,6 +90,11 @@ def active_parameters(model: ModelConfig | Shape) -> int:
     return sum(row.active for row in parts(model, 0) if not _is_mtp(row))
 
 
+def multiplying_parameters(model: ModelConfig | Shape) -> int:
+    """Parameters of the main model that a token is multiplied by: the active ones without norms and lookups."""
+    return round(sum(row.forward_flops for row in parts(model, 0) if not _is_mtp(row)) / 2)
+
+
 def mtp_parameters(model: ModelConfig | Shape) -> int:
     """Parameters the MTP modules have besides the main model's (they share its embedding and head)."""
     return sum(row.parameters for row in parts(model, 0) if _is_mtp(row))

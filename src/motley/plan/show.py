@@ -78,12 +78,27 @@ def plan_text(plan: Mapping[str, Any]) -> str:
             seconds_text(busy),
         )
     parts: list[Table | str] = [facts, pools, teams, *comparison_lines(plan)]
+    if plan.get("expected_loss"):
+        parts.append(loss_text(plan["expected_loss"]))
     parts += [f"note: {note}" for note in plan["notes"]]
     if "plan_file" in plan:
         parts.append(
             f"Plan: {plan['plan_file']}; picture: {plan['page']}; replay: motley plan simulate {plan['plan_file']}"
         )
     return rendered(*parts)
+
+
+def loss_text(expected: Mapping[str, Any]) -> str:
+    """What loss the plan's tokens buy, and how far that is from anything measured."""
+    beyond, about = expected["times_beyond"], expected["about"]
+    if expected["nats_per_token"] is None:
+        far = f"this is {beyond:,.0f} times the compute of the largest run that it would rest on"
+        return f"expected loss: not said, {far} ({about})"
+    far = f"{beyond:,.1f} times the compute of the largest run behind it" if beyond > 1 else "within the runs behind it"
+    return (
+        f"expected loss: {expected['nats_per_token']:.3f} nats a token, with twice the tokens "
+        f"{expected['with_twice_the_tokens']:.3f} ({about}; {far})"
+    )
 
 
 def stage_text(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -1,0 +1,189 @@
+"""Bytes that a training step takes: ours beside transformers' `DeepseekV3ForCausalLM`, per token and per parameter.
+
+    python benchmarks/memory.py [--sizes nano micro] [--long] [--quick] [--json]
+
+Every case is a new process that takes three steps of random tokens (memory does not care which). Measured is the most
+that it took over what it had with its libraries loaded: on a CPU the resident set (Linux's VmHWM), on a GPU
+torch.cuda.max_memory_allocated. A line through the peaks at several batches gives bytes per token (its slope) and,
+where there are no tokens, bytes per parameter: weights, gradients, the optimizer's state and what updating takes.
+
+The peer trains in bf16 autocast with fused AdamW, with either way to compute experts, and with its own gradient
+checkpointing; not compiled. Ours trains as `motley pretrain` does. --long asks for one row of so many tokens instead.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from crews import spawned
+from memory_by_zero import forget_peak, peak
+from train_throughput import LEARNING_RATE, VOCAB_SIZE
+
+from motley.data.stream import Batch
+from motley.fleet.device import choose_device
+from motley.model import SIZES, ModelConfig, Transformer
+from motley.progress import note
+from motley.train.kept import keep_freed_memory
+from motley.train.optimizer import Moments, Optimizer, OptimizerName
+from motley.train.step import LossWeights, accumulate
+
+SEQ_LEN, STEPS = 512, 3
+ROWS = (4, 8, 16, 32)
+LONG = (8192, 16384, 32768)
+PATIENCE_SECONDS = 1200.0
+
+
+@dataclass(frozen=True)
+class Ours:
+    optimizer: OptimizerName = "adamw"
+    moments: Moments = "fp32"
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        more = ", bf16 moments" * (self.moments == "bf16") + ", recomputed" * self.recompute
+        return f"motley, {'Muon' if self.optimizer == 'muon' else 'AdamW'}{more}"
+
+    def step(self, config: ModelConfig, device: torch.device) -> Callable[[Batch], None]:
+        model = Transformer(config)
+        model.initialize(0)
+        model.to(device)
+        model.compute_dtype, model.recompute = torch.bfloat16, self.recompute
+        optimizer = Optimizer(model.named_parameters(), self.optimizer, 0.1, torch.bfloat16, moments=self.moments)
+
+        def step(batch: Batch) -> None:
+            optimizer.zero_grad()
+            accumulate(model, batch, len(batch.input_ids), LossWeights(mtp=0.0), confined=False)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step(LEARNING_RATE)
+
+        return step
+
+
+@dataclass(frozen=True)
+class Theirs:
+    experts: str
+    checkpointed: bool = False
+
+    def __str__(self) -> str:
+        return f"transformers, AdamW, {self.experts}{', checkpointed' * self.checkpointed}"
+
+    def step(self, config: ModelConfig, device: torch.device) -> Callable[[Batch], None]:
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+        values = {name: value for name, value in config.to_hf().items() if name not in ("architectures", "model_type")}
+        torch.manual_seed(0)
+        with device:
+            model = DeepseekV3ForCausalLM(DeepseekV3Config(**values))
+        model.set_experts_implementation(self.experts)
+        model.set_attn_implementation("sdpa")
+        model.train()
+        if self.checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+
+        def step(batch: Batch) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                logits = model(batch.input_ids.to(device), use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1).float(), batch.targets.to(device).flatten()
+                )
+            del logits
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        return step
+
+
+OURS = (Ours("muon"), Ours(), Ours(moments="bf16"), Ours(recompute=True))
+THEIRS = (Theirs("eager"), Theirs("grouped_mm"), Theirs("eager", checkpointed=True))
+LONG_SIDES = (Ours("muon"), Ours("muon", recompute=True), Theirs("eager", checkpointed=True))
+
+
+def measure(rank: int, side: Ours | Theirs, config: ModelConfig, rows: int, seq_len: int, results: Any) -> None:
+    """A case's process."""
+    device = choose_device("auto")
+    if isinstance(side, Ours):
+        keep_freed_memory()
+    else:
+        import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401  libraries are not the model's memory
+    before = forget_peak(device)
+    step = side.step(config, device)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        ids = torch.randint(config.vocab_size, (rows, seq_len + 1), generator=generator)
+        step(Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:])))
+    results.put((rank, peak(device) - before))
+
+
+def peak_bytes(side: Ours | Theirs, config: ModelConfig, rows: int, seq_len: int) -> int:
+    (found,) = spawned(measure, 1, side, config, rows, seq_len, patience=PATIENCE_SECONDS)
+    note(f"{side!s:<48} {rows:4} x {seq_len:6,} tokens  {found / 1e6:9,.0f} MB")
+    return found
+
+
+def line(tokens: list[int], peaks: list[int]) -> tuple[float, float]:
+    """(slope, value at no tokens) of the least-squares line."""
+    x, y = torch.tensor(tokens, dtype=torch.float64), torch.tensor(peaks, dtype=torch.float64)
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return float(slope), float(y.mean() - slope * x.mean())
+
+
+def compared(size: str, rows: tuple[int, ...]) -> dict[str, Any]:
+    config = replace(SIZES[size], vocab_size=VOCAB_SIZE, num_nextn_predict_layers=0)
+    parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
+    sides = {}
+    for side in (*OURS, *THEIRS):
+        peaks = [peak_bytes(side, config, count, SEQ_LEN) for count in rows]
+        slope, fixed = line([count * SEQ_LEN for count in rows], peaks)
+        sides[str(side)] = {"bytes_per_token": slope, "bytes_per_parameter": fixed / parameters, "peaks": peaks}
+    return {"size": size, "parameters": parameters, "rows": rows, "seq_len": SEQ_LEN, "sides": sides}
+
+
+def long(size: str, lengths: tuple[int, ...]) -> dict[str, Any]:
+    found: dict[str, list[int]] = {str(side): [] for side in LONG_SIDES}
+    for length in lengths:
+        config = replace(SIZES[size], vocab_size=VOCAB_SIZE, num_nextn_predict_layers=0, max_position_embeddings=length)
+        for side in LONG_SIDES:
+            found[str(side)].append(peak_bytes(side, config, 1, length))
+    return {"size": size, "lengths": lengths, "peaks": found}
+
+
+def told(found: dict[str, Any]) -> str:
+    if "lengths" in found:
+        lines = [f"{found['size'] + ', one row':<48} " + " ".join(f"{length:>12,}" for length in found["lengths"])]
+        for name, peaks in found["peaks"].items():
+            lines.append(f"{name:<48} " + " ".join(f"{most / 1e9:9.2f} GB" for most in peaks))
+        return "\n".join(lines)
+    lines = [
+        f"{found['size']}, {found['parameters']:,} parameters{'':<20} {'KB a token':>12} {'bytes a parameter':>18}"
+    ]
+    for name, side in found["sides"].items():
+        lines.append(f"{name:<48} {side['bytes_per_token'] / 1e3:12.1f} {side['bytes_per_parameter']:18.1f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["nano", "micro"])
+    parser.add_argument("--long", action="store_true", help="one long row of the first size")
+    parser.add_argument("--quick", action="store_true", help="two small batches of nano")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.long:
+        found = [long(arguments.sizes[0], (2048, 4096) if arguments.quick else LONG)]
+    elif arguments.quick:
+        found = [compared("nano", (1, 4))]
+    else:
+        found = [compared(size, ROWS) for size in arguments.sizes]
+    print(json.dumps(found) if arguments.json else "\n\n".join(map(told, found)))
+
+
+if __name__ == "__main__":
+    main()
