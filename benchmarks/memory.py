@@ -13,22 +13,18 @@ checkpointing; not compiled. Ours trains as `motley pretrain` does. --long asks 
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from crews import spawned
-from memory_by_zero import forget_peak, peak
-from train_throughput import LEARNING_RATE, VOCAB_SIZE
+from memory_by_zero import forget_peak, peak, random_batch
+from train_throughput import VOCAB_SIZE, Ours, Theirs, our_step, transformers_step
 
-from motley.data.stream import Batch
 from motley.fleet.device import choose_device
 from motley.model import SIZES, ModelConfig, Transformer
 from motley.progress import note
 from motley.train.kept import keep_freed_memory
-from motley.train.optimizer import Moments, Optimizer, OptimizerName
-from motley.train.step import LossWeights, accumulate
 
 SEQ_LEN, STEPS = 512, 3
 ROWS = (4, 8, 16, 32)
@@ -36,72 +32,7 @@ LONG = (8192, 16384, 32768)
 PATIENCE_SECONDS = 1200.0
 
 
-@dataclass(frozen=True)
-class Ours:
-    optimizer: OptimizerName = "adamw"
-    moments: Moments = "fp32"
-    recompute: bool = False
-
-    def __str__(self) -> str:
-        more = ", bf16 moments" * (self.moments == "bf16") + ", recomputed" * self.recompute
-        return f"motley, {'Muon' if self.optimizer == 'muon' else 'AdamW'}{more}"
-
-    def step(self, config: ModelConfig, device: torch.device) -> Callable[[Batch], None]:
-        model = Transformer(config)
-        model.initialize(0)
-        model.to(device)
-        model.compute_dtype, model.recompute = torch.bfloat16, self.recompute
-        optimizer = Optimizer(model.named_parameters(), self.optimizer, 0.1, torch.bfloat16, moments=self.moments)
-
-        def step(batch: Batch) -> None:
-            optimizer.zero_grad()
-            accumulate(model, batch, len(batch.input_ids), LossWeights(mtp=0.0), confined=False)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step(LEARNING_RATE)
-
-        return step
-
-
-@dataclass(frozen=True)
-class Theirs:
-    experts: str
-    checkpointed: bool = False
-
-    def __str__(self) -> str:
-        return f"transformers, AdamW, {self.experts}{', checkpointed' * self.checkpointed}"
-
-    def step(self, config: ModelConfig, device: torch.device) -> Callable[[Batch], None]:
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-        values = {name: value for name, value in config.to_hf().items() if name not in ("architectures", "model_type")}
-        torch.manual_seed(0)
-        with device:
-            model = DeepseekV3ForCausalLM(DeepseekV3Config(**values))
-        model.set_experts_implementation(self.experts)
-        model.set_attn_implementation("sdpa")
-        model.train()
-        if self.checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
-
-        def step(batch: Batch) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                logits = model(batch.input_ids.to(device), use_cache=False).logits
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1).float(), batch.targets.to(device).flatten()
-                )
-            del logits
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-
-        return step
-
-
-OURS = (Ours("muon"), Ours(), Ours(moments="bf16"), Ours(recompute=True))
+OURS = (Ours("muon"), Ours("adamw"), Ours("adamw", moments="bf16"), Ours("adamw", recompute=True))
 THEIRS = (Theirs("eager"), Theirs("grouped_mm"), Theirs("eager", checkpointed=True))
 LONG_SIDES = (Ours("muon"), Ours("muon", recompute=True), Theirs("eager", checkpointed=True))
 
@@ -114,11 +45,10 @@ def measure(rank: int, side: Ours | Theirs, config: ModelConfig, rows: int, seq_
     else:
         import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401  libraries are not the model's memory
     before = forget_peak(device)
-    step = side.step(config, device)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
-        ids = torch.randint(config.vocab_size, (rows, seq_len + 1), generator=generator)
-        step(Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:])))
+    ours = isinstance(side, Ours)
+    step = our_step(config, device, torch.bfloat16, side) if ours else transformers_step(config, device, side)
+    for number in range(STEPS):
+        step(random_batch(config.vocab_size, rows, seq_len, seed=number))
     results.put((rank, peak(device) - before))
 
 

@@ -35,6 +35,12 @@ SEQ_LEN, MICRO_BATCH, ROWS, STEPS = 128, 2, 16, 3
 PROCESS = Path("/proc/self")
 
 
+def random_batch(vocabulary: int, rows: int, seq_len: int, seed: int) -> Batch:
+    """Rows of random tokens."""
+    ids = torch.randint(vocabulary, (rows, seq_len + 1), generator=torch.Generator().manual_seed(seed))
+    return Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]))
+
+
 class Rows:
     """Random rows as a pure function of their position."""
 
@@ -44,9 +50,7 @@ class Rows:
         self.vocabulary = vocabulary
 
     def rows(self, position: int, count: int) -> Batch:
-        generator = torch.Generator().manual_seed(position)
-        ids = torch.randint(self.vocabulary, (count, SEQ_LEN + 1), generator=generator)
-        return Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]))
+        return random_batch(self.vocabulary, count, SEQ_LEN, seed=position)
 
 
 def settings() -> PretrainConfig:

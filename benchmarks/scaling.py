@@ -17,19 +17,17 @@ from typing import Any
 
 import torch
 from crews import spawned
-from memory import LEARNING_RATE, PATIENCE_SECONDS, line
-from memory_by_zero import forget_peak, peak
+from memory import PATIENCE_SECONDS, line
+from memory_by_zero import forget_peak, peak, random_batch
 from thrift import ours
+from train_throughput import Ours, our_step
 
-from motley.data.stream import Batch
 from motley.fleet.device import choose_device
 from motley.fleet.probe import describe, probe, wait_for
-from motley.model import ModelConfig, Transformer
+from motley.model import ModelConfig
 from motley.plan.cost import training_flops_per_token
 from motley.progress import note
 from motley.train.kept import keep_freed_memory
-from motley.train.optimizer import Optimizer
-from motley.train.step import LossWeights, accumulate
 
 WARM_UP, STEPS = 2, 7
 
@@ -62,20 +60,12 @@ def measure(rank: int, case: Case, steps: int, results: Any) -> None:
     device = choose_device("auto")
     keep_freed_memory()
     before = forget_peak(device)
-    model = Transformer(case.shape)
-    model.initialize(0)
-    model.to(device)
-    model.compute_dtype = torch.bfloat16
-    optimizer = Optimizer(model.named_parameters(), "muon", 0.1, torch.bfloat16)
-    generator, taken = torch.Generator().manual_seed(0), []
-    for _ in range(WARM_UP + steps):
-        ids = torch.randint(case.shape.vocab_size, (case.rows, case.seq_len + 1), generator=generator)
-        batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]))
+    step = our_step(case.shape, device, torch.bfloat16, Ours("muon"))
+    taken = []
+    for number in range(WARM_UP + steps):
+        batch = random_batch(case.shape.vocab_size, case.rows, case.seq_len, seed=number)
         started = time.perf_counter()
-        optimizer.zero_grad()
-        accumulate(model, batch, case.rows, LossWeights(mtp=0.0), confined=False)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(LEARNING_RATE)
+        step(batch)
         wait_for(device)
         taken.append(time.perf_counter() - started)
     results.put((rank, (statistics.median(taken[WARM_UP:]), peak(device) - before)))

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 from pictures import draw_laws
-from thrift import ours
+from thrift import dense, ours
 
 from motley.data.pack import DataConfig, prepare
 from motley.files import write_json, write_text
@@ -48,8 +48,7 @@ RECIPE = (
 
 def shape_of(width: int, kind: str) -> ModelConfig:
     sparse = replace(SHAPES[width], num_nextn_predict_layers=0)
-    inner = sparse.moe_intermediate_size * (sparse.num_experts_per_tok + (sparse.n_shared_experts or 0))
-    return sparse if kind == SPARSE else replace(sparse, n_routed_experts=None, intermediate_size=inner)
+    return sparse if kind == SPARSE else dense(sparse)
 
 
 def trained(folder: Path, data: Path, shape: ModelConfig, steps: int) -> float:

@@ -154,20 +154,19 @@ def fastest(race: Race, recipe: Recipe, quick: bool) -> tuple[Recipe, dict[str, 
 # ------------------------------------------------------------------------------------------------ levers
 
 
-def dense(recipe: Recipe) -> Recipe:
+def dense(shape: ModelConfig) -> ModelConfig:
     """No routed experts: every layer as wide as what a token meets in the sparse one."""
-    shape = recipe.shape
-    assert isinstance(shape, ModelConfig)
     inner = shape.moe_intermediate_size * (shape.num_experts_per_tok + (shape.n_shared_experts or 0))
-    return replace(recipe, shape=replace(shape, n_routed_experts=None, intermediate_size=inner))
+    return replace(shape, n_routed_experts=None, intermediate_size=inner)
 
 
 def levers(best: Recipe, ordinary: Recipe) -> dict[str, Recipe]:
     """Ours with one thing at a time as the ordinary recipe has it."""
+    assert isinstance(best.shape, ModelConfig)
     fast = {"compiled": ordinary.compiled, "attention": ordinary.attention}
     found = {
         "architecture": replace(best, shape=ordinary.shape, mtp_weight=0.0, **fast),
-        "sparsity": dense(best),
+        "sparsity": replace(best, shape=dense(best.shape)),
         "optimizer": replace(best, optimizer="adamw"),
         "embedding": replace(best, embedding_rate=1.0),
         "schedule": replace(best, schedule="cosine", final_share=ordinary.final_share),

@@ -36,7 +36,7 @@ from motley.fleet.probe import Machine, describe, probe
 from motley.model import SIZES, ModelConfig, Transformer, native
 from motley.plan.cost import training_flops_per_token
 from motley.train.kept import keep_freed_memory
-from motley.train.optimizer import Optimizer, OptimizerName
+from motley.train.optimizer import Moments, Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
 
 ROWS, SEQ_LEN, VOCAB_SIZE, LEARNING_RATE = 8, 512, 4096, 1e-3
@@ -50,9 +50,12 @@ class Ours:
     """One setting of ours."""
 
     optimizer: OptimizerName
+    moments: Moments = "fp32"
+    recompute: bool = False
 
     def __str__(self) -> str:
-        return f"motley, {'Muon' if self.optimizer == 'muon' else 'AdamW'}"
+        more = ", bf16 moments" * (self.moments == "bf16") + ", recomputed" * self.recompute
+        return f"motley, {'Muon' if self.optimizer == 'muon' else 'AdamW'}{more}"
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,11 @@ class Theirs:
     experts: str
     compiled: bool = False
     kept: bool = False  # freed memory
+    checkpointed: bool = False
 
     def __str__(self) -> str:
-        return f"transformers, AdamW, {self.experts}{', compiled' * self.compiled}{', memory kept' * self.kept}"
+        more = ", compiled" * self.compiled + ", memory kept" * self.kept + ", checkpointed" * self.checkpointed
+        return f"transformers, AdamW, {self.experts}{more}"
 
 
 # batched_mm copies weights per token: minutes a step on a CPU.
@@ -76,17 +81,17 @@ def own_kernels() -> bool:
     return choose_device("auto").type == "cpu" and native.runs()
 
 
-def our_step(config: ModelConfig, device: torch.device, dtype: torch.dtype, optimizer_name: OptimizerName) -> Step:
+def our_step(config: ModelConfig, device: torch.device, dtype: torch.dtype, setting: Ours) -> Step:
     """One training step as `motley pretrain` takes it; returns the loss."""
     model = Transformer(config)
     model.initialize(0)
     model.to(device)
-    model.compute_dtype = dtype
-    optimizer = Optimizer(model.named_parameters(), optimizer_name, 0.1, dtype)
+    model.compute_dtype, model.recompute = dtype, setting.recompute
+    optimizer = Optimizer(model.named_parameters(), setting.optimizer, 0.1, dtype, moments=setting.moments)
 
     def step(batch: Batch) -> float:
         optimizer.zero_grad()
-        losses = accumulate(model, batch, ROWS, LossWeights(mtp=0.0), confined=False)
+        losses = accumulate(model, batch, len(batch.input_ids), LossWeights(mtp=0.0), confined=False)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(LEARNING_RATE)
         for gate, counts in zip(model.gates(), losses.expert_counts, strict=True):
@@ -105,6 +110,8 @@ def transformers_step(config: ModelConfig, device: torch.device, setting: Theirs
     with device:
         model = DeepseekV3ForCausalLM(DeepseekV3Config(**values))
     model.set_experts_implementation(setting.experts)
+    if setting.checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def loss_of(input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -131,7 +138,7 @@ def serve(pipe: Connection, setting: Ours | Theirs, config: ModelConfig, dtype: 
     if isinstance(setting, Ours) or setting.kept:
         keep_freed_memory()
     if isinstance(setting, Ours):
-        step = our_step(config, device, dtype, setting.optimizer)
+        step = our_step(config, device, dtype, setting)
     else:
         step = transformers_step(config, device, setting)
     rows = TokenStream(data, "train", SEQ_LEN)

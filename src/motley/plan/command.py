@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from motley.errors import InputError
-from motley.files import read_json, write_json, write_text
+from motley.files import read_json, write_text
 from motley.fleet.inventory import load_fleet
 from motley.plan.describe import describe_model
 from motley.plan.engine import ALIASES, ENGINES
@@ -18,7 +18,7 @@ from motley.plan.known import find_shape
 from motley.plan.loss import expected_loss, load_laws
 from motley.plan.objective import Objective, best_plan
 from motley.plan.outcome import compared, spelled_out
-from motley.plan.picture import plan_page
+from motley.plan.picture import write_plan
 from motley.plan.replay_page import simulation_page
 from motley.plan.search import Searcher
 from motley.plan.shape import Shape
@@ -116,9 +116,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     result["objective"] = config.objective
     result["expected_loss"] = expected_loss(laws, shape, tokens)
     result |= compared(chosen, found)
-    write_json(config.out, result)
-    page = config.out.with_suffix(".html")
-    write_text(page, plan_page(result))
+    page = write_plan(config.out, result)
     return {**result, "plan_file": str(config.out), "page": str(page)}
 
 

@@ -1,8 +1,10 @@
 """A plan as one page that one would show to a director: who holds what, one step, memory, what each pool is worth."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from motley.files import write_json, write_text
 from motley.fleet.picture import PALETTE, pool_colour
 from motley.fleet.units import size_text
 from motley.page import Html, element, facts_table, figure, in_count, list_section, whole_page
@@ -26,6 +28,14 @@ BADGE = (
     "display:inline-block;border:1px solid var(--bad);color:var(--bad);border-radius:8px;"
     "padding:5px 12px;margin-top:10px;font-size:14px;font-weight:600"
 )
+
+
+def write_plan(file: Path, plan: Mapping[str, Any]) -> Path:
+    """Write the plan file, and beside it its page, whose path is returned."""
+    write_json(file, plan)
+    page = file.with_suffix(".html")
+    write_text(page, plan_page(plan))
+    return page
 
 
 def plan_page(plan: Mapping[str, Any]) -> str:

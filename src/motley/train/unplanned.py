@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from motley.errors import InputError
-from motley.files import write_json, write_text
+from motley.files import write_text
 from motley.fleet.device import Format
 from motley.fleet.inventory import Emulated, parse_fleet
 from motley.fleet.links import Links, links_between
@@ -25,7 +25,7 @@ from motley.fleet.write import fleet_text
 from motley.model import ModelConfig
 from motley.plan.job import Job
 from motley.plan.outcome import compared, spelled_out
-from motley.plan.picture import plan_page
+from motley.plan.picture import write_plan
 from motley.plan.search import Searcher
 from motley.plan.shape import deepseek
 from motley.progress import note
@@ -128,16 +128,14 @@ def planned_from_probe(
                 "--batch-rows, or start fewer"
             )
         write_text(folder / FLEET_FILE, text)
-        write_json(folder / PLAN_FILE, plan)
-        write_text((folder / PLAN_FILE).with_suffix(".html"), plan_page(plan))
+        write_plan(folder / PLAN_FILE, plan)
         return plan
 
     plan = crew.led(make)
     if crew.leads:
-        stages = [[stage["pool"] for stage in team["stages"]] for team in plan["teams"]]
         said = "; ".join(
-            f"{' then '.join(pools)} take {team['sequences']} rows"
-            for pools, team in zip(stages, plan["teams"], strict=True)
+            f"{' then '.join(stage['pool'] for stage in team['stages'])} take {team['sequences']} rows"
+            for team in plan["teams"]
         )
         note(f"the plan, {folder / PLAN_FILE}: {said}; about {plan['step_seconds']:.3g} s a step")
     return folder / PLAN_FILE, seated(islands_of_plan(plan, shape), seats(plan, chips))
