@@ -1,8 +1,13 @@
 """What the whole suite shares: where the browser is, and a loud word where it is not."""
 
+import os
 import shutil
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # read when Triton is imported: kernels for GPUs then run on the CPU, step by step
+    os.environ["TRITON_INTERPRET"] = "1"
 
 NO_BROWSER = "BROWSER TESTS DID NOT RUN: Chromium is absent"
 

@@ -12,6 +12,7 @@ from test_precision import SMOOTH, Case, distances, employed, few, for_groups  #
 
 from motley.errors import InputError
 from motley.fleet.device import Format
+from motley.model import fp8
 from motley.train import precision
 from motley.train.crew import Crew
 from motley.train.layout import Layout, Team, side_by_side
@@ -63,12 +64,32 @@ def test_validation_reads_the_weights_as_bf16_does() -> None:
     assert found[0] == found[1]
 
 
-def test_fp8_is_said_aloud_where_it_is_emulated_and_refused_on_a_gpu(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(precision, "device_name", lambda device: device.type)
-    run, unasked = Run(tmp_path, None), lambda: pytest.fail("nothing is to be measured")
-    assert number_formats("fp8", Crew(), run, unasked) == ["fp8"]
+def test_fp8_is_said_aloud_where_it_is_emulated(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert number_formats("fp8", Crew(), *unmeasured(tmp_path)) == ["fp8"]
     assert "worker 0 computes in fp8, which CPUs do through fp32" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(InputError, match="fp8 are only emulated on CPUs so far; choose --precision bf16"):
-        number_formats("fp8", dataclasses.replace(Crew(), device=torch.device("cuda")), run, unasked)
+
+
+def unmeasured(folder: Any) -> tuple[Run, Any]:
+    return Run(folder, None), lambda: pytest.fail("nothing is to be measured")
+
+
+@pytest.mark.parametrize("fault", ["an older chip", "no Triton", "another result", "none"])
+def test_a_gpu_trains_in_fp8_only_if_it_can_and_comes_to_what_the_emulation_says(
+    fault: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "device_name", lambda device: "chip")
+    formats = ["fp32", "bf16"] if fault == "an older chip" else ["fp32", "bf16", "fp8"]
+    monkeypatch.setattr(precision, "formats_of", lambda device: formats)
+    monkeypatch.setattr(fp8, "find_spec", lambda name: None if fault == "no Triton" else name)
+    monkeypatch.setattr(fp8, "wrong", lambda device: "outputs are 0.3 away" if fault == "another result" else None)
+    crew = dataclasses.replace(Crew(), device=torch.device("cuda"))
+    said = {
+        "an older chip": "its chip does not multiply in fp8 .*; choose --precision bf16",
+        "no Triton": "need Triton, which is not installed; choose --precision bf16",
+        "another result": "otherwise than the emulation.*: outputs are 0.3 away; choose --precision bf16",
+    }
+    if fault == "none":
+        assert number_formats("fp8", crew, *unmeasured(tmp_path)) == ["fp8"]
+        return
+    with pytest.raises(InputError, match=f"worker 0 cannot train in fp8: .*{said[fault]}"):
+        number_formats("fp8", crew, *unmeasured(tmp_path))

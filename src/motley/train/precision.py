@@ -16,8 +16,8 @@ import torch
 
 from motley.errors import InputError
 from motley.fleet.device import ACTIVATIONS, Format, Precision, number_format
-from motley.fleet.probe import Machine, device_name, probe
-from motley.model import native
+from motley.fleet.probe import Machine, device_name, formats_of, probe
+from motley.model import fp8, native
 from motley.progress import note
 from motley.train.crew import Crew
 from motley.train.layout import Layout, place_of
@@ -39,6 +39,18 @@ def check_formats(formats: Sequence[Format], layout: Layout) -> None:
                 f"workers that share experts must compute in one format, but there are {each}; give them one "
                 "--precision, or choose a plan whose expert groups are of one kind of chip"
             )
+
+
+def why_no_fp8(device: torch.device) -> str | None:
+    """What keeps a device from training in fp8, if anything: it cannot, or does not come to what the emulation says."""
+    if device.type == "cpu":
+        return None
+    if "fp8" not in formats_of(device):
+        return "does not multiply in fp8 (NVIDIA's chips do from Ada and Hopper on; CPUs emulate it)"
+    if reason := fp8.lacking(device):
+        return f"cannot be used for it: {reason}"
+    mistake = fp8.wrong(device)
+    return mistake and f"multiplies otherwise than the emulation, which is a fault to report: {mistake}"
 
 
 def asked_format(precision: Precision, played: Format | None, layout: Layout, rank: int) -> Precision:
@@ -69,8 +81,12 @@ def number_formats(asked: Precision, crew: Crew, run: Run, machine: Callable[[],
         known |= chosen
     crew.led(lambda: run.keep_formats(known))
     formats: list[Format] = [known[name] if wish == "auto" else wish for wish, name in everyone]
-    if "fp8" in formats and crew.device.type != "cpu":
-        raise InputError("products in fp8 are only emulated on CPUs so far; choose --precision bf16 on a GPU")
+    reasons = crew.all_values(why_no_fp8(crew.device) if formats[crew.rank] == "fp8" else None)
+    for rank, reason in enumerate(reasons):
+        if reason:
+            raise InputError(
+                f"worker {rank} cannot train in fp8: its {everyone[rank][1]} {reason}; choose --precision bf16"
+            )
     if crew.device.type == "cpu" and formats[crew.rank] in ("fp8", "fp16"):
         name = formats[crew.rank]
         note(f"worker {crew.rank} computes in {name}, which CPUs do through fp32: slower than fp32, for trying it only")
