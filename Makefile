@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	@$(BIN)/motley demo $(ARGS)
 
 test: $(VENV)/installed-test
-	@$(BIN)/python -m pytest $(TESTS) $(ARGS); status=$$?; \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS) $(ARGS); status=$$?; \
 	command -v chromium >/dev/null || printf '\n%s\n%s\n%s\n' \
 	  '*******************************************************************************' \
 	  '*** The browser tests did NOT run: there is no Chromium. apt-get install chromium' \

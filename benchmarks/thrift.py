@@ -40,6 +40,7 @@ from motley.progress import note
 VOCAB_SIZE = 4096
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 ROWS = (4, 8, 16)
+LENGTHS = ((32, 0.25), (64, 0.5), (128, 0.75), (256, 0.9))  # of ours: --seq-len-warmup
 PARTS = (2, 4, 6, 8, 12, 16, 24)  # ours trains for 1/2, 1/4 ... of the time
 SHORT = 10  # choices are made by runs of a tenth of the time
 
@@ -165,11 +166,12 @@ def levers(best: Recipe, ordinary: Recipe) -> dict[str, Recipe]:
     assert isinstance(best.shape, ModelConfig)
     fast = {"compiled": ordinary.compiled, "attention": ordinary.attention}
     found = {
-        "architecture": replace(best, shape=ordinary.shape, mtp_weight=0.0, **fast),
+        "architecture": replace(best, shape=ordinary.shape, mtp_weight=0.0, lengths=(), **fast),
         "sparsity": replace(best, shape=dense(best.shape)),
         "optimizer": replace(best, optimizer="adamw"),
         "embedding": replace(best, embedding_rate=1.0),
         "schedule": replace(best, schedule="cosine", final_share=ordinary.final_share),
+        "context": replace(best, lengths=()),
         "precision": replace(best, precision="fp32"),
         "kernels": replace(best, plain=True),
     }
@@ -178,7 +180,10 @@ def levers(best: Recipe, ordinary: Recipe) -> dict[str, Recipe]:
     return {name: recipe for name, recipe in found.items() if recipe != best}
 
 
-LEVERS = ("architecture", "sparsity", "optimizer", "embedding", "schedule", "precision", "kernels", "mtp", "batches")
+LEVERS = (
+    "architecture", "sparsity", "optimizer", "embedding", "schedule", "context", "precision", "kernels", "mtp",
+    "batches",
+)  # fmt: skip
 RETUNED = ("architecture", "optimizer")  # a learning rate means something else there: chosen anew
 
 
@@ -215,7 +220,8 @@ def raced(arguments: argparse.Namespace, race: Race) -> dict[str, Any]:
     begun = Recipe(llama, 2e-3, optimizer="adamw", schedule="cosine", final_share=0.1, mtp_weight=0.0)
     begun, paces = fastest(race, begun, arguments.quick)
     ordinary = race.chosen("ordinary", begun, rates, rows)
-    best = race.chosen("ours", Recipe(shape, 4e-3, mtp_weight=0.0), rates, rows)
+    begun = Recipe(shape, 4e-3, lengths=LENGTHS, weight_decay=0.0, mtp_weight=0.0)
+    best = race.chosen("ours", begun, rates, rows)
 
     seeds = range(arguments.seeds)
 

@@ -30,7 +30,7 @@ from motley.model import ModelConfig, Transformer, native
 from motley.model.experts import Experts, moe_reference
 from motley.model.layers import RMSNorm, rms_norm_reference
 from motley.train.optimizer import Optimizer, OptimizerName
-from motley.train.schedule import Schedule, factor
+from motley.train.schedule import Schedule, Stages, factor, sequence_length
 from motley.train.step import LossWeights, accumulate
 from motley.train.validate import SummedLoss, loss_of
 
@@ -60,6 +60,7 @@ class Recipe:
         learning_rate: peak.
         embedding_rate: of the learning rate, beside Muon.
         batches: (share of the time, rows a step from then on), the first at 0.
+        lengths: (tokens of a sequence, until which share of the time); then SEQ_LEN. Only our network.
         warmup_share, decay_share, final_share: of the schedule; shares of the time, and of the peak.
         mtp_weight: of the multi-token-prediction loss.
         precision: of the products.
@@ -71,6 +72,7 @@ class Recipe:
     shape: ModelConfig | Llama
     learning_rate: float
     batches: tuple[tuple[float, int], ...] = ((0.0, 8),)
+    lengths: Stages = ()
     embedding_rate: float = 10.0
     optimizer: OptimizerName = "muon"
     schedule: Schedule = "wsd"
@@ -93,6 +95,10 @@ class Recipe:
         step = min(round(gone * FINE), FINE - 1)
         warmup = round(self.warmup_share * FINE)
         return self.learning_rate * factor(step, FINE, self.schedule, warmup, self.decay_share, self.final_share)
+
+    def length(self, gone: float) -> int:
+        """Tokens of the sequences into which the rows of the next step are cut."""
+        return sequence_length(self.lengths, SEQ_LEN, gone)
 
     def rows(self, gone: float) -> int:
         """Rows of the next step."""
@@ -283,17 +289,17 @@ def trained(
     The curve holds (seconds, tokens, held-out loss in nats per token) at `marks`, shares of the time, and at the end.
     """
     forget_compiled()
-    count = min(held_out_rows, held_out.rows_per_epoch)
-    counted = int((held_out.rows(0, count).targets >= 0).sum())
+    looked_at = min(held_out_rows, held_out.rows_per_epoch)
+    counted = int((held_out.rows(0, looked_at).targets >= 0).sum())
     clock = clock or Clock(device)
     with plain_paths() if recipe.plain else nullcontext():
         learner = built(recipe, device, seed)
         position, steps, first_step, now, left = 0, 0, 0.0, 0.0, list(marks)
         gone, loss, curve = 0.0, 0.0, []
         while steps == 0 or now < seconds:
-            batch = rows.rows(position, recipe.rows(gone))
-            loss = learner.step(batch, recipe.rate(gone))
-            position, steps = position + len(batch.input_ids), steps + 1
+            count = recipe.rows(gone)
+            loss = learner.step(rows.rows(position, count).cut(recipe.length(gone)), recipe.rate(gone))
+            position, steps = position + count, steps + 1
             now = clock.read()
             first_step = first_step or now
             gone = min(1.0, (now - first_step) / max(seconds - first_step, 1e-9))
@@ -301,7 +307,7 @@ def trained(
             if over or (left and now >= left[0] * seconds):
                 left = [mark for mark in left if now < mark * seconds]
                 with clock.pause():
-                    curve.append((now, position * rows.seq_len, learner.held_out(held_out, count) / counted))
+                    curve.append((now, position * rows.seq_len, learner.held_out(held_out, looked_at) / counted))
     return {
         "loss": curve[-1][2], "seconds": now, "first_step_seconds": first_step, "steps": steps,
         "tokens": position * rows.seq_len, "cpu_seconds": clock.cpu_seconds(), "training_loss": loss,

@@ -1,6 +1,7 @@
 """A setting that cannot be meant is refused by name, before anything is read or trained."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -30,3 +31,36 @@ def test_the_ends_of_the_ranges_are_allowed() -> None:
     TrainingConfig(warmup_steps=0, decay_share=0, final_share=1, weight_decay=0, mtp_weight=0, balance_weight=0,
                    bias_speed=0, clip=math.inf, steps=1, valid_rows=1)  # fmt: skip
     TrainingConfig(decay_share=1, final_share=0)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "fault"),
+    [
+        ("64", "has '64'; it takes LENGTH:SHARE"),
+        ("64:0.3,", "has ''; it takes LENGTH:SHARE"),
+        ("64:0.3:1", "has '64:0.3:1'"),
+        ("a:0.3", "has 'a:0.3'"),
+        ("60:0.3", "has sequences of 60 tokens; --seq-len 256 is no multiple of that"),
+        ("0:0.3", "has sequences of 0 tokens"),
+        ("512:0.3", "has sequences of 512 tokens"),
+        ("64:0.3,32:0.6", "must grow from one stage to the next"),
+        ("64:0.6,128:0.6", "must grow from one stage to the next"),
+        ("64:0", "lie above 0 and are at most 1"),
+        ("64:1.5", "lie above 0 and are at most 1"),
+        ("64:nan", "lie above 0 and are at most 1"),
+    ],
+)
+def test_a_warmup_of_lengths_that_cannot_be_meant_is_refused(warmup: str, fault: str) -> None:
+    with pytest.raises(InputError, match=f"--seq-len-warmup .*{re.escape(fault)}"):
+        PretrainConfig(seq_len_warmup=warmup)
+
+
+def test_sequences_grow_at_the_shares_that_were_asked_for() -> None:
+    config = PretrainConfig(steps=10, seq_len_warmup="64:0.3,128:0.6")
+    assert [config.length(step) for step in range(10)] == [64] * 3 + [128] * 3 + [256] * 4
+    assert {PretrainConfig(steps=10).length(step) for step in range(10)} == {256}
+
+
+def test_conversations_are_never_cut() -> None:
+    with pytest.raises(InputError, match=r"--seq-len-warmup is .*; it must be empty: conversations are not cut"):
+        FinetuneConfig(seq_len_warmup="64:0.3")

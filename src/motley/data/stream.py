@@ -39,6 +39,12 @@ class Batch:
     targets: torch.Tensor
     documents: torch.Tensor
 
+    def cut(self, length: int) -> "Batch":
+        """The same tokens in the same order as sequences of at most `length`, which divides that of longer rows."""
+        if length >= self.input_ids.shape[1]:
+            return self
+        return Batch(*(tensor.reshape(-1, length) for tensor in (self.input_ids, self.targets, self.documents)))
+
 
 class TokenStream:
     """Rows of one split of a folder written by `motley.data.pack`.

@@ -131,7 +131,14 @@ class Lane:
                     module.later = self._later
 
     def run(
-        self, batch: Batch, count: int, counts: Counts, weights: LossWeights, confined: bool, scale: float = 1.0
+        self,
+        batch: Batch,
+        count: int,
+        counts: Counts,
+        weights: LossWeights,
+        confined: bool,
+        length: int,
+        scale: float = 1.0,
     ) -> Tally:
         """Forward and backward passes of all rows of the lane; gradients land in the parameters' .grad, times `scale`.
 
@@ -142,6 +149,7 @@ class Lane:
             counts: of the whole step.
             weights: of the parts of the loss.
             confined: attention stays within documents.
+            length: into sequences of so many tokens rows are cut.
             scale: this worker's loss scale, a power of two; messages carry what is not scaled.
         """
         started, waited = time.perf_counter(), self.crew.watch.waited
@@ -159,7 +167,7 @@ class Lane:
                     self.turns.begin(backward=True)
                 if not _any(rows[micro]):
                     continue
-                part = batch_rows(batch, rows[micro], self.model.device)
+                part = batch_rows(batch, rows[micro], self.model.device).cut(length)
                 received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
                 with self.working("forward", micro):
                     flight = self._forward(part, received, counts, weights, confined, depths, tally, scale)

@@ -105,12 +105,12 @@ class Worker:
         if rows is None:
             rows = range(step * self.settings.batch_rows, (step + 1) * self.settings.batch_rows)
         self._rows = self.shares.rows(len(rows))
-        batch = self._own_rows(stream, rows.start, self._rows)
-        own = Counts.of(batch, self.depths) if self.place.first else Counts(0, (0,) * self.depths, 0)
+        batch, length = self._own_rows(stream, rows.start, self._rows), self.settings.length(step)
+        own = Counts.of(batch.cut(length), self.depths) if self.place.first else Counts(0, (0,) * self.depths, 0)
         counts = own.added_up(lambda values: self.crew.sum(self.crew.outgoing(values)).cpu())
         self.shards.clear()
         confined = self.settings.confine_to_document
-        tally = self.lane.run(batch, self._micro_batches(), counts, self.weights, confined, scale)
+        tally = self.lane.run(batch, self._micro_batches(), counts, self.weights, confined, length, scale)
         made, received, received_gradient = (self.lane.broken > 0).tolist()
         overflowed = bool(self.scales.workers) and not self._own_gradient_is_finite()  # only loss scales ask who it was
         broken = [made, received, overflowed, received_gradient]
