@@ -172,6 +172,7 @@ def levers(best: Recipe, ordinary: Recipe) -> dict[str, Recipe]:
         "embedding": replace(best, embedding_rate=1.0),
         "schedule": replace(best, schedule="cosine", final_share=ordinary.final_share),
         "context": replace(best, lengths=()),
+        "decay": replace(best, weight_decay=ordinary.weight_decay),
         "precision": replace(best, precision="fp32"),
         "kernels": replace(best, plain=True),
     }
@@ -181,8 +182,8 @@ def levers(best: Recipe, ordinary: Recipe) -> dict[str, Recipe]:
 
 
 LEVERS = (
-    "architecture", "sparsity", "optimizer", "embedding", "schedule", "context", "precision", "kernels", "mtp",
-    "batches",
+    "architecture", "sparsity", "optimizer", "embedding", "schedule", "context", "decay", "precision", "kernels",
+    "mtp", "batches",
 )  # fmt: skip
 RETUNED = ("architecture", "optimizer")  # a learning rate means something else there: chosen anew
 
@@ -320,7 +321,11 @@ def table(found: dict[str, Any]) -> str:
 
 def _said(recipe: dict[str, Any]) -> str:
     more = ", compiled" if recipe["compiled"] else ""
-    return f"rate {recipe['learning_rate']:g}, batches {recipe['batches']}, attention {recipe['attention']}{more}"
+    lengths = f", lengths {recipe['lengths']}" if recipe["lengths"] else ""
+    return (
+        f"rate {recipe['learning_rate']:g}, batches {recipe['batches']}{lengths}, decay {recipe['weight_decay']:g}, "
+        f"attention {recipe['attention']}{more}"
+    )
 
 
 def main() -> None:

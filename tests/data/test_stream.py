@@ -208,3 +208,15 @@ def test_a_stream_that_cannot_be_is_refused(text: Prepared, talk: Prepared, tmp_
         TokenStream(text.folder, seq_len=8, seed=-1)
     with pytest.raises(ValueError, match="position"):
         TokenStream(text.folder, seq_len=8).rows(-1, 1)
+
+
+def test_rows_that_are_cut_keep_their_tokens_their_order_and_every_target() -> None:
+    ids = torch.arange(12).view(2, 6)
+    batch = Batch(ids, ids + 1, torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, PADDING, PADDING, PADDING]]))
+    cut = batch.cut(3)
+    assert cut.input_ids.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert cut.targets.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]]
+    assert cut.documents.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 1], [PADDING] * 3]
+    assert batch.cut(6) is batch
+    assert batch.cut(7) is batch
+    assert Batch(ids[:0], ids[:0], ids[:0]).cut(2).input_ids.shape == (0, 2)

@@ -7,20 +7,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from test_fp8 import SIZES_OF_PRODUCTS, drawn, far, found
 from torch import Tensor
 
+from motley.fleet.probe import formats_of
 from motley.model import fp8, quantize
 from motley.model.experts import Experts
 from motley.model.fp8 import ALONG_ROW, ALONG_TOKENS, SQUARE
 
 kernels = pytest.importorskip("motley.model.fp8_kernels", reason="Triton is not installed", exc_type=ImportError)
 ON_GPU = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(ON_GPU and torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no fp8")
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+pytestmark = pytest.mark.skipif(ON_GPU and "fp8" not in formats_of(DEVICE), reason="this GPU has no fp8")
 CLOSE = 1e-3 if ON_GPU else 1e-6  # sums of 128 inside a tensor core have about 14 binary digits
 
 
@@ -51,13 +53,24 @@ def test_what_is_halfway_goes_to_the_even_neighbour_and_what_is_small_to_the_nea
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_breaks_its_tile_and_no_other(broken: float) -> None:
-    real = torch.ones(2, 256)
+@pytest.mark.parametrize(("tile", "same"), [(ALONG_ROW, (0, 100)), (ALONG_TOKENS, (100, 3)), (SQUARE, (100, 100))])
+def test_what_is_not_finite_breaks_its_tile_and_no_other(
+    broken: float, tile: tuple[int, int], same: tuple[int, int]
+) -> None:
+    """Such a number is NaN afterwards; what shares its tile may be anything, and nothing else changes."""
+    real = drawn(0, 256, 256)
+    intact = quantize.dequantize(*kernels.quantize(real.to(DEVICE), tile), tile).cpu()
     real[0, 3] = broken
-    after = quantize.dequantize(*kernels.quantize(real.to(DEVICE), ALONG_ROW), ALONG_ROW).cpu()
+    values, scale = kernels.quantize(real.to(DEVICE), tile)
+    after = quantize.dequantize(values, scale, tile).cpu()
     assert after[0, 3].isnan()
-    assert torch.equal(after[0, 128:], real[0, 128:])
-    assert torch.equal(after[1], real[1])
+    assert not scale[same[0] // tile[0], same[1] // tile[1]].isfinite()
+    height, width = tile
+    elsewhere = torch.ones_like(real, dtype=torch.bool)
+    elsewhere[:height, :width] = False
+    if tile == ALONG_TOKENS:
+        elsewhere[:height, :width], elsewhere[:height, 3] = True, False
+    assert torch.equal(after[elsewhere], intact[elsewhere])
 
 
 def both(*case: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -101,44 +114,56 @@ def test_experts_learn_by_kernels_what_they_learn_by_the_emulation(monkeypatch: 
         assert far(one, other) < 5e-3
 
 
-def test_a_chip_that_rounds_or_adds_otherwise_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chip_that_scales_a_product_wrongly_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two places to compute the second takes the kernels, then such as mix up the right operand's scales."""
+    expected: list[list[Tensor]] = []
+
+    def second(tensor: Tensor) -> bool:
+        return ON_GPU or len(expected) % 2 == 1
+
+    def learned(*case: Any) -> list[Tensor]:
+        expected.append(of_learning(*case))
+        return expected[-1]
+
+    def multiply(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, *more: Any) -> Tensor:
+        return as_it_is(left, left_scale, right, right_scale.flip(-1), *more)
+
+    of_learning, as_it_is = fp8._learned, kernels.multiply
+    monkeypatch.setattr(fp8, "_learned", learned)
+    monkeypatch.setattr(fp8, "_on_chip", second)
     assert fp8.wrong(DEVICE) is None
-
-    def transposed(left: fp8.Narrow, right: fp8.Narrow, right_tile: int, ends: Tensor | None) -> Tensor:
-        return multiply(left, (right[0], right[1].flip(-1)), right_tile, ends)
-
-    multiply, calls = fp8._multiply, 0
-
-    def later(*case: object) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return (transposed if calls > 3 else multiply)(*case)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(fp8, "_multiply", later)
-    assert "outputs are" in (fp8.wrong(DEVICE) or "")
+    monkeypatch.setattr(kernels, "multiply", multiply)
+    assert "outputs of 256 x 384 x 512 in torch.bfloat16 are" in (fp8.wrong(DEVICE) or "")
 
 
 COMPILE = """
-import triton
+import itertools, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from motley.model import fp8_kernels as kernels
 
-def asm(kernel, capability, pointers, constants):
+def compiled(kernel, capability, pointers, constants):
     names = kernel.arg_names
     kinds = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
-    source = ASTSource(kernel, kinds, {(names.index(name),): value for name, value in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm["ptx"]
+    whole = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name not in constants}
+    source = ASTSource(kernel, kinds, {(names.index(name),): value for name, value in constants.items()}, whole)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
 
 operands = {"left": "*fp8e4nv", "right": "*fp8e4nv", "left_scale": "*fp32", "right_scale": "*fp32"}
 operands |= {"out": "*fp32", "ends": "*i32"}
-product = {"RIGHT_TILE": 128, "RUNS": "rows", "TILE": 128}
-assert "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32" in asm(kernels._multiply, 89, operands, product)
-product = {"RIGHT_TILE": 1, "RUNS": "sum", "TILE": 128}
-assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in asm(kernels._multiply, 90, operands, product)
+instruction = {89: "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", 90: "wgmma.mma_async.sync.aligned.m64n128k32"}
+most = {89: 99 << 10, 90: 227 << 10}  # bytes of shared memory
+near = {"left_sum": 1, "right_sum": 1}  # side by side in memory, as in a forward pass; rows of weights otherwise
+for capability, (runs, tile, sides) in itertools.product((89, 90), (("none", 128, near), ("rows", 128, near),
+                                                                    ("sum", 1, {"left_row": 1, "right_column": 1}))):
+    constants = {"RIGHT_TILE": tile, "RUNS": runs, "TILE": 128, **sides, **{"out_column": 1}}
+    constants |= {"ends": None} if runs == "none" else {}
+    done = compiled(kernels._multiply, capability, operands, constants)
+    assert instruction[capability] in done.asm["ptx"], (capability, runs)
+    assert done.metadata.shared <= most[capability], (capability, runs, done.metadata.shared)
 tiles = {"TILE_ROWS": 1, "TILE_COLUMNS": 128, "TILE": 128, "LARGEST": kernels.LARGEST, "TINY": kernels.TINY}
-rounding = asm(kernels._quantize, 90, {"real": "*bf16", "values": "*fp8e4nv", "scale": "*fp32"}, tiles)
-assert "div.rn.f32" in rounding, "a scale is divided by exactly"
+rounding = compiled(kernels._quantize, 90, {"real": "*bf16", "values": "*fp8e4nv", "scale": "*fp32"}, tiles)
+assert "div.rn.f32" in rounding.asm["ptx"], "a scale is divided by exactly"
 """
 
 

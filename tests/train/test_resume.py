@@ -46,7 +46,7 @@ def command(out: Path, data: Path, shape: Path, **settings: Any) -> list[str]:
     chosen: dict[str, Any] = {
         "out": out, "data": data, "model": shape, "steps": STEPS, "batch_rows": 4, "micro_batch": 3, "seq_len": 64,
         "valid_every": 10, "checkpoint_every": 7, "keep_last": 2, "precision": "bf16", "warmup_steps": 5,
-        "device": "cpu",
+        "device": "cpu", "seq_len_warmup": "16:0.3,32:0.6",
     }  # fmt: skip
     options = [f"--{name.replace('_', '-')}={value}" for name, value in (chosen | settings).items()]
     return [sys.executable, "-m", "motley", "pretrain", *options]
@@ -155,6 +155,20 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
     assert done.stderr.count("\n") == 1
 
 
+def test_a_run_that_began_before_a_setting_existed_goes_on_at_its_default(
+    whole: Path, data: Path, shape: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    known = json.loads(file.read_text())
+    del known["clip"]
+    file.write_text(json.dumps(known))
+    other = run(command(tmp_path / "run", data, shape, clip=2.0))
+    assert other.returncode == 2
+    assert "holds a run with clip=1.0, now asked for 2.0" in " ".join(other.stderr.split())
+    assert run(command(tmp_path / "run", data, shape)).returncode == 0
+
+
 def test_other_data_in_the_same_folder_is_refused(whole: Path, shape: Path, tmp_path: Path) -> None:
     text = tmp_path / "other.txt"
     text.write_text("quite another text " * 3000)
@@ -222,7 +236,7 @@ def test_a_broken_training_state_names_the_file(data: Path, shape: Path, tmp_pat
 def test_settings_that_cannot_be_are_named(data: Path, shape: Path, tmp_path: Path) -> None:
     for settings, named in (({"steps": 0}, "--steps"), ({"learning_rate": -1}, "--learning-rate"),
                             ({"seq_len": 4096}, "--seq-len"), ({"device": "cuda:99"}, "--device"),
-                            ({"model": "huge"}, "--model")):  # fmt: skip
+                            ({"seq_len": 48}, "--seq-len-warmup"), ({"model": "huge"}, "--model")):  # fmt: skip
         done = run(command(tmp_path / "run", data, shape, **settings))
         assert done.returncode == 2
         assert named in done.stderr

@@ -73,23 +73,32 @@ def unmeasured(folder: Any) -> tuple[Run, Any]:
     return Run(folder, None), lambda: pytest.fail("nothing is to be measured")
 
 
-@pytest.mark.parametrize("fault", ["an older chip", "no Triton", "another result", "none"])
+@pytest.mark.parametrize("fault", ["an older chip", "no Triton", "another result", "no compiler", "none"])
 def test_a_gpu_trains_in_fp8_only_if_it_can_and_comes_to_what_the_emulation_says(
     fault: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "device_name", lambda device: "chip")
+
+    def wrong(device: torch.device) -> str | None:
+        if fault == "no compiler":
+            raise RuntimeError("no C compiler\nhere")
+        return "outputs are 0.3 away" if fault == "another result" else None
+
     formats = ["fp32", "bf16"] if fault == "an older chip" else ["fp32", "bf16", "fp8"]
     monkeypatch.setattr(precision, "formats_of", lambda device: formats)
     monkeypatch.setattr(fp8, "find_spec", lambda name: None if fault == "no Triton" else name)
-    monkeypatch.setattr(fp8, "wrong", lambda device: "outputs are 0.3 away" if fault == "another result" else None)
+    monkeypatch.setattr(fp8, "wrong", wrong)
     crew = dataclasses.replace(Crew(), device=torch.device("cuda"))
     said = {
-        "an older chip": "its chip does not multiply in fp8 .*; choose --precision bf16",
-        "no Triton": "need Triton, which is not installed; choose --precision bf16",
-        "another result": "otherwise than the emulation.*: outputs are 0.3 away; choose --precision bf16",
+        "an older chip": "it does not multiply in fp8 .*",
+        "no Triton": "our kernels need Triton, which is not installed",
+        "another result": "products differ from their emulation.*: outputs are 0.3 away",
+        "no compiler": "products cannot be computed: RuntimeError: no C compiler",
     }
     if fault == "none":
         assert number_formats("fp8", crew, *unmeasured(tmp_path)) == ["fp8"]
         return
-    with pytest.raises(InputError, match=f"worker 0 cannot train in fp8: .*{said[fault]}"):
+    with pytest.raises(
+        InputError, match=rf"worker 0 \(chip\) cannot train in fp8: {said[fault]}; choose --precision bf16"
+    ):
         number_formats("fp8", crew, *unmeasured(tmp_path))

@@ -53,11 +53,12 @@ def multiply(
     if ends is not None and of_rows:
         first = torch.arange(0, rows, TILE, device=left.device, dtype=ends.dtype)
         expert_of_block = torch.searchsorted(ends, first, right=True, out_int32=True).clamp_(max=len(ends) - 1)
-    _multiply[blocks](
-        left, left_scale, stacked, scales, out, expert_of_block,
-        rows, columns, total, *left.stride(), *left_scale.stride(), *stacked.stride(), *scales.stride(), *out.stride(),
-        right_tile, "none" if ends is None else "rows" if of_rows else "sum", TILE, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(left):  # where Triton launches; nothing on a CPU
+        _multiply[blocks](
+            left, left_scale, stacked, scales, out, expert_of_block, rows, columns, total,
+            *left.stride(), *left_scale.stride(), *stacked.stride(), *scales.stride(), *out.stride(),
+            right_tile, "none" if ends is None else "rows" if of_rows else "sum", TILE, num_warps=8,
+        )  # fmt: skip
     return out if ends is not None and not of_rows else out[0]
 
 
@@ -109,10 +110,11 @@ def quantize(real: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     values = torch.empty(stack.shape, dtype=E4M3, device=real.device)
     scale = real.new_empty((experts, triton.cdiv(rows, block[0]), triton.cdiv(columns, block[1])), dtype=torch.float32)
     if values.numel():
-        _quantize[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE), experts)](
-            stack, values, scale, rows, columns, *stack.stride(), *values.stride(), *scale.stride(),
-            *block, TILE, LARGEST, TINY, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(stack):
+            _quantize[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE), experts)](
+                stack, values, scale, rows, columns, *stack.stride(), *values.stride(), *scale.stride(),
+                *block, TILE, LARGEST, TINY, num_warps=8,
+            )  # fmt: skip
     return (values, scale) if real.dim() == 3 else (values[0], scale[0])
 
 

@@ -31,9 +31,6 @@ class TrainingConfig:
     """Sequences computed at a time; lower it when memory is short (the result stays the same)."""
     seq_len: int = 256
     """Tokens in a sequence."""
-    seq_len_warmup: str = ""
-    """Shorter sequences first: 64:0.3,128:0.6 cuts text into 64 tokens for the first 30 % of the steps and into 128
-    until 60 %. Cheaper, and a new model learns faster so."""
     learning_rate: float = 4e-3
     """Peak, for Muon and AdamW alike (Muon's update is scaled to AdamW's size)."""
     embedding_rate: float = 1.0
@@ -131,11 +128,10 @@ class TrainingConfig:
         self._demand("outer_learning_rate", 0 < self.outer_learning_rate < math.inf, "above 0 and finite")
         self._demand("outer_momentum", 0 <= self.outer_momentum < 1, "at least 0 and below 1")
         self._demand("patience", 0 < self.patience < math.inf, "above 0 and finite")
-        stages_of(self.seq_len_warmup, self.seq_len)
 
     def length(self, step: int) -> int:
         """Tokens of the sequences of a step."""
-        return sequence_length(stages_of(self.seq_len_warmup, self.seq_len), self.seq_len, step / self.steps)
+        return self.seq_len
 
     def _demand(self, name: str, holds: bool, what: str) -> None:
         if not holds:
@@ -152,6 +148,16 @@ class PretrainConfig(TrainingConfig):
     model: str = "nano"
     """A new model: a size (nano, micro, small, v2-lite, moonlight, v3) or the path of a config.json. Or one to start
     from: a run or a checkpoint folder, of which only the weights are taken."""
+    seq_len_warmup: str = ""
+    """Shorter sequences first: 64:0.3,128:0.6 cuts text into 64 tokens for the first 30 % of the steps and into 128
+    until 60 %. Cheaper, and a new model learns faster so."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages_of(self.seq_len_warmup)
+
+    def length(self, step: int) -> int:
+        return sequence_length(stages_of(self.seq_len_warmup), self.seq_len, step / self.steps)
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,3 @@ class FinetuneConfig(TrainingConfig):
     learning_rate: float = 2e-3
     mtp_weight: float = 0.0
     confine_to_document: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._demand("seq_len_warmup", not self.seq_len_warmup, "empty: conversations are not cut")

@@ -259,6 +259,9 @@ class Crew:
     def waiting(self, seconds: float, ranks: Sequence[int] | None = None) -> Iterator[None]:
         """Inside, wait so long for messages among these workers (None: all) instead of `patience`."""
         group: Any = self.group(ranks) or dist.group.WORLD
+        if group is None:  # nobody to wait for
+            yield
+            return
         group.set_timeout(timedelta(seconds=seconds))
         yield
         group.set_timeout(timedelta(seconds=self.patience))

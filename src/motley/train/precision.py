@@ -19,7 +19,7 @@ from motley.fleet.device import ACTIVATIONS, Format, Precision, number_format
 from motley.fleet.probe import Machine, device_name, formats_of, probe
 from motley.model import fp8, native
 from motley.progress import note
-from motley.train.crew import Crew
+from motley.train.crew import PREPARING_SECONDS, Crew
 from motley.train.layout import Layout, place_of
 from motley.train.run import Run
 
@@ -46,11 +46,14 @@ def why_no_fp8(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     if "fp8" not in formats_of(device):
-        return "does not multiply in fp8 (NVIDIA's chips do from Ada and Hopper on; CPUs emulate it)"
-    if reason := fp8.lacking(device):
-        return f"cannot be used for it: {reason}"
-    mistake = fp8.wrong(device)
-    return mistake and f"multiplies otherwise than the emulation, which is a fault to report: {mistake}"
+        return "it does not multiply in fp8 (NVIDIA's chips do from Ada and Hopper on; CPUs emulate it)"
+    if reason := fp8.lacking():
+        return reason
+    try:
+        mistake = fp8.wrong(device)
+    except Exception as error:  # whatever a compiler or a driver says, the other workers wait to hear of it
+        return f"products cannot be computed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return mistake and f"products differ from their emulation, which is a fault to report: {mistake}"
 
 
 def asked_format(precision: Precision, played: Format | None, layout: Layout, rank: int) -> Precision:
@@ -81,12 +84,13 @@ def number_formats(asked: Precision, crew: Crew, run: Run, machine: Callable[[],
         known |= chosen
     crew.led(lambda: run.keep_formats(known))
     formats: list[Format] = [known[name] if wish == "auto" else wish for wish, name in everyone]
-    reasons = crew.all_values(why_no_fp8(crew.device) if formats[crew.rank] == "fp8" else None)
-    for rank, reason in enumerate(reasons):
-        if reason:
-            raise InputError(
-                f"worker {rank} cannot train in fp8: its {everyone[rank][1]} {reason}; choose --precision bf16"
-            )
+    if "fp8" in formats:
+        with crew.waiting(max(crew.patience, PREPARING_SECONDS)):  # for kernels to be compiled
+            reasons = crew.all_values(why_no_fp8(crew.device) if formats[crew.rank] == "fp8" else None)
+        for rank, reason in enumerate(reasons):
+            if reason:
+                chip = everyone[rank][1]
+                raise InputError(f"worker {rank} ({chip}) cannot train in fp8: {reason}; choose --precision bf16 there")
     if crew.device.type == "cpu" and formats[crew.rank] in ("fp8", "fp16"):
         name = formats[crew.rank]
         note(f"worker {crew.rank} computes in {name}, which CPUs do through fp32: slower than fp32, for trying it only")

@@ -22,6 +22,7 @@ from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
 from motley.train.elastic import Memory
 from motley.train.run import Run, open_run
+from motley.train.schedule import check_stages
 from motley.train.start import as_planned, plan_of
 
 
@@ -76,6 +77,7 @@ def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None, memor
         else:
             shape = ModelConfig.from_hf(read_json(source / "config.json"), str(source / "config.json"))
         check_length(shape, config.seq_len)
+        check_stages(config.seq_len_warmup, config.seq_len)
         inputs = {"data": read_json(data / DATA_FILE).get("fingerprint")}
         return data, shape, open_run(config.out, "pretrain", config, inputs)
 

@@ -108,7 +108,9 @@ def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str,
     remove_unfinished(folder)
     file = folder / CONFIG_FILE
     if file.is_file():
-        before = read_json(file)
+        # A setting that did not exist when the run began was at what is now its default.
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        before = _plain(defaults) | read_json(file)
         for name in sorted(set(before) | set(asked)):
             if name not in FREE_TO_CHANGE and before.get(name) != asked.get(name):
                 raise InputError(

@@ -32,32 +32,32 @@ Stages = tuple[tuple[int, float], ...]
 """(tokens of a sequence, until which share of the run)."""
 
 
-def stages_of(text: str, seq_len: int) -> Stages:
-    """`64:0.3,128:0.6`: sequences of 64 tokens for the first 30 % of a run, of 128 until 60 %, then of seq_len.
+def stages_of(text: str) -> Stages:
+    """`64:0.3,128:0.6`: sequences of 64 tokens for the first 30 % of a run, of 128 until 60 %, then whole rows.
 
-    Rows of seq_len tokens are cut into such sequences, so lengths divide it. Raises InputError where they do not, or
-    do not grow.
+    Raises InputError where it says something else, or lengths or shares do not grow.
     """
     stages: list[tuple[int, float]] = []
     for part in text.split(",") if text else []:
-        length, colon, until = part.partition(":")
+        length, _, until = part.partition(":")
         try:
             stages.append((int(length), float(until)))
         except ValueError:
-            colon = ""
-        if not colon:
-            raise InputError(f"--seq-len-warmup has {part!r}; it takes LENGTH:SHARE, such as 64:0.3,128:0.6")
-    lengths, shares = [length for length, _ in stages], [until for _, until in stages]
-    for length in lengths:
-        if length < 1 or seq_len % length:
-            raise InputError(
-                f"--seq-len-warmup has sequences of {length} tokens; --seq-len {seq_len} is no multiple of that"
-            )
-    if any(later <= before for numbers in (lengths, shares) for before, later in itertools.pairwise(numbers)):
+            raise InputError(f"--seq-len-warmup has {part!r}; it takes LENGTH:SHARE, such as 64:0.3,128:0.6") from None
+    if any(length < 1 or not 0 < until <= 1 for length, until in stages):
+        raise InputError(f"--seq-len-warmup is {text}; lengths are at least 1, shares of the run above 0 and at most 1")
+    if any(not (less < more and before < after) for (less, before), (more, after) in itertools.pairwise(stages)):
         raise InputError(f"--seq-len-warmup is {text}; lengths and shares must grow from one stage to the next")
-    if shares and not 0 < shares[0] <= shares[-1] <= 1:
-        raise InputError(f"--seq-len-warmup is {text}; shares of the run lie above 0 and are at most 1")
     return tuple(stages)
+
+
+def check_stages(text: str, seq_len: int) -> None:
+    """Raises InputError where rows of seq_len tokens cannot be cut into the lengths of `stages_of`."""
+    for length, _ in stages_of(text):
+        if length >= seq_len or seq_len % length:
+            raise InputError(
+                f"--seq-len-warmup has sequences of {length} tokens, into which --seq-len {seq_len} cannot be cut"
+            )
 
 
 def sequence_length(stages: Sequence[tuple[int, float]], seq_len: int, gone: float) -> int:
