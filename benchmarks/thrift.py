@@ -118,20 +118,26 @@ class Race:
     def chosen(self, name: str, recipe: Recipe, rates: Sequence[float], rows: Sequence[int]) -> Recipe:
         """`recipe` with the rate and the batch that came lowest in short runs: rates first, then batches with it.
 
-        While the highest or the lowest rate wins, one beyond it is tried too.
+        While the highest or the lowest of them wins, one beyond it is tried too.
         """
 
         def short(candidate: Recipe) -> float:
             said = f"{candidate.learning_rate:g}, {candidate.batches[-1][1]} rows"
             return self.run(f"{name} short, {said}", candidate, self.short)["loss"]
 
-        tried = sorted(rates)
-        while True:
-            best = min((replace(recipe, learning_rate=rate) for rate in tried), key=short)
-            if len(tried) > len(rates) + 2 or len(rates) < len(RATES) or tried[0] < best.learning_rate < tried[-1]:
-                break
-            tried = sorted([*tried, best.learning_rate * (2 if best.learning_rate == tried[-1] else 0.5)])
-        return min((best, *(replace(best, batches=((0.0, number),)) for number in rows)), key=short)
+        def lowest(of: Callable[[Any], Recipe], values: Sequence[Any], beyond: bool) -> Recipe:
+            tried = sorted(values)
+            while True:
+                best = min(tried, key=lambda value: short(of(value)))
+                more = best * 2 if best == tried[-1] else type(best)(best / 2)
+                if not beyond or len(tried) > len(values) + 2 or tried[0] < best < tried[-1] or not more:
+                    return of(best)
+                tried = sorted([*tried, more])
+
+        recipe = lowest(lambda rate: replace(recipe, learning_rate=rate), rates, len(rates) >= len(RATES))
+        if not rows:
+            return recipe
+        return lowest(lambda count: replace(recipe, batches=((0.0, count),)), rows, len(rows) >= len(ROWS))
 
 
 def fastest(race: Race, recipe: Recipe, quick: bool) -> tuple[Recipe, dict[str, Any]]:
