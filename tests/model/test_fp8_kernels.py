@@ -51,7 +51,7 @@ def test_what_is_halfway_goes_to_the_even_neighbour_and_what_is_small_to_the_nea
     assert torch.equal(values.cpu().float(), loudest.to(torch.float8_e4m3fn).float())
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN slice:RuntimeWarning")
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("tile", "same"), [(ALONG_ROW, (0, 100)), (ALONG_TOKENS, (100, 3)), (SQUARE, (100, 100))])
 def test_what_is_not_finite_breaks_its_tile_and_no_other(
