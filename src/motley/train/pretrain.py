@@ -70,6 +70,7 @@ def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None, memor
     source = find_model(Path(config.model)) if config.model not in SIZES and Path(config.model).is_dir() else None
 
     def prepare_run() -> tuple[Path, ModelConfig, Run]:
+        check_stages(config.seq_len_warmup, config.seq_len)
         data = prepared_data(config, source)
         check_data(data, TEXT, source)
         if source is None:
@@ -77,7 +78,6 @@ def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None, memor
         else:
             shape = ModelConfig.from_hf(read_json(source / "config.json"), str(source / "config.json"))
         check_length(shape, config.seq_len)
-        check_stages(config.seq_len_warmup, config.seq_len)
         inputs = {"data": read_json(data / DATA_FILE).get("fingerprint")}
         return data, shape, open_run(config.out, "pretrain", config, inputs)
 
