@@ -2,6 +2,7 @@
 #   make demo    train a small DeepSeek of your own and talk to it       make demo ARGS=--no-serve
 #   make test    the whole test suite                                    make test TESTS=tests/model
 # Also: make lint, make clean (keeps runs/). Everything is installed into .venv, once.
+# Tests run two at a time, a thread each: most of them start processes of their own.
 # PYTHON=... chooses the interpreter, PIP_ARGS=... is handed to pip (say, the index of another PyTorch build).
 
 VENV := .venv

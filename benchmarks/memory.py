@@ -16,6 +16,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from crews import spawned
 from memory_by_zero import forget_peak, peak, random_batch
@@ -58,20 +59,13 @@ def peak_bytes(side: Ours | Theirs, config: ModelConfig, rows: int, seq_len: int
     return found
 
 
-def line(tokens: list[int], peaks: list[int]) -> tuple[float, float]:
-    """(slope, value at no tokens) of the least-squares line."""
-    x, y = torch.tensor(tokens, dtype=torch.float64), torch.tensor(peaks, dtype=torch.float64)
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
-    return float(slope), float(y.mean() - slope * x.mean())
-
-
 def compared(size: str, rows: tuple[int, ...]) -> dict[str, Any]:
     config = replace(SIZES[size], vocab_size=VOCAB_SIZE, num_nextn_predict_layers=0)
     parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
     sides = {}
     for side in (*OURS, *THEIRS):
         peaks = [peak_bytes(side, config, count, SEQ_LEN) for count in rows]
-        slope, fixed = line([count * SEQ_LEN for count in rows], peaks)
+        slope, fixed = np.polyfit([count * SEQ_LEN for count in rows], peaks, 1)
         sides[str(side)] = {"bytes_per_token": slope, "bytes_per_parameter": fixed / parameters, "peaks": peaks}
     return {"size": size, "parameters": parameters, "rows": rows, "seq_len": SEQ_LEN, "sides": sides}
 

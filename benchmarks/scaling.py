@@ -15,9 +15,10 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from crews import spawned
-from memory import PATIENCE_SECONDS, line
+from memory import PATIENCE_SECONDS
 from memory_by_zero import forget_peak, peak, random_batch
 from thrift import ours
 from train_throughput import Ours, our_step
@@ -73,8 +74,7 @@ def measure(rank: int, case: Case, steps: int, results: Any) -> None:
 
 def exponent(sizes: list[int], values: list[float]) -> float:
     """Slope of a line through the logarithms."""
-    logarithms = [torch.tensor(numbers, dtype=torch.float64).log().tolist() for numbers in (sizes, values)]
-    return line(*logarithms)[0]
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def measured(axes: list[str], steps: int) -> dict[str, Any]:

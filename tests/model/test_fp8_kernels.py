@@ -161,7 +161,7 @@ for capability, (runs, tile, sides) in itertools.product((89, 90), (("none", 128
     done = compiled(kernels._multiply, capability, operands, constants)
     assert instruction[capability] in done.asm["ptx"], (capability, runs)
     assert done.metadata.shared <= most[capability], (capability, runs, done.metadata.shared)
-tiles = {"TILE_ROWS": 1, "TILE_COLUMNS": 128, "TILE": 128, "LARGEST": kernels.LARGEST, "TINY": kernels.TINY}
+tiles = {"TILE_ROWS": 1, "TILE_COLUMNS": 128, "TILE": 128, "LARGEST": kernels.LARGEST, "TINY": kernels.LEAST_SCALE}
 rounding = compiled(kernels._quantize, 90, {"real": "*bf16", "values": "*fp8e4nv", "scale": "*fp32"}, tiles)
 assert "div.rn.f32" in rounding.asm["ptx"], "a scale is divided by exactly"
 """

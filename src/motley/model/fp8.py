@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from motley.model.products import add_gradient
-from motley.model.quantize import Block, dequantize, quantize
+from motley.model.quantize import TILE, Block, dequantize, quantize
 
-TILE = 128
 ALONG_ROW, ALONG_TOKENS, SQUARE = (1, TILE), (TILE, 1), (TILE, TILE)
 FAR = 2e-2
 """Of a row of a result: sums in a tensor core keep about 14 binary digits (V3 report, 3.3.2), a mistake is larger."""

@@ -20,10 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from motley.model.quantize import E4M3, LARGEST, Block
-
-TILE = 128
-TINY = torch.finfo(torch.float32).tiny
+from motley.model.quantize import E4M3, LARGEST, LEAST_SCALE, TILE, Block
 
 
 def multiply(
@@ -41,25 +38,22 @@ def multiply(
             result is [experts, rows, columns].
     """
     rows, total = left.shape
-    columns = right.shape[-1]
-    of_rows = right.dim() == 3
-    experts = 1 if ends is None or of_rows else len(ends)
-    out = left.new_empty((experts, rows, columns), dtype=torch.float32)
-    blocks = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE), experts
-    if 0 in out.shape:
-        return out if ends is not None and not of_rows else out[0]
-    stacked, scales = (right, right_scale) if of_rows else (right[None], right_scale[None])
-    expert_of_block = ends
-    if ends is not None and of_rows:
+    stacked, scales = (right, right_scale) if right.dim() == 3 else (right[None], right_scale[None])
+    runs = "none" if ends is None else "rows" if right.dim() == 3 else "sum"
+    experts = len(ends) if ends is not None and runs == "sum" else 1
+    out = left.new_empty((experts, rows, right.shape[-1]), dtype=torch.float32)
+    if ends is not None and runs == "rows":  # the expert of each block of rows is what the kernel needs
         first = torch.arange(0, rows, TILE, device=left.device, dtype=ends.dtype)
-        expert_of_block = torch.searchsorted(ends, first, right=True, out_int32=True).clamp_(max=len(ends) - 1)
-    with torch.cuda.device_of(left):  # where Triton launches; nothing on a CPU
-        _multiply[blocks](
-            left, left_scale, stacked, scales, out, expert_of_block, rows, columns, total,
-            *left.stride(), *left_scale.stride(), *stacked.stride(), *scales.stride(), *out.stride(),
-            right_tile, "none" if ends is None else "rows" if of_rows else "sum", TILE, num_warps=8,
-        )  # fmt: skip
-    return out if ends is not None and not of_rows else out[0]
+        ends = torch.searchsorted(ends, first, right=True, out_int32=True).clamp_(max=len(ends) - 1)
+    if out.numel():
+        blocks = triton.cdiv(rows, TILE), triton.cdiv(right.shape[-1], TILE), experts
+        with torch.cuda.device_of(left):  # where Triton launches; nothing on a CPU
+            _multiply[blocks](
+                left, left_scale, stacked, scales, out, ends, rows, right.shape[-1], total,
+                *left.stride(), *left_scale.stride(), *stacked.stride(), *scales.stride(), *out.stride(),
+                right_tile, runs, TILE, num_warps=8,
+            )  # fmt: skip
+    return out if runs == "sum" else out[0]
 
 
 @triton.jit
@@ -113,7 +107,7 @@ def quantize(real: Tensor, block: Block) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(stack):
             _quantize[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE), experts)](
                 stack, values, scale, rows, columns, *stack.stride(), *values.stride(), *scale.stride(),
-                *block, TILE, LARGEST, TINY, num_warps=8,
+                *block, TILE, LARGEST, LEAST_SCALE, num_warps=8,
             )  # fmt: skip
     return (values, scale) if real.dim() == 3 else (values[0], scale[0])
 

@@ -15,6 +15,8 @@ from torch import Tensor
 SCALE_SUFFIX = "_scale_inv"
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
+LEAST_SCALE = torch.finfo(torch.float32).tiny
+TILE = 128
 
 Block = tuple[int, int]
 
@@ -26,7 +28,7 @@ def quantize(real: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """
     height, width = real.shape[-2:]
     blocks = _in_blocks(real.float(), block)
-    scale = (blocks.abs().amax((-3, -1), keepdim=True) / LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+    scale = (blocks.abs().amax((-3, -1), keepdim=True) / LARGEST).clamp_(min=LEAST_SCALE)
     values = (blocks / scale).to(E4M3).flatten(-4, -3).flatten(-2)[..., :height, :width]
     return values, scale[..., 0, :, 0]
 

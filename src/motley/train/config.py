@@ -1,9 +1,10 @@
 """Settings of the training stages: the same names on the command line, in `config.json` and in Python."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -132,6 +133,11 @@ class TrainingConfig:
     def length(self, step: int) -> int:
         """Tokens of the sequences of a step."""
         return self.seq_len
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What each setting is where nobody says."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}
 
     def _demand(self, name: str, holds: bool, what: str) -> None:
         if not holds:

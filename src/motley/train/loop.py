@@ -191,8 +191,8 @@ def train(
             rate = len(rows) * config.seq_len / elapsed
             learning_rate = _learning_rate(config, before)
             numbers = _numbers(losses, norm, learning_rate, rate, crew.device)
-            if config.length(before) < config.seq_len:
-                numbers["sequence_length"] = config.length(before)
+            if (length := config.length(before)) < config.seq_len:
+                numbers["sequence_length"] = length
             if crew.alone and worker.scales.workers:
                 numbers["loss_scale"] = worker.scales.values[0]
             metrics.write("train", **where, **numbers)

@@ -109,8 +109,7 @@ def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str,
     file = folder / CONFIG_FILE
     if file.is_file():
         # A setting that did not exist when the run began was at what is now its default.
-        defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        before = _plain(defaults) | read_json(file)
+        before = _plain(config.defaults()) | read_json(file)
         for name in sorted(set(before) | set(asked)):
             if name not in FREE_TO_CHANGE and before.get(name) != asked.get(name):
                 raise InputError(

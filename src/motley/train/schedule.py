@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 from motley.errors import InputError
@@ -60,7 +59,7 @@ def check_stages(text: str, seq_len: int) -> None:
             )
 
 
-def sequence_length(stages: Sequence[tuple[int, float]], seq_len: int, gone: float) -> int:
+def sequence_length(stages: Stages, seq_len: int, gone: float) -> int:
     """Tokens of a sequence when a share `gone` of the run is over.
 
     Short sequences first cost less attention, and a new model learns more from a token among few (sequence length

@@ -87,7 +87,7 @@ def as_planned(config: Config, plan: Mapping[str, Any] | None, leads: bool) -> C
     What is taken from it, and what differs from it, is said aloud by the worker that `leads`.
     """
     taken: dict[str, Any] = {}
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = config.defaults()
     for name in (name for name in PLANNED if name in defaults):
         own, theirs = getattr(config, name), (plan or {}).get(PLANNED[name])
         if theirs is None or own == theirs or (name == "model" and trainable(theirs) is None):
