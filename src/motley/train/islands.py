@@ -47,8 +47,8 @@ ROUND_PATIENCE_SECONDS = 1800.0
 """How long an island at least waits for one that is still on its way, until their speeds are known say."""
 KEPT_IN_OVERLAP = 0.5
 """Share of an island's own weights that stays when an exchange ran behind its steps."""
-WORTH_CHANGING = 0.1
-"""Inner steps are dealt out anew only where the round then takes so much less: measurements always differ a little."""
+WORTH_CHANGING = 0.05
+"""Rows and inner steps are dealt out anew only where a round then takes so much less: measurements always differ."""
 
 
 HEAD_BYTES = 16
@@ -289,13 +289,15 @@ class Island:
 
     def _follow(self, seconds: Sequence[float]) -> None:
         """Deal out later rounds by speed, where that is worth it."""
-        self.measured.measured([float(inner) for inner in self.round.inner], seconds)
+        self.measured.measured(self.round.shares, seconds)
         if self.settings.inner_steps == "planned":
             return
         rates = self.measured.rates
-        longest = max(inner / rate for inner, rate in zip(self.round.inner, rates, strict=True))
-        again = Round.of(0, self.round.steps, self.settings.batch_rows, rates).inner
-        if max(inner / rate for inner, rate in zip(again, rates, strict=True)) * (1 + WORTH_CHANGING) < longest:
+        again = Round.of(0, self.round.steps, self.settings.batch_rows, rates)
+        longest, shortest = (
+            max(rows / rate for rows, rate in zip(one.shares, rates, strict=True)) for one in (self.round, again)
+        )
+        if shortest * (1 + WORTH_CHANGING) < longest:
             self.speeds = list(rates)
 
     def _digest(self) -> int:

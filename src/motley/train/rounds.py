@@ -1,9 +1,9 @@
 """Who does which part of a round: islands of different speed that all arrive together.
 
-    a round of 10 steps, 8 rows each, speeds 3:1            80 rows, 20 inner steps of 4 rows
+    a round of 10 steps, 8 rows each, speeds 5:2            80 rows, 20 inner steps of about 4 rows
 
-    island 0   ▏1▕▏2▕▏3▕ ... ▏15▕   rows  0 … 59            inner steps in proportion to speed
-    island 1   ▏  1  ▕ ...  ▏ 5 ▕   rows 60 … 79            rows in a row: none is lost, none comes twice
+    island 0   ▏1▕▏2▕▏3▕ ... ▏14▕   rows  0 … 56            rows in proportion to speed, inner steps as near as whole
+    island 1   ▏  1  ▕ ...  ▏ 6 ▕   rows 57 … 79            ones come; rows in a row: none is lost, none comes twice
                0                10  the run's steps, which the learning rate follows
 
 A round takes as many rows as its steps would take in one crew, so a run of islands sees the same data as any other.
@@ -24,25 +24,25 @@ class Round:
         steps: how many of the run's steps it stands for.
         batch_rows: rows of one of the run's steps.
         inner: inner steps of each island.
+        shares: rows of each island, at least one for each of its inner steps.
     """
 
     start: int
     steps: int
     batch_rows: int
     inner: tuple[int, ...]
+    shares: tuple[int, ...]
 
     @staticmethod
     def of(start: int, steps: int, batch_rows: int, speeds: Sequence[float]) -> "Round":
-        """A round with inner steps in proportion to `speeds`, at least one for each island."""
-        count = len(speeds)
-        inner = [1 + more for more in apportion(count * (steps - 1), _beyond_one(speeds, count * steps))]
-        return Round(start, steps, batch_rows, tuple(inner))
+        """A round with rows and inner steps in proportion to `speeds`, at least one for each island."""
+        inner = _at_least([1] * len(speeds), len(speeds) * steps, speeds)
+        return Round(start, steps, batch_rows, inner, _at_least(inner, steps * batch_rows, speeds))
 
     def rows_of(self, island: int) -> range:
         """All rows that an island takes, of the run's endless stream."""
-        shares = apportion(self.steps * self.batch_rows, self.inner)
-        first = self.start * self.batch_rows + sum(shares[:island])
-        return range(first, first + shares[island])
+        first = self.start * self.batch_rows + sum(self.shares[:island])
+        return range(first, first + self.shares[island])
 
     def rows(self, island: int, number: int) -> range:
         """Rows of inner step `number` of an island."""
@@ -68,6 +68,7 @@ class Round:
         return [(max(1, arrival - early), arrival) for arrival in arrivals]
 
 
-def _beyond_one(speeds: Sequence[float], inner: int) -> list[float]:
-    """What of each island's proportional share of `inner` steps is beyond its first one."""
-    return [max(0.0, inner * speed / sum(speeds) - 1) for speed in speeds]
+def _at_least(least: Sequence[int], total: int, speeds: Sequence[float]) -> tuple[int, ...]:
+    """`total` in proportion to `speeds`, but for each at least so many."""
+    beyond = [max(0.0, total * speed / sum(speeds) - own) for own, speed in zip(least, speeds, strict=True)]
+    return tuple(own + more for own, more in zip(least, apportion(total - sum(least), beyond), strict=True))
