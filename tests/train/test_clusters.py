@@ -13,6 +13,7 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+import slurm
 import yaml
 from test_launch import plan_of
 
@@ -60,11 +61,49 @@ def test_shellcheck_finds_nothing_in_the_slurm_script():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_the_slurm_job_starts_every_worker_of_the_lab_once(tools: Path, tmp_path: Path):
-    """The script runs as it is; `srun` starts its command once for each node that `scontrol` knows."""
+def lab_plan(tmp_path: Path) -> dict[str, tuple[int, int]]:
+    """Nodes and chips of each pool of the lab, for which a plan lies in the work folder."""
     lab = {pool.name: (pool.nodes, pool.per_node) for pool in load_fleet(EXAMPLES / "fleets/lab.yaml").pools}
     plan = plan_of(lab, [(["a100", "v100", "v100", "v100", "v100", "rtx3090", "rtx3090"], 2, [6, 1, 1, 1, 1, 1, 1])])
     (tmp_path / "plan.json").write_text(json.dumps(plan))
+    return lab
+
+
+@pytest.mark.slow(20)
+def test_a_real_slurm_runs_the_script_on_the_nodes_of_the_lab_and_refuses_chips_that_it_lacks(
+    tools: Path, tmp_path: Path
+):
+    if reason := slurm.lacking():
+        warnings.warn(f"SLURM did NOT run examples/clusters/slurm.sbatch: {reason}")
+        pytest.skip(reason)
+    lab = lab_plan(tmp_path)
+    wrong = SBATCH.read_text().replace("a100:2", "a100:3")
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    with slurm.cluster(folder, {pool: chips for pool, (_, chips) in lab.items()}) as environment:
+
+        def submit(*words: str, script: str | None = None) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                ["sbatch", *words],
+                env=os.environ | environment,
+                input=script,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+
+        refused = submit("--test-only", script=wrong)
+        assert refused.returncode != 0
+        assert "Requested node configuration is not available" in refused.stderr
+        done = submit("--wait", str(SBATCH))
+    logs = "\n".join(log.read_text() for log in tmp_path.glob("motley-*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    assert started(tmp_path) == list(range(14))
+
+
+def test_the_slurm_job_starts_every_worker_of_the_lab_once(tools: Path, tmp_path: Path):
+    """The script runs as it is; `srun` starts its command once for each node that `scontrol` knows."""
+    lab = lab_plan(tmp_path)
     components = re.findall(r"--gpus-per-node=(\w+):(\d+)", SBATCH.read_text())
     assert {name: (1, int(chips)) for name, chips in components} == lab
     nodes = {f"SLURM_JOB_NODELIST_HET_GROUP_{number}": f"{name}-node" for number, (name, _) in enumerate(components)}
