@@ -27,6 +27,7 @@ from motley.train.cast import parts_of
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew, join_crew
 from motley.train.emulate import links_of, play
+from motley.train.expert_places import experts_by_memory
 from motley.train.islands import USUAL_ROUND, Island
 from motley.train.layout import IslandLayout, island_of, islands_of_plan, islands_side_by_side
 from motley.train.memory import Budgets, budget, check_memory, dealt, held_already, within_memory
@@ -189,6 +190,8 @@ def employ(
             glances = crew.all_values(emulated.speed * glance(crew.device, everyone[crew.rank]))
             islands = dealt(islands, shape, config, budgets, glances)
         planned = plan is not None
+        if planned:
+            islands = _with_experts_that_fit(islands, shape, config, budgets, everyone, crew.leads)
         try:
             islands = within_memory(islands, shape, config, crew, budgets, everyone, planned, shrink=not planned)
         except InputError as error:
@@ -217,6 +220,27 @@ def employ(
     if pretended:
         play(pretended, config.emulate_by, config.emulate_links, worker, crew)
     return island
+
+
+def _with_experts_that_fit(
+    islands: list[IslandLayout],
+    shape: ModelConfig,
+    config: TrainingConfig,
+    budgets: Sequence[float],
+    formats: Sequence[Format],
+    leads: bool,
+) -> list[IslandLayout]:
+    """A plan's islands with experts moved off workers that have no room for theirs; who leads says so."""
+    fitting = experts_by_memory(islands, shape, config, budgets, formats)
+    for before, after in zip(islands, fitting, strict=True):
+        for planned, team in zip(before.layout.teams, after.layout.teams, strict=True):
+            if leads and team.experts != planned.experts:
+                workers = [before.ranks[rank] for lane in team.lanes for rank in lane]
+                note(
+                    f"workers {workers} share experts as {list(team.experts)} instead of {list(planned.experts)}: one "
+                    "has no room for as many as the plan gives it"
+                )
+    return fitting
 
 
 def hand_out(weights: Callable[[torch.device], Transformer], island: Island, crew: Crew) -> None:
