@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from motley.fleet.device import Format
 from motley.model import SIZES
 from motley.train.config import PretrainConfig
 from motley.train.expert_places import _even_up_to, experts_by_memory
@@ -17,6 +18,7 @@ from motley.train.start import _with_experts_that_fit
 
 NANO = replace(SIZES["nano"], vocab_size=300)  # three sparse layers of eight experts
 CONFIG = PretrainConfig(seq_len=64, micro_batch=2)
+FP32: list[Format] = ["fp32"] * 4
 FOUR = Layout((Team(((0,), (1,), (2,), (3,)), (4,), experts=(2, 2, 2, 2), micro_batch=2),), zero=1)
 PIPELINES = Layout((Team(((0, 1), (2, 3)), (1, 3), experts=(4, 4), micro_batch=2),))
 
@@ -29,7 +31,7 @@ def need(layout: Layout, rank: int) -> float:
 
 def fitting(layout: Layout, budgets: Sequence[float]) -> Layout:
     ranks = tuple(range(layout.workers))
-    (island,) = experts_by_memory([IslandLayout(ranks, layout)], NANO, CONFIG, budgets, ["fp32"] * len(ranks))
+    (island,) = experts_by_memory([IslandLayout(ranks, layout)], NANO, CONFIG, budgets, FP32)
     return island.layout
 
 
@@ -78,7 +80,7 @@ def test_the_leader_says_which_workers_share_their_experts_otherwise_than_planne
 ) -> None:
     budgets = [2 * need(FOUR, rank) for rank in range(3)] + [0.98 * need(FOUR, 3)]
     islands = [IslandLayout((0, 1, 2, 3), FOUR)]
-    found = _with_experts_that_fit(islands, NANO, CONFIG, budgets, ["fp32"] * 4, True)
+    found = _with_experts_that_fit(islands, NANO, CONFIG, budgets, FP32, True)
     assert found[0].layout != FOUR
     assert (
         f"share experts as {list(found[0].layout.teams[0].experts)} instead of [2, 2, 2, 2]" in capsys.readouterr().err
