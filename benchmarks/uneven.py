@@ -30,6 +30,7 @@ from motley.train.config import PretrainConfig
 from motley.train.crew import Crew, free_port
 from motley.train.handicap import Handicap, handicap
 from motley.train.layout import side_by_side
+from motley.train.loop import short_pauses
 from motley.train.shares import Shares
 from motley.train.worker import Worker
 
@@ -143,7 +144,8 @@ def work(rank: int, speeds: list[float], port: int, how: str, rows: int, rounds:
     crew = Crew(rank, len(speeds))
     dist.init_process_group("gloo", rank=rank, world_size=crew.size)
     slow = handicap(speeds[rank], how)  # type: ignore[arg-type]
-    answer = compared(crew, slow, speeds, rows, rounds) if rounds else straggling(crew, slow, speeds, rows)
+    with short_pauses():  # as `motley pretrain` does
+        answer = compared(crew, slow, speeds, rows, rounds) if rounds else straggling(crew, slow, speeds, rows)
     results.put((rank, answer | {"way": slow.way}))
     dist.barrier()
     dist.destroy_process_group()
