@@ -17,10 +17,20 @@ from motley.errors import InputError
 from motley.fleet.device import Format
 from motley.fleet.probe import host_memory
 from motley.model import SIZES, Transformer, experts
+from motley.train import memory
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
 from motley.train.layout import islands_side_by_side, place_of, side_by_side
-from motley.train.memory import Budgets, budget, check_memory, row_bytes, state_bytes, within_memory
+from motley.train.memory import (
+    Budgets,
+    budget,
+    check_gathering,
+    check_memory,
+    gathered_bytes,
+    row_bytes,
+    state_bytes,
+    within_memory,
+)
 from motley.train.metrics import read_metrics
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import pretrain
@@ -101,6 +111,28 @@ def test_a_worker_over_its_budget_is_refused_on_all_with_need_and_budget() -> No
     first, second = on_crew(2, within, [None, STATE / 2])
     assert first == second
     assert re.match(r"worker 1 needs about \d+ MB \(\d+ MB for weights.* may hold \d+ MB; choose a smaller", str(first))
+
+
+def gathering(crew: Crew, islands: str, hosts: list[int]) -> str | None:
+    """Why workers on hosts of so many bytes cannot gather a checkpoint of NANO, if so."""
+    memory.host_memory = lambda: (hosts[crew.rank], 0)  # of this process alone, which ends with the crew
+    try:
+        check_gathering(islands_side_by_side(islands, crew.size, NANO.num_hidden_layers, 1, 1), NANO, "muon", crew)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def test_a_host_too_small_for_what_a_checkpoint_gathers_is_named_on_all() -> None:
+    needed = gathered_bytes(NANO, "muon")
+    assert needed == pytest.approx(2 * WEIGHTS, rel=0.01)
+    for islands, hosts, named in (
+        ("1", [needed - 1, 10 * needed], "worker 0 gathers"), ("1", [needed, 1], None), ("2", [1, 1], None),
+    ):  # fmt: skip
+        first, second = on_crew(2, gathering, islands, hosts)
+        assert first == second
+        assert (named is None) == (first is None)
+        assert named is None or named in first
 
 
 def test_each_worker_takes_the_largest_micro_batch_that_fits_its_memory() -> None:

@@ -126,7 +126,7 @@ def test_moments_in_bf16_are_rounded_between_steps_and_nothing_else_is(kind: str
         for key, value in one.state_tensors().items():
             assert value.dtype == rounded[key].dtype, key
             torch.testing.assert_close(value, rounded[key], rtol=2**-7, atol=1e-6)
-        other.load_state_tensors({key: value.float() for key, value in one.state_tensors().items()})
+        other.load_state_tensors((key, value.float()) for key, value in one.state_tensors().items())
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
@@ -137,7 +137,7 @@ def test_a_state_goes_on_in_another_format(kind: str) -> None:
         give_gradients(named, 0)
         first.step(0.02)
         second = Optimizer(named.items(), kind, 0.1, torch.float32, moments=after)  # type: ignore[arg-type]
-        second.load_state_tensors(first.state_tensors())
+        second.load_state_tensors(first.state_tensors().items())
         give_gradients(named, 1)
         second.step(0.02)
         for key, value in second.state_tensors().items():
@@ -189,7 +189,7 @@ def test_state_goes_through_a_checkpoint_bit_for_bit(kind: str) -> None:
     give_gradients(named, 0)
     first.step(0.01)
     second = Optimizer(other.items(), kind, 0.1, torch.float32)  # type: ignore[arg-type]
-    second.load_state_tensors({name: tensor.clone() for name, tensor in first.state_tensors().items()})
+    second.load_state_tensors((name, tensor.clone()) for name, tensor in first.state_tensors().items())
     with torch.no_grad():
         for name, parameter in other.items():
             parameter.copy_(named[name])
@@ -203,7 +203,7 @@ def test_state_of_another_optimizer_is_not_taken() -> None:
     named = parameters()
     adamw = Optimizer(named.items(), "adamw", 0.1, torch.float32)
     with pytest.raises(KeyError):
-        Optimizer(named.items(), "muon", 0.1, torch.float32).load_state_tensors(adamw.state_tensors())
+        Optimizer(named.items(), "muon", 0.1, torch.float32).load_state_tensors(adamw.state_tensors().items())
 
 
 def test_warmup_stable_decay_has_its_three_parts() -> None:

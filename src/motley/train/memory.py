@@ -48,6 +48,11 @@ def state_bytes(config: ModelConfig, optimizer: OptimizerName, moments: Moments 
     return sum(part.parameters for part in parts(config, 0)) * each
 
 
+def gathered_bytes(config: ModelConfig, optimizer: OptimizerName) -> int:
+    """Of the whole state at a worker that writes a checkpoint: weights and optimizer state, all in fp32 there."""
+    return sum(part.parameters for part in parts(config, 0)) * (1 + STATES[optimizer]) * FP32_BYTES
+
+
 def check_memory(
     config: ModelConfig, optimizer: OptimizerName, device: torch.device, moments: Moments = "fp32"
 ) -> None:
@@ -62,6 +67,22 @@ def check_memory(
 
 
 # ------------------------------------------------------------------------------------------ a crew
+
+
+def check_gathering(islands: Sequence[IslandLayout], config: ModelConfig, optimizer: OptimizerName, crew: Crew) -> None:
+    """Raises InputError, on every worker, when the host of one that writes cannot hold what a checkpoint gathers.
+
+    Its device, which may be small, need not: the state goes there part by part (gather.py). Every worker calls this.
+    """
+    hosts: list[int] = crew.all_values(host_memory()[0])
+    needed = gathered_bytes(config, optimizer)
+    for writer in (island.ranks[0] for island in islands if len(island.ranks) > 1):
+        if needed > hosts[writer]:
+            raise InputError(
+                f"for each checkpoint worker {writer} gathers all weights and optimizer state in its host's memory, "
+                f"{in_gigabytes(needed)}, and that is {in_gigabytes(hosts[writer])}; start that worker on a host with "
+                "more memory, or choose a smaller --model"
+            )
 
 
 @dataclass(frozen=True)
@@ -126,7 +147,10 @@ def dealt(
 
 
 def in_passing_bytes(shape: ModelConfig, zero: int, workers: int) -> float:
-    """Messages that are under way (with ZeRO 3 about a layer's), and the copies of what is updated at once."""
+    """Messages that are under way (with ZeRO 3 about a layer's), and the copies of what is updated at once.
+
+    A checkpoint needs none of its own: it sends one message at a time (gather.py), when none of these is there.
+    """
     whole = sum(part.parameters for part in parts(shape, 0)) * FP32_BYTES
     travelling = whole / shape.num_hidden_layers if zero == 3 else whole
     messages = min(AT_ONCE * MESSAGE_BYTES, travelling) if workers > 1 else 0

@@ -231,16 +231,20 @@ class Optimizer:
                 state[f"{name}:{key}"] = value
         return state
 
-    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`. Raises KeyError when the state belongs to another set of parameters."""
-        for name, momentum in self.momentum.items():
-            momentum.copy_(state[f"{name}:momentum"])
-        for name, parameter in self.others.items():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if f"{name}:step" in state:
-                self.adamw.state[parameter] = {
-                    key: state[f"{name}:{key}"].to(
-                        device=parameter.device, dtype=torch.float32 if key == "step" else self.moments, copy=True
-                    )
-                    for key in keys
-                }
+    def load_state_tensors(self, state: Iterable[tuple[str, Tensor]]) -> None:
+        """The inverse of `state_tensors`: (name, tensor) one after the other, from any device.
+
+        Raises KeyError when the state belongs to another set of parameters.
+        """
+        lacking = set(self.momentum)
+        for key, tensor in state:
+            name, kind = key.rsplit(":", 1)
+            if kind == "momentum":
+                self.momentum[name].copy_(tensor)
+                lacking.discard(name)
+            else:
+                parameter = self.others[name]
+                dtype = torch.float32 if kind == "step" else self.moments
+                self.adamw.state[parameter][kind] = tensor.to(device=parameter.device, dtype=dtype, copy=True)
+        if lacking:
+            raise KeyError(f"{min(lacking)}:momentum")

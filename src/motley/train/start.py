@@ -30,7 +30,7 @@ from motley.train.emulate import links_of, play
 from motley.train.expert_places import experts_by_memory
 from motley.train.islands import USUAL_ROUND, Island
 from motley.train.layout import IslandLayout, island_of, islands_of_plan, islands_side_by_side
-from motley.train.memory import Budgets, budget, check_memory, dealt, held_already, within_memory
+from motley.train.memory import Budgets, budget, check_gathering, check_memory, dealt, held_already, within_memory
 from motley.train.precision import asked_format, number_formats
 from motley.train.run import Run
 from motley.train.unplanned import may_be_planned, planned_from_probe
@@ -177,6 +177,8 @@ def employ(
     crew.agree({**facts(config, data), "shape": str(shape)})
     if crew.alone:
         check_memory(shape, config.optimizer, crew.device, config.moments)
+    else:
+        check_gathering(islands, shape, config.optimizer, crew)
     check_devices(islands, crew)
     own = island_of(islands, crew.rank)
     emulated = pretended[crew.rank].emulated if pretended else Emulated()
