@@ -80,20 +80,29 @@ def plan_of(config: TrainingConfig) -> dict[str, Any] | None:
 
 PLANNED = {"model": "model", "seq_len": "seq_len", "batch_rows": "global_batch"}
 """Settings that a plan has an opinion on, and what it calls them."""
+OF_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+"""What a network takes from its tokenizer, which no plan knows."""
 
 
-def as_planned(config: Config, plan: Mapping[str, Any] | None, leads: bool) -> Config:
+def as_planned(
+    config: Config, plan: Mapping[str, Any] | None, leads: bool, trained: ModelConfig | None = None
+) -> Config:
     """The settings, with what the plan says of model, context and batch where they are left at their defaults.
 
     What is taken from it, and what differs from it, is said aloud by the worker that `leads`.
+
+    trained: the network of the weights that fine-tuning starts from: a plan names a network, never its weights, so that
+    --model is not taken from it but compared; None: the model may be the plan's.
     """
     taken: dict[str, Any] = {}
     defaults = config.defaults()
     for name in (name for name in PLANNED if name in defaults):
         own, theirs = getattr(config, name), (plan or {}).get(PLANNED[name])
-        if theirs is None or own == theirs or (name == "model" and trainable(theirs) is None):
+        if theirs is None or own == theirs:
             continue
-        if own == defaults[name]:
+        if name == "model" and ((known := trainable(theirs)) is None or (trained and _alike(known, trained))):
+            continue
+        if own == defaults[name] and not (name == "model" and trained):
             taken[name] = theirs
         elif leads:
             option = f"--{name.replace('_', '-')}"
@@ -101,6 +110,11 @@ def as_planned(config: Config, plan: Mapping[str, Any] | None, leads: bool) -> C
     if taken and leads:
         note("from the plan: " + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in taken.items()))
     return dataclasses.replace(config, **taken)
+
+
+def _alike(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two networks differ in nothing but what their tokenizers say."""
+    return dataclasses.replace(one, **{name: getattr(other, name) for name in OF_TOKENIZER}) == other
 
 
 def islands_for(
