@@ -17,7 +17,7 @@ from crews import SERVER
 from test_crew import alone as alone  # fixtures
 from test_crew import children, losses, torchrun, until
 from test_crew import shape as shape
-from test_resume import STEPS, command, records
+from test_resume import STEPS, TINY, command, records
 from test_resume import data as data
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -25,9 +25,9 @@ import motley.train.carry_out
 import motley.train.start
 from motley.data.stream import Batch, TokenStream
 from motley.errors import CrewError, InputError
-from motley.model import native
+from motley.model import ModelConfig, native
 from motley.train.config import PretrainConfig
-from motley.train.crew import free_port
+from motley.train.crew import Crew, free_port
 from motley.train.elastic import _part
 from motley.train.loop import Course, stop_requests
 from motley.train.membership import Door
@@ -180,6 +180,25 @@ def test_a_live_crew_loses_one_and_gains_one_and_learns_what_one_process_learns(
     assert said[-2] == "2 workers go on with step 7 (0 new, 1 gone); what the gone had computed of it is computed again"
     assert said[-1] == "3 workers go on with step 14 (1 new, 0 gone)"
     assert json.loads((out / "result.json").read_text())["step"] == STEPS
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_live_worker_that_is_to_share_its_state_is_refused(zero: Any, tmp_path: Path):
+    with pytest.raises(InputError, match=f"^--live beside --zero {zero}: .* leave --zero out") as refused:
+        pretrain(PretrainConfig(out=tmp_path, live=True, zero=zero, device="cpu"))
+    assert "\n" not in str(refused.value)
+
+
+def test_workers_share_what_was_asked_for_and_live_ones_nothing():
+    shape = ModelConfig.from_hf(TINY)
+
+    def zero(**settings: Any) -> int:
+        (island,), _ = motley.train.start.islands_for(PretrainConfig(**settings), shape, Crew(0, 2), None)
+        return island.layout.zero
+
+    assert [zero(), zero(zero=0), zero(zero=3), zero(live=True), zero(live=True, zero=0)] == [1, 0, 3, 0, 0]
+    with pytest.raises(InputError, match=r"^--zero 2 beside --plan: the plan says itself what workers share"):
+        motley.train.start.islands_for(PretrainConfig(zero=2), shape, Crew(0, 2), {"teams": []})
 
 
 def test_who_was_asked_to_stop_still_is_when_the_crew_ends_for_another_reason():

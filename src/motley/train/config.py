@@ -67,9 +67,10 @@ class TrainingConfig:
     """A plan file (`motley plan`) that says who holds and computes what; without one every worker of a crew (torchrun)
     holds the whole model and takes rows in proportion to its measured speed, or, where some cannot hold it, a plan is
     made from a probe of them."""
-    zero: Zero = 1
+    zero: Zero | None = None
     """Without a plan: what the workers of a crew share instead of each keeping the whole: 0 nothing, 1 optimizer state,
-    2 gradients too (more messages), 3 weights too (more still, and about a third more computing)."""
+    2 gradients too (more messages), 3 weights too (more still, and about a third more computing). Not given: 1, and
+    with --live 0, the only one there."""
     emulate: str = ""
     """Pretend that the workers of this machine are the chips of a fleet file, which says how they are `emulated:`; or
     that they are unequal: one relative speed each, such as 1:2:4:1."""

@@ -160,6 +160,11 @@ def live(config: TrainingConfig, work: Callable[[Crew, Memory], Result]) -> Resu
     device = choose_device(config.device)
     if config.plan is not None or config.emulate or config.islands != "1":
         raise InputError("--live workers each hold the whole model; leave --plan, --emulate and --islands out")
+    if config.zero:
+        raise InputError(
+            f"--live beside --zero {config.zero}: a live worker keeps the whole model and its optimizer state, so that "
+            "any may be lost; leave --zero out, or leave --live out and start the crew with torchrun"
+        )
 
     def check(theirs: Mapping[str, str]) -> None:
         mine = _own_facts(config, Path(theirs[DATA]), device)

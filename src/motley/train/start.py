@@ -29,7 +29,7 @@ from motley.train.crew import Crew, join_crew
 from motley.train.emulate import links_of, play
 from motley.train.expert_places import experts_by_memory
 from motley.train.islands import USUAL_ROUND, Island
-from motley.train.layout import IslandLayout, island_of, islands_of_plan, islands_side_by_side
+from motley.train.layout import IslandLayout, Zero, island_of, islands_of_plan, islands_side_by_side
 from motley.train.memory import Budgets, budget, check_gathering, check_memory, dealt, held_already, within_memory
 from motley.train.precision import asked_format, number_formats
 from motley.train.run import Run
@@ -39,6 +39,7 @@ from motley.train.worker import Worker
 OWN = ("out", "device", "data", "model", "plan", "micro_batch", "precision")
 """Settings that may differ: paths, what worker 0 decides for all, and each chip's number format. Data and shape are
 compared themselves."""
+USUAL_ZERO: Zero = 1
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -125,11 +126,14 @@ def islands_for(
     Raises InputError where they do not fit the model or the crew.
     """
     if plan is None:
-        layers, zero = shape.num_hidden_layers, 0 if config.live else config.zero
+        usual: Zero = 0 if config.live else USUAL_ZERO
+        layers, zero = shape.num_hidden_layers, usual if config.zero is None else config.zero
         islands = islands_side_by_side(config.islands, crew.size, layers, config.micro_batch, zero)
         return islands, config.sync_every or USUAL_ROUND
     if config.islands != "1":
         raise InputError(f"--islands {config.islands} beside --plan: the plan says itself which islands there are")
+    if config.zero is not None:
+        raise InputError(f"--zero {config.zero} beside --plan: the plan says itself what workers share")
     islands = islands_of_plan(plan, shape)
     workers = sum(len(island.ranks) for island in islands)
     if workers != crew.size:
