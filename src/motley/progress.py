@@ -1,5 +1,7 @@
 """Progress of long work: a bar with rate and time left in a terminal, plain lines elsewhere. Always on stderr."""
 
+import io
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -11,6 +13,8 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as RichProgress
 
 PLAIN_SECONDS = 10.0  # between two lines when nobody watches live
+BENEATH_SECONDS = 60.0  # between two pictures, in plain text, of what a terminal shows beneath the bar all the time
+PLAIN_WIDTH = 120  # letters of such a picture
 REFRESHES = 2  # a second, in a terminal: what is beneath a bar takes milliseconds to draw
 
 
@@ -27,6 +31,14 @@ def in_words(seconds: float) -> str:
 def note(text: str) -> None:
     """A line for people, between two progress bars."""
     print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: several threads may talk
+
+
+def in_plain_text(shown: RenderableType) -> str:
+    """What a terminal would show, without colours."""
+    console = Console(file=io.StringIO(), width=PLAIN_WIDTH, color_system=None)
+    with console.capture() as text:
+        console.print(shown)
+    return "\n".join(line.rstrip() for line in text.get().splitlines())
 
 
 class _Bar(RichProgress):
@@ -57,6 +69,8 @@ class Progress:
         self._done_before = done
         self._values = ""
         self._started = self._last_line = time.monotonic()
+        self._beneath: Callable[[], RenderableType] | None = None
+        self._last_beneath = -math.inf
         self._rich: _Bar | None = None
         if shown and sys.stderr.isatty():
             self._rich = _Bar(
@@ -92,7 +106,8 @@ class Progress:
             self._line()
 
     def beneath(self, show: Callable[[], RenderableType]) -> None:
-        """Show what `show` returns under the bar, renewed with it; in a terminal only."""
+        """Show what `show` returns under the bar, renewed with it; in plain lines now and then, and at the end."""
+        self._beneath = show
         if self._rich:
             self._rich.beneath = show
 
@@ -114,7 +129,11 @@ class Progress:
             parts.append(f"done in {in_words(elapsed)}")
         elif self.total and fresh > 0:
             parts.append(f"{in_words(elapsed * (self.total - self.done) / fresh)} left")
-        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+        lines = ["  ".join(part for part in parts if part)]
+        if self._beneath and fresh and (finished or self._last_line - self._last_beneath >= BENEATH_SECONDS):
+            self._last_beneath = self._last_line
+            lines.append(in_plain_text(self._beneath()))
+        note("\n".join(lines))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

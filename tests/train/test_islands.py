@@ -356,6 +356,7 @@ def told(out: Path) -> list[dict[str, Any]]:
     clock = {"seconds", "tokens_per_second", "memory_bytes", "busy_seconds", "waited_seconds", "round_seconds"}
     values = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     values = [record for record in values if "computed again" not in record.get("message", "")]
+    values = [record for record in values if record["kind"] not in ("crew", "workers", "timeline")]
     return [{name: value for name, value in record.items() if name not in clock} for record in values]
 
 

@@ -105,7 +105,7 @@ def one_step(crew: Crew, layout: Layout) -> tuple[Timing, list[list[Span]], dict
     spans = crew.all_values(list(crew.watch.spans))
     for drawn, all_of_it in zip(everyones_spans(crew, worker.timing.step_seconds), spans, strict=True):
         assert {tuple(span[:3]) for span in drawn} <= {span[:3] for span in all_of_it}
-    return worker.timing, spans, introduction(crew, layout, False, ROWS)
+    return worker.timing, spans, introduction(crew, worker.place, ROWS)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def made_up(workers: int) -> Timing:
 def test_the_table_shows_every_worker_or_of_many_the_slowest_and_the_most_idle(workers: int):
     timing = made_up(workers)
     console = Console(file=io.StringIO(), width=110)
-    console.print(crew_table([f"chip [{rank}]" for rank in range(workers)], timing))
+    console.print(crew_table({"names": [f"chip [{rank}]" for rank in range(workers)]}, timing))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 1 + min(workers, MOST_LINES - 1)
     assert lines[0].split() == ["worker", "chip", "tokens/s", "share", "idle", "memory", "link"]
@@ -177,7 +177,7 @@ def test_the_table_shows_every_worker_or_of_many_the_slowest_and_the_most_idle(w
 
 def test_before_the_first_step_the_table_is_only_its_head():
     console = Console(file=io.StringIO(), width=110)
-    console.print(crew_table(["a", "b"], Timing()))
+    console.print(crew_table({"names": ["a", "b"]}, Timing()))
     assert len(console.file.getvalue().splitlines()) == 1  # type: ignore[attr-defined]
 
 

@@ -33,11 +33,14 @@ from motley.errors import InputError
 from motley.model import Transformer
 from motley.plan.partition import apportion
 from motley.train.crew import Crew
+from motley.train.doings import Doings, RoundWatch, spans_of, timing_of
 from motley.train.gather import State
 from motley.train.outer import Outer, fragments_of
 from motley.train.parts import trained
 from motley.train.rounds import Round
 from motley.train.shares import Shares
+from motley.train.stopwatch import Span
+from motley.train.timing import Timing, memory_bytes
 from motley.train.wire import decode, encode, encoded_bytes
 from motley.train.worker import Worker
 
@@ -83,12 +86,18 @@ class Meeting:
         round: who did what.
         ledgers: of each island.
         seconds: that it took, without validation and checkpoints.
+        timing: of all workers, the round in the form of a step; checkpoints count as other things.
+        spans: what each worker did when (doings.py).
+        loss_scales: of each worker.
     """
 
     number: int
     round: Round
     ledgers: list[Ledger]
     seconds: float
+    timing: Timing
+    spans: list[list[Span]]
+    loss_scales: list[float]
 
     @property
     def tokens(self) -> int:
@@ -132,6 +141,7 @@ class Island:
         self.count = len(parts)
         self.number = next(number for number, part in enumerate(parts) if world.rank in part)
         self.leaders = tuple(part[0] for part in parts)
+        self._islands = [next(n for n, part in enumerate(parts) if rank in part) for rank in range(world.size)]
         self.every = every if self.count > 1 else 1
         if self.settings.batch_rows < self.count:
             raise InputError(f"--batch-rows {self.settings.batch_rows} are too few for {self.count} islands")
@@ -155,6 +165,7 @@ class Island:
         )
         self._own = _Own()
         self._flights: dict[int, _Flight] = {}
+        self._round_timing = Timing()
         self.begin_round(0)
 
     # ---------------------------------------------------------------------------------------------- a round
@@ -164,6 +175,7 @@ class Island:
         steps = max(1, min(self.every, self.settings.steps - step))
         self.round = Round.of(step, steps, self.settings.batch_rows, self.speeds)
         self.taken, self.ledger, self._seconds = 0, Ledger(), 0.0
+        self._watch = RoundWatch(self.worker.crew.watch, len(self.fragments))
 
     @property
     def between_rounds(self) -> bool:
@@ -174,6 +186,11 @@ class Island:
     def rows(self) -> range:
         """Of the stream: those of this island's next step."""
         return self.round.rows(self.number, self.taken)
+
+    @property
+    def timing(self) -> Timing:
+        """Of all workers: of one crew the last step, of islands the last round; empty before the first."""
+        return self.worker.timing if self.count == 1 else self._round_timing
 
     @property
     def step(self) -> int:
@@ -194,17 +211,20 @@ class Island:
         self.ledger.busy_seconds += seconds
         self._own.learned_since = [before + tokens * learned for before in self._own.learned_since]
         if self.count > 1:
+            self._watch.stepped(self.worker.lane_tokens, seconds)
             meetings = self.round.meetings(self.number, len(self.fragments), self.settings.overlap)
             for number, (leaves, _) in enumerate(meetings):
                 if leaves == self.taken:
                     self._send(number)
+                    self._watch.doings.exchanges[number].left = self._watch.now
             for number, (_, arrives) in enumerate(meetings):
                 if arrives == self.taken:
                     self._take_in(number)
+            self._watch.carried()
         ended = self.taken == self.round.inner[self.number]
-        ledgers = self._end_round() if ended and self.count > 1 else None
+        ledgers, doings = self._end_round() if ended and self.count > 1 else ([], [])
         self._seconds += time.perf_counter() - started
-        meeting = Meeting(self.rounds, self.round, ledgers, self._seconds) if ledgers else None
+        meeting = self._meeting(ledgers, doings) if ledgers else None
         if ended:
             self.begin_round(self.round.start + self.round.steps)
         return meeting
@@ -237,6 +257,7 @@ class Island:
             work = self._talk(lambda: dist.all_gather(received, message, group=group, async_op=True))
         self._flights[number] = _Flight(received, work)
         self.ledger.bytes_sent += len(message) * (self.count - 1)
+        self.world.watch.moved(len(message) * (self.count - 1), len(message) * (self.count - 1))
 
     def _arrival(self, size: int) -> float:
         """When a message of so many bytes has reached all leaders over pretended cables (links.py); 0 without any."""
@@ -249,6 +270,8 @@ class Island:
     def _take_in(self, number: int) -> None:
         """Wait for what all islands sent of a fragment; take the outer step; tell this island."""
         fragment, shared = self.fragments[number], None
+        seen = self._watch.doings.exchanges[number]
+        seen.came = self._watch.now
         if (flight := self._flights.pop(number, None)) is not None:
             assert self.outer is not None
             started = time.perf_counter()
@@ -257,6 +280,7 @@ class Island:
             tokens = [learned for learned, _ in heads]
             time.sleep(max(0.0, max(arrival for _, arrival in heads) - time.monotonic()))
             self.ledger.waited_seconds += time.perf_counter() - started
+            seen.arrived = self._watch.now
             count, bits = fragment.parameters, self.settings.outer_bits
             edge, changes = HEAD_BYTES + encoded_bytes(count, bits), []
             for message in flight.messages:
@@ -266,15 +290,20 @@ class Island:
             shared = fragment.named(self.outer.weights[number])
         keep = KEPT_IN_OVERLAP if self.settings.overlap else 0.0
         self.worker.take_fragment(shared, fragment.names, keep)
+        seen.taken = self._watch.now
+        seen.arrived = seen.arrived or seen.taken
 
-    def _end_round(self) -> list[Ledger]:
+    def _end_round(self) -> tuple[list[Ledger], list[Doings]]:
         """All islands compare what they hold and tell what they did; the next round follows their speed."""
-        started = time.perf_counter()
+        started, doings = time.perf_counter(), self._watch.doings
         digest = -1.0 if self.outer is None else float(self._digest())
+        head = [digest, *dataclasses.astuple(self.ledger)]
+        doings.lane, doings.loss_scale = self.worker.place.lane_number, self.worker.loss_scale
+        doings.memory, doings.reached = memory_bytes(self.world.device), self._watch.now
         with self.world.waiting(self._patience):
-            told = self.world.everyone([digest, *dataclasses.astuple(self.ledger)])
+            everyone = self.world.everyone([*head, *doings.numbers()])
         self.ledger.waited_seconds += time.perf_counter() - started
-        told = [told[leader] for leader in self.leaders]
+        told = [everyone[leader][: len(head)] for leader in self.leaders]
         for island, (theirs, *_) in enumerate(told):
             if theirs != told[0][0]:
                 raise InputError(
@@ -285,7 +314,17 @@ class Island:
         ledgers = [Ledger(*values) for _, *values in told]
         self._follow([ledger.busy_seconds for ledger in ledgers])
         self.rounds += 1
-        return ledgers
+        return ledgers, [Doings.of(numbers[len(head) :]) for numbers in everyone]
+
+    def _meeting(self, ledgers: list[Ledger], doings: list[Doings]) -> Meeting:
+        """What the islands told at the end of the round in hand."""
+        fragments, overlap = len(self.fragments), self.settings.overlap
+        meetings = [self.round.meetings(island, fragments, overlap) for island in range(self.count)]
+        arrivals = [[arrives for _, arrives in own] for own in meetings]
+        self._round_timing = timing_of(doings, self._islands, self.settings.seq_len)
+        spans = spans_of(doings, self._islands, self.leaders, arrivals)
+        scales = [one.loss_scale for one in doings]
+        return Meeting(self.rounds, self.round, ledgers, self._seconds, self._round_timing, spans, scales)
 
     def _follow(self, seconds: Sequence[float]) -> None:
         """Deal out later rounds by speed, where that is worth it."""

@@ -33,13 +33,13 @@ from motley.errors import CrewError, InputError
 from motley.progress import Progress, note
 from motley.train.config import TrainingConfig
 from motley.train.guard import Guard
-from motley.train.islands import Island
+from motley.train.islands import Island, Meeting
 from motley.train.live import crew_table
 from motley.train.metrics import MetricsWriter, Recent, Silence
 from motley.train.schedule import factor
 from motley.train.state import checkpoints, prune, restore, save_checkpoint, save_model
 from motley.train.step import StepLosses
-from motley.train.timing import everyones_spans, introduction, is_drawn, memory_bytes
+from motley.train.timing import everyones_spans, introduction, is_drawn, memory_bytes, rounded
 from motley.train.validate import validate
 
 
@@ -142,10 +142,11 @@ def train(
         if course.news:
             metrics.write("event", **_where(at), message="; ".join(course.news))
             course.news = []
-        if not crew.alone:
-            about = introduction(crew, worker.layout, config.plan is not None, len(island.rows))
-            metrics.write("crew", step=at.step, tokens=at.tokens, seconds=at.seconds, **about)
-            bar.beneath(lambda: crew_table(about["names"], worker.timing))
+        if not world.alone:
+            rows = len(island.round.rows_of(island.number))
+            about = introduction(world, worker.place, rows, config.plan is not None, island.number)
+            metrics.write("crew", **_where(at), **about)
+            bar.beneath(lambda: crew_table(about, island.timing))
         while at.step < config.steps or course.due:
             if course.unseen:
                 held_out = _validate(island, valid_rows, at, token_bytes, metrics, course.load)
@@ -222,16 +223,13 @@ def train(
             if lost is not None:
                 raise lost
             if not crew.alone:
-                metrics.write("workers", **where, **worker.timing.numbers(), loss_scales=worker.scales.values)
-                if is_drawn(at.step, config.steps):
-                    spans = everyones_spans(crew, worker.timing.step_seconds)
-                    metrics.write("timeline", **where, step_seconds=worker.timing.step_seconds, spans=spans)
+                _write_step(metrics, where, island)
             for message in worker.budgets.exceeded(worker.timing.memory) if worker.budgets else ():
                 metrics.write("event", **where, message=message)
                 if crew.leads:
                     note(message)
             if meeting:
-                metrics.write("islands", **where, **meeting.numbers())
+                _write_round(metrics, where, island, meeting)
             if guard.exhausted:
                 raise _stuck(run, at.step, f"{reason}, {guard.skipped_in_a_row} steps in a row")
             bar.advance((at.step - before) * step_tokens, loss=losses.main)
@@ -296,6 +294,28 @@ def _validate(
     if read.nats_per_token < at.best_loss:
         at.best_loss, at.best_bits_per_byte, at.best_step = read.nats_per_token, read.bits_per_byte, at.step
     return read.nats_per_token
+
+
+def _write_step(metrics: Recent, where: dict[str, Any], island: Island) -> None:
+    """What the workers of a crew did; of an island, whose rounds say that, only when they did what in a few steps."""
+    worker, one_crew = island.worker, island.count == 1
+    if one_crew:
+        metrics.write("workers", **where, **worker.timing.numbers(), loss_scales=worker.scales.values)
+    if is_drawn(where["step"], island.settings.steps):
+        spans, seconds = everyones_spans(worker.crew, worker.timing.step_seconds), worker.timing.step_seconds
+        whose = {} if one_crew else {"island": island.number}
+        metrics.write("timeline", **where, **whose, step_seconds=seconds, spans=spans)
+
+
+def _write_round(metrics: Recent, where: dict[str, Any], island: Island, meeting: Meeting) -> None:
+    """What the workers of all islands did."""
+    timing = meeting.timing
+    metrics.write("workers", **where, **timing.numbers(), loss_scales=meeting.loss_scales)
+    rounds = math.ceil(island.settings.steps / island.every)
+    if is_drawn(math.ceil(where["step"] / island.every), rounds):
+        spans = [rounded(row) for row in meeting.spans]
+        metrics.write("timeline", **where, round=meeting.number, step_seconds=timing.step_seconds, spans=spans)
+    metrics.write("islands", **where, **meeting.numbers())
 
 
 @contextmanager

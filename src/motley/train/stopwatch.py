@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 WORK = ("forward", "backward", "weights", "optimizer")
 """Computing. `weights`: gradients of the weights, where the schedule makes them apart."""
-WAITS = ("neighbour", "experts", "gradients", "spreading", "numbers")
-"""For a neighbour in the pipeline, tokens of experts, sums of gradients, new weights, and small numbers."""
+WAITS = ("neighbour", "experts", "gradients", "spreading", "numbers", "meeting")
+"""For a neighbour in the pipeline, tokens of experts, sums of gradients, new weights, small numbers, other islands."""
 OTHER = "other"
 """The rest: reading rows, clipping, bookkeeping."""
 KINDS = (*WORK, *WAITS, OTHER)
@@ -26,6 +26,7 @@ WAITS_BY_WORDS = {
     "exchanging": "experts",
     "summing gradients": "gradients",
     "spreading weights": "spreading",
+    "meeting the other islands": "meeting",
 }
 """What `Crew.talk` is told that it does, as a kind; anything else is `numbers`."""
 SHORTEST = 1 / 1000

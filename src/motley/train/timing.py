@@ -11,28 +11,46 @@ import torch
 
 from motley.fleet.probe import device_name
 from motley.train.crew import Crew
-from motley.train.layout import Layout, place_of
-from motley.train.stopwatch import KINDS, OTHER, WAITS, WORK, visible
+from motley.train.layout import Layout, Place, place_of
+from motley.train.stopwatch import KINDS, OTHER, WAITS, WORK, Span, visible
 
 SETTLED = 3  # the first step that is no longer a warm-up
 DRAWN = 16  # steps of a run, about, whose spans are kept
 
 
-def introduction(crew: Crew, layout: Layout, planned: bool, rows: int) -> dict[str, Any]:
-    """For the metrics: each worker's chip, team, lane and stage; with a plan, the seconds that it foresees for a step.
+def introduction(world: Crew, place: Place, rows: int, planned: bool = False, island: int = 0) -> dict[str, Any]:
+    """For the metrics: each worker's chip, island (where there are several), team, lane and stage.
 
-    Hosts are named where there are several.
+    Teams and lanes are numbered through all islands. With a plan: the seconds that it foresees for computing `rows`.
+
+    Args:
+        world: all workers.
+        place: of this one, in its island.
+        rows: that its island takes in a step; of several islands, in a round.
+        planned: whether there is a plan.
+        island: this worker's.
     """
-    known = crew.all_values((device_name(crew.device), platform.node()))
-    several = len({host for _, host in known}) > 1
-    places = [place_of(layout, rank) for rank in range(crew.size)]
+    layout = place.layout
+    seconds = rows / sum(layout.rates) if planned else 0.0
+    mine = (device_name(world.device), platform.node(), island, place.team_number, place.lane_number, place.stage)
+    told = world.all_values((*mine, len(layout.teams), len(layout.lanes), seconds))
+    chips, hosts, islands, teams, lanes, stages, more_teams, more_lanes, foreseen = map(list, zip(*told, strict=True))
+    several = len(set(hosts)) > 1
+    first_teams, first_lanes = _firsts(islands, more_teams), _firsts(islands, more_lanes)
     return {
-        "names": [f"{chip}, {host}" if several else chip for chip, host in known],
-        "teams": [place.team_number for place in places],
-        "lanes": [place.lane_number for place in places],
-        "stages": [place.stage for place in places],
-        **({"predicted_step_seconds": rows / sum(layout.rates)} if planned else {}),
+        "names": [f"{chip}, {host}" if several else chip for chip, host in zip(chips, hosts, strict=True)],
+        **({"islands": islands} if len(set(islands)) > 1 else {}),
+        "teams": [first_teams[own] + team for own, team in zip(islands, teams, strict=True)],
+        "lanes": [first_lanes[own] + lane for own, lane in zip(islands, lanes, strict=True)],
+        "stages": stages,
+        **({"predicted_step_seconds": max(foreseen)} if planned else {}),
     }
+
+
+def _firsts(islands: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Of each island, how many of what its workers count as `counts` lie in the islands before it."""
+    by_island = dict(zip(islands, counts, strict=True))
+    return [sum(by_island[before] for before in range(island)) for island in range(max(islands) + 1)]
 
 
 def is_drawn(step: int, steps: int) -> bool:
@@ -42,8 +60,12 @@ def is_drawn(step: int, steps: int) -> bool:
 
 def everyones_spans(crew: Crew, step_seconds: float) -> list[list[list[Any]]]:
     """[worker][span] of the step that just ended: kind, micro-batch, workers waited for, start and end in seconds."""
-    spans = visible(crew.watch.spans, step_seconds)
-    return crew.all_values([[*span[:3], round(span.start, 6), round(span.end, 6)] for span in spans])
+    return crew.all_values(rounded(visible(crew.watch.spans, step_seconds)))
+
+
+def rounded(spans: Sequence[Span]) -> list[list[Any]]:
+    """For the metrics: to the microsecond."""
+    return [[*span[:3], round(span.start, 6), round(span.end, 6)] for span in spans]
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -62,7 +84,7 @@ def measured_here(crew: Crew) -> list[float]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one step, lists by worker unless they say otherwise; empty before the first.
+    """Of one step, or of a round of islands, lists by worker unless they say otherwise; empty before the first.
 
     Attributes:
         rows: of each lane.
@@ -109,6 +131,11 @@ class Timing:
     def idle_share(self) -> list[float]:
         """Share of the step spent waiting for others."""
         return [sum(worker[kind] for kind in WAITS) / max(self.step_seconds, 1e-9) for worker in self.seconds]
+
+    @property
+    def meeting_share(self) -> list[float]:
+        """Share of a round spent waiting for other islands."""
+        return [worker["meeting"] / max(self.step_seconds, 1e-9) for worker in self.seconds]
 
     @property
     def tokens_per_second(self) -> list[float]:

@@ -92,6 +92,16 @@ class Worker:
         self.before_step: Callable[[int], None] = lambda step: None
         self._rows: list[int] = []
 
+    @property
+    def lane_tokens(self) -> int:
+        """In the rows that this worker's lane took in the last step."""
+        return self._rows[self.place.lane_number] * self.settings.seq_len
+
+    @property
+    def loss_scale(self) -> float:
+        """This worker's own."""
+        return self.scales.values[self.crew.rank]
+
     # ----------------------------------------------------------------------------------------------- a step
 
     def gradient(self, stream: TokenStream, step: int, rows: range | None = None) -> tuple[StepLosses, float]:
@@ -101,7 +111,7 @@ class Worker:
         """
         self.before_step(step)
         self.crew.watch.begin()
-        scale = self.scales.values[self.crew.rank]
+        scale = self.loss_scale
         if rows is None:
             rows = range(step * self.settings.batch_rows, (step + 1) * self.settings.batch_rows)
         self._rows = self.shares.rows(len(rows))
