@@ -122,3 +122,40 @@ def test_the_report_shows_what_islands_did(tmp_path: Path):
     text = words(run).replace("\N{NO-BREAK SPACE}", " ")
     for fact in ("the islands", "2 rounds, 45", "8,000", "2,468", "2 min 00 s", "30 s", "2.0 MiB"):
         assert fact in text, fact
+
+
+def test_the_report_draws_who_waited_for_whom_at_the_meetings_of_islands(tmp_path: Path):
+    run = tmp_path / "run"
+    write_stage(run)
+    with MetricsWriter(run, resume_step=10**9) as metrics:
+        places = {"teams": [0, 1, 2], "lanes": [0, 1, 2], "stages": [0, 0, 0]}
+        metrics.write("crew", step=0, names=["left", "left", "right"], islands=[0, 0, 1], **places)
+        step = [[["forward", 0, [], 0.0, 2.0 + late], ["gradients", -1, [0, 1], 2.0 + late, 9.5]] for late in (0, 2)]
+        metrics.write("timeline", step=3, tokens=1, seconds=1.0, island=0, step_seconds=9.5, spans=step)
+        for number in (1, 2, 3):
+            where = {"step": 10 * number, "tokens": 100, "seconds": 1.0, "round": number}
+            metrics.write(
+                "workers", **where, rows=[4, 2, 1], step_seconds=10.0, tokens_per_second=[2000.0, 1234.0, 500.0],
+                share=[0.3, 0.3, 0.4], busy_seconds=[2.5] * 3, other_seconds=[0.0] * 3,
+                wait_seconds={kind: [1.0 + (kind == "meeting")] * 3 for kind in WAITS},
+                idle_share=[0.7, 0.42, 0.02], memory_bytes=[2**30] * 3, sent_bytes=[1e6] * 3,
+                received_bytes=[1e6] * 3, link_bytes_per_second=[2e6] * 3, loss_scales=[1.0] * 3,
+            )  # fmt: skip
+            early = [["steps", 20, [], 0.0, 4.0], ["meeting", 0, [2], 4.0, 9.0], ["outer", 0, [], 9.0, 10.0]]
+            late = [["steps", 1, [], 0.0, 9.0], ["meeting", 0, [], 9.0, 9.5], ["meeting", -1, [0], 9.5, 10.0]]
+            metrics.write("timeline", **where, step_seconds=10.0, spans=[early, early, late])
+            metrics.write(
+                "islands", **where, steps=10, inner_steps=[20, 1], island_tokens=[4000, 1234],
+                busy_seconds=[60.0, 30.0], waited_seconds=[0.0, 15.0], bytes_sent=[2**20, 2**20], round_seconds=10.0,
+            )  # fmt: skip
+    drawn = write_report(run, tmp_path / "report.html").read_text(encoding="utf-8")
+    for fact in (
+        "the workers of all islands", "3 workers; a round takes 10.00 s (median of 2)", "round by round",
+        "Who waited for whom: step 3 of island 0", "Who waited for whom: round 2", "Who waited for whom: round 3",
+        "island 1 · worker 2", "20 steps: 4.00 s", "1 step: 9.00 s", "waiting for fragment 0, for worker 2: 5.00 s",
+        "waiting for fragment 0: 500 ms", "waiting for the end of the round, for worker 0: 500 ms",
+        "outer step of fragment 0: 1.00 s",
+    ):  # fmt: skip
+        assert fact in drawn, fact
+    assert "Who waited for whom: round 1<" not in drawn  # still warming up
+    assert "other islands" in Page(drawn).text

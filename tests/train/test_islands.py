@@ -14,6 +14,7 @@ import pytest
 import torch
 from crews import on_crew
 from safetensors.torch import load_file
+from telling import assert_all_workers_are_told
 from test_crew import children, torchrun, until
 from test_gradients import random_model
 from test_launch import SHAPE as PLANNED
@@ -370,6 +371,7 @@ def test_an_island_is_killed_and_the_run_goes_on_bit_for_bit_or_without_it(data:
     whole, out, fewer = tmp_path / "whole", tmp_path / "run", tmp_path / "fewer"
     done = run(2, command(whole, data, shape, **ISLANDS))
     assert done.returncode == 0, done.stderr
+    assert_all_workers_are_told(whole, done.stderr, [0, 1], tmp_path / "report.html")
     words = torchrun(2, command(out, data, shape, **ISLANDS))
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until(lambda: (out / "checkpoints" / "step-00000005").exists(), process)

@@ -1,4 +1,4 @@
-"""Who waited for whom in a step, what each worker of a stage did over the run, how shares moved; what islands did.
+"""Who waited for whom in a step, what each worker of a stage did over the run, how shares moved.
 
 worker 0   ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓█      a row a worker: passes by micro-batch, the optimizer, waits hatched and
 worker 1   ▓▓▓▓▓▓▓▓▓╱╱╱╱╱ 0 ╱╱╱╱╱█      marked with the worker that was waited for
@@ -11,7 +11,7 @@ from typing import Any
 from motley.evaluate.curves import Stage
 from motley.fleet.picture import pool_colour
 from motley.fleet.units import rate_text, size_text
-from motley.page import Html, element, figure, in_count, in_percent, in_time
+from motley.page import Html, element, figure, in_percent
 from motley.plan.show import seconds_text
 from motley.plan.step_picture import BOX, work_boxes
 from motley.plan.timeline import Kind, Work
@@ -26,6 +26,7 @@ WAITED_FOR = {
     "gradients": "sums of gradients",
     "spreading": "new weights",
     "numbers": "counts, norm and losses",
+    "meeting": "other islands",
 }
 MOST_ROWS = 32  # of a timeline
 MOST_POINTS = 400  # of a curve
@@ -36,16 +37,20 @@ SEEN = 0.6  # pixels of the shortest span that is drawn
 
 def crew_section(stage: Stage) -> Html:
     """The section about the workers of a stage; nothing where one process worked alone."""
-    steps, crews = stage.of_kind("workers"), stage.of_kind("crew")
-    steps = [step for step in steps if len(step["share"]) == len(crews[-1]["names"])] if crews else []
-    if not steps:
+    crews = stage.of_kind("crew")
+    if not crews or not (steps := _of_crew(stage.of_kind("workers"), crews[-1])):
         return Html("")
-    about, settled = crews[-1], steps[SETTLED - 1 :] or steps
-    figures = [_timeline_figure(drawn, about) for drawn in _telling(stage.of_kind("timeline"), len(about["names"]))]
-    shares = figure("Shares of the rows", _shares_svg(steps, about), "of each lane, step by step")
+    about = crews[-1]
+    settled = steps[_warm(about) :] or steps
+    islands = about.get("islands", [0] * len(about["names"]))
+    first_island = [worker for worker, island in enumerate(islands) if island == 0]
+    timelines = [one for one in stage.of_kind("timeline") if "round" not in one and ("island" in one) == any(islands)]
+    timelines = telling(timelines, len(first_island), SETTLED)
+    figures = [_timeline_figure(drawn, about, first_island) for drawn in timelines]
+    shares = figure("Shares of the rows", _shares_svg(steps, about), f"of each lane, {_each(about)} by {_each(about)}")
     return element(
         "section",
-        element("h2", f"{stage.title}: the crew"),
+        element("h2", f"{stage.title}: the {'workers of all islands' if any(islands) else 'crew'}"),
         element("p", _step_sentence(settled, about)),
         _table(settled, about),
         element(
@@ -57,57 +62,50 @@ def crew_section(stage: Stage) -> Html:
     )
 
 
-def islands_section(stage: Stage) -> Html:
-    """What each island did between meetings; nothing where there was one crew."""
-    rounds = stage.of_kind("islands")
-    if not rounds:
-        return Html("")
-    heads = ("island", "steps a round", "tokens", "computed", "waited", "sent")
-    rows = [element("tr", *(element("th", head, class_="number") for head in heads))]
-    for island in range(len(rounds[-1]["island_tokens"])):
-        cells = (
-            f"{island}",
-            f"{statistics.fmean(meeting['inner_steps'][island] for meeting in rounds):,.3g}",
-            in_count(sum(meeting["island_tokens"][island] for meeting in rounds)),
-            in_time(sum(meeting["busy_seconds"][island] for meeting in rounds)),
-            in_time(sum(meeting["waited_seconds"][island] for meeting in rounds)),
-            size_text(sum(meeting["bytes_sent"][island] for meeting in rounds)),
-        )
-        rows.append(element("tr", *(element("td", cell, class_="number") for cell in cells)))
-    many = f"{len(rounds):,} rounds" if len(rounds) > 1 else "One round"
-    sentence = (
-        f"{many}, {seconds_text(statistics.median(meeting['round_seconds'] for meeting in rounds))} each (median)."
-    )
-    return element(
-        "section", element("h2", f"{stage.title}: the islands"), element("p", sentence), element("table", *rows)
-    )
+def _of_crew(records: Sequence[dict[str, Any]], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those that tell of as many workers, in one crew or in islands as they are."""
+    of_islands, workers = "islands" in about, len(about["names"])
+    return [one for one in records if len(one["share"]) == workers and ("round" in one) == of_islands]
 
 
-def _telling(timelines: Sequence[Mapping[str, Any]], workers: int) -> list[Mapping[str, Any]]:
-    """Of the steps that were drawn, the first that was no warm-up, and the last."""
+def telling(timelines: Sequence[Mapping[str, Any]], workers: int, settled: int) -> list[Mapping[str, Any]]:
+    """Of the steps or rounds that were drawn, the first from number `settled` on, and the last."""
     drawn = [timeline for timeline in timelines if len(timeline["spans"]) == workers]
-    first = [timeline for timeline in drawn if timeline["step"] >= SETTLED][:1]
+    first = [timeline for timeline in drawn if timeline.get("round", timeline["step"]) >= settled][:1]
     return [*first, *(timeline for timeline in drawn[-1:] if timeline not in first)]
 
 
 def _step_sentence(steps: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
-    """How long a step took, and how long the plan thought it would."""
+    """How long a step or round took, and how long the plan thought it would."""
     measured = statistics.median(step["step_seconds"] for step in steps)
     workers = len(about["names"])
-    sentence = f"{workers} workers; a step takes {seconds_text(measured)} (median of {len(steps):,})"
+    sentence = f"{workers} workers; a {_each(about)} takes {seconds_text(measured)} (median of {len(steps):,})"
     if predicted := about.get("predicted_step_seconds"):
         sentence += f"; the plan foresaw {seconds_text(predicted)} ({100 * (measured / predicted - 1):+.0f} %)"
     return f"{sentence}."
+
+
+def _warm(about: Mapping[str, Any]) -> int:
+    """How many records of all workers are of a warm-up."""
+    return 1 if "islands" in about else SETTLED - 1
+
+
+def _each(about: Mapping[str, Any]) -> str:
+    """What a record of all workers is of."""
+    return "round" if "islands" in about else "step"
 
 
 # ---------------------------------------------------------------------------------------- over the run
 
 
 def _table(steps: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> Html:
-    rows = [_cells("th", HEADS)]
+    islands = about.get("islands")
+    heads = (HEADS[0], *(["island"] if islands else []), *HEADS[1:])
+    rows = [_cells("th", heads, heads)]
     for worker, name in enumerate(about["names"]):
         cells = (
             f"{worker}",
+            *([f"{islands[worker]}"] if islands else []),
             name,
             f"{about['lanes'][worker]}",
             f"{about['stages'][worker]}",
@@ -118,18 +116,19 @@ def _table(steps: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> Html
             size_text(max(step["memory_bytes"][worker] for step in steps)),
             rate_text(statistics.fmean(step["link_bytes_per_second"][worker] for step in steps)),
         )
-        rows.append(_cells("td", cells))
+        rows.append(_cells("td", cells, heads))
     return element("table", *rows)
 
 
-def _cells(tag: str, cells: Sequence[str]) -> Html:
+def _cells(tag: str, cells: Sequence[str], heads: Sequence[str]) -> Html:
     words = ("chip", "waits most for")  # the other columns are numbers
-    kinds = ("" if head in words else "number" for head in HEADS)
+    kinds = ("" if head in words else "number" for head in heads)
     return element("tr", *(element(tag, cell, class_=kind) for cell, kind in zip(cells, kinds, strict=True)))
 
 
 def _longest_wait(steps: Sequence[Mapping[str, Any]], worker: int) -> str:
-    spent = {kind: sum(step["wait_seconds"][kind][worker] for step in steps) for kind in WAITS}
+    kinds = [kind for kind in WAITS if kind in steps[0]["wait_seconds"]]  # older runs knew fewer
+    spent = {kind: sum(step["wait_seconds"][kind][worker] for step in steps) for kind in kinds}
     kind = max(spent, key=lambda kind: spent[kind])
     return WAITED_FOR[kind] if spent[kind] > 0 else ""
 
@@ -165,35 +164,50 @@ def _members(about: Mapping[str, Any]) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------- one step
 
 
-def _timeline_figure(timeline: Mapping[str, Any], about: Mapping[str, Any]) -> Html:
-    rows = [[Span(kind, micro, tuple(whom), *ends) for kind, micro, whom, *ends in row] for row in timeline["spans"]]
+def rows_of(timeline: Mapping[str, Any]) -> list[list[Span]]:
+    """The spans of each worker."""
+    return [[Span(kind, micro, tuple(whom), *ends) for kind, micro, whom, *ends in row] for row in timeline["spans"]]
+
+
+def _timeline_figure(timeline: Mapping[str, Any], about: Mapping[str, Any], workers: Sequence[int]) -> Html:
     caption = (
         "dark: forward, lighter: backward, palest: gradients of weights; numbers in them: micro-batches. "
         "Hatched: waiting, and for which worker; of several, for the one that worked last. Blank: bookkeeping"
     )
-    return figure(f"Who waited for whom: step {timeline['step']:,}", timeline_svg(rows, about), caption)
+    whose = " of island 0" if "island" in timeline else ""
+    title = f"Who waited for whom: step {timeline['step']:,}{whose}"
+    return figure(title, timeline_svg(rows_of(timeline), about, workers), caption)
 
 
-def timeline_svg(rows: Sequence[Sequence[Span]], about: Mapping[str, Any]) -> str:
-    """What every worker did in a step: `rows` of spans, a worker each."""
+def timeline_svg(rows: Sequence[Sequence[Span]], about: Mapping[str, Any], workers: Sequence[int]) -> str:
+    """What every worker of a crew did in a step: `rows` of spans, one for each of `workers`."""
     shown = rows[:MOST_ROWS]
     bottom = 8 + ROW * len(shown)
     axes = Axes((0, max(span.end for row in rows for span in row)), (0, 1), LEFT, WIDTH - 20, 4, bottom)
     parts = axes.frame("seconds")
-    for worker in range(len(shown)):
-        y = 8 + ROW * worker
+    for number, worker in enumerate(workers[:MOST_ROWS]):
+        y = 8 + ROW * number
         stages = max(about["stages"]) > 0
         place = f"lane {about['lanes'][worker]}, stage {about['stages'][worker]}" if stages else ""
         parts.append(text(LEFT - 10, y + 13, f"worker {worker}" + (f" · {place}" if place else ""), "end", size=12))
-        parts += _row(worker, rows, axes, y, pool_colour(about["lanes"][worker]), about["stages"][worker])
+        colour, stage = pool_colour(about["lanes"][worker]), about["stages"][worker]
+        parts += _row(number, rows, workers, axes, y, colour, stage)
     if hidden := len(rows) - len(shown):
         parts.append(text(LEFT, bottom + 36, f"and {hidden} workers more", colour="var(--muted)", size=12))
     parts.append(line(LEFT, bottom, WIDTH - 20, bottom))
     return svg(bottom + 62, [*parts, *legend({"optimizer": "var(--ink)", "waiting": "url(#hatch)"}, bottom + 46)])
 
 
-def _row(worker: int, rows: Sequence[Sequence[Span]], axes: Axes, y: float, colour: str, stage: int) -> Iterator[Html]:
-    row = rows[worker]
+def _row(
+    number: int,
+    rows: Sequence[Sequence[Span]],
+    workers: Sequence[int],
+    axes: Axes,
+    y: float,
+    colour: str,
+    stage: int,
+) -> Iterator[Html]:
+    row = rows[number]
     works = [Work(PASSES[s.kind], stage, s.micro_batch, s.start, s.end) for s in row if s.kind in PASSES]
     yield from work_boxes(works, axes, y, [colour] * (stage + 1))
     for span in row:
@@ -203,14 +217,20 @@ def _row(worker: int, rows: Sequence[Sequence[Span]], axes: Axes, y: float, colo
         if span.kind == "optimizer":
             yield rect(first, y, width, BOX, "var(--ink)", f"optimizer: {seconds_text(span.end - span.start)}")
         elif span.kind in WAITS:
-            culprit = waited_for(span, worker, rows)
+            found = waited_for(span, number, rows)
+            culprit = None if found is None else workers[found]
             whose = f" of worker {culprit}" if culprit is not None else ""
             tip = f"waiting for {WAITED_FOR[span.kind]}{whose}: {seconds_text(span.end - span.start)}"
-            yield rect(first, y, width, BOX, "url(#hatch)", tip, edge=False)
-            if culprit is not None and fits(f"{culprit}", width - 10, 10):
-                middle, half = first + width / 2, 4 + 3 * len(f"{culprit}")
-                yield rect(middle - half, y + 2, 2 * half, BOX - 4, "var(--card)", tip, edge=False)
-                yield text(middle, y + 12, f"{culprit}", "middle", size=10, weight=600)
+            yield from wait_box(first, width, y, tip, culprit)
+
+
+def wait_box(first: float, width: float, y: float, tip: str, culprit: int | None) -> Iterator[Html]:
+    """A hatched box with the worker that was waited for, where it has room for one."""
+    yield rect(first, y, width, BOX, "url(#hatch)", tip, edge=False)
+    if culprit is not None and fits(f"{culprit}", width - 10, 10):
+        middle, half = first + width / 2, 4 + 3 * len(f"{culprit}")
+        yield rect(middle - half, y + 2, 2 * half, BOX - 4, "var(--card)", tip, edge=False)
+        yield text(middle, y + 12, f"{culprit}", "middle", size=10, weight=600)
 
 
 def waited_for(wait: Span, worker: int, rows: Sequence[Sequence[Span]]) -> int | None:

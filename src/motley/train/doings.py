@@ -71,7 +71,7 @@ class Doings:
         """The inverse of `numbers`."""
         first, each = len(PLAIN) + len(KINDS), len(fields(Exchange))
         plain = dict(zip(PLAIN, numbers, strict=False))
-        seconds = dict(zip(KINDS, numbers[len(PLAIN) : first], strict=True))
+        seconds: dict[str, float] = dict(zip(KINDS, numbers[len(PLAIN) : first], strict=True))
         exchanges = [Exchange(*numbers[start : start + each]) for start in range(first, len(numbers), each)]
         return cls(**plain, seconds=seconds, exchanges=exchanges)
 

@@ -310,7 +310,7 @@ def _write_step(metrics: Recent, where: dict[str, Any], island: Island) -> None:
 def _write_round(metrics: Recent, where: dict[str, Any], island: Island, meeting: Meeting) -> None:
     """What the workers of all islands did."""
     timing = meeting.timing
-    metrics.write("workers", **where, **timing.numbers(), loss_scales=meeting.loss_scales)
+    metrics.write("workers", **where, round=meeting.number, **timing.numbers(), loss_scales=meeting.loss_scales)
     rounds = math.ceil(island.settings.steps / island.every)
     if is_drawn(math.ceil(where["step"] / island.every), rounds):
         spans = [rounded(row) for row in meeting.spans]

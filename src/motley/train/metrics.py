@@ -6,20 +6,21 @@
     valid     at each validation      loss, bits_per_byte
     experts   with it                 load: share of the routed tokens per expert, one list per MoE layer
                                       (with fp16 on one process: loss_scale)
-    crew      when a crew starts      names, teams, lanes, stages of the workers; predicted_step_seconds with a plan
-    workers   every step of a crew    rows of each lane, step_seconds; of each worker tokens_per_second (its own),
-                                      share (of the rows), busy_seconds, wait_seconds by kind, other_seconds,
-                                      idle_share, memory_bytes, sent_bytes, received_bytes, link_bytes_per_second,
-                                      loss_scales
+    crew      when workers start      names, islands (where there are several), teams, lanes, stages of all workers;
+                                      predicted_step_seconds with a plan: of a step, or of computing a round
+    workers   every step of a crew,   rows of each lane, step_seconds; of each worker tokens_per_second (its own),
+              or every round of       share (of the rows), busy_seconds, wait_seconds by kind, other_seconds,
+              islands (round: its     idle_share, memory_bytes, sent_bytes, received_bytes, link_bytes_per_second,
+              number)                 loss_scales
     timeline  a few of these steps    step_seconds; spans of each worker: kind, micro-batch, workers waited for, start,
-                                      end (train/stopwatch.py)
+              and rounds              end (train/stopwatch.py; of a round train/doings.py). Of several islands, those of
+                                      steps are of the first (island)
     islands   at each meeting         round, its steps, round_seconds; of each island its inner_steps, rows [first,
                                       count], island_tokens, learned (of steps not skipped), busy_seconds,
                                       waited_seconds, bytes_sent
     event     when something happens  message
 
-Of several islands, `train`, `crew`, `workers` and `timeline` tell of the first alone, and between two meetings `tokens`
-counts what it took.
+Of several islands, `train` tells of the first alone, and between two meetings `tokens` counts what it took.
 
 metrics.jsonl is the truth (one JSON object a line, written at once); the events are a copy for TensorBoard.
 """

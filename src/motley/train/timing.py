@@ -60,7 +60,8 @@ def is_drawn(step: int, steps: int) -> bool:
 
 def everyones_spans(crew: Crew, step_seconds: float) -> list[list[list[Any]]]:
     """[worker][span] of the step that just ended: kind, micro-batch, workers waited for, start and end in seconds."""
-    return crew.all_values(rounded(visible(crew.watch.spans, step_seconds)))
+    inside = [span for span in crew.watch.spans if span.start < step_seconds]  # islands may have met behind it
+    return crew.all_values(rounded(visible(inside, step_seconds)))
 
 
 def rounded(spans: Sequence[Span]) -> list[list[Any]]:
