@@ -174,7 +174,8 @@ def _own(folder: Path, island: Island, facts: dict[str, Any]) -> tuple[State, di
         note(f"{before} island{'s' * (before > 1)} wrote the checkpoint, {island.count} go on from the shared model")
     if island.count == 1 or not island.worker.crew.leads:
         return None
-    if (folder / TRAINING_FACTS).is_file() and island.number < before:
+    # One island writes nothing of its own: what lies there then, a save that was killed left of islands before it.
+    if before > 1 and island.number < before and (folder / TRAINING_FACTS).is_file():
         return load_file(folder / TRAINING_TENSORS), read_json(folder / TRAINING_FACTS)
     note(
         f"island {island.number} finds nothing of its own in {folder}: it begins from the shared model, with "
