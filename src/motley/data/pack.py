@@ -31,6 +31,7 @@ SAMPLE_READ_CHARACTERS = 512_000_000  # drawn from so much text at the beginning
 SAMPLE_SLICE_CHARACTERS = 1 << 16  # in pieces of this size
 ENCODE_SLICE_CHARACTERS = 1 << 18  # one piece of work for the tokenizer
 ENCODE_BATCH_CHARACTERS = 1 << 21  # pieces encoded at once on all cores; bounds memory
+VALID_SHARE = 0.02
 ROW_BUFFER = 4096  # conversations among which rows are filled
 
 Writers: TypeAlias = dict[Split, ShardWriter]
@@ -47,7 +48,7 @@ class DataConfig:
     """A tokenizer.json, or its folder, to use instead of training one: any published DeepSeek tokenizer."""
     vocab_size: int = 4096
     """Tokens of the tokenizer that is trained."""
-    valid_share: float = 0.02
+    valid_share: float = VALID_SHARE
     """Share of the documents kept for validation, chosen by their hash; at least one, or the end of one."""
     seed: int = 0
     """Which documents are kept for validation."""
@@ -70,7 +71,7 @@ def prepare(config: DataConfig, out: Path) -> Prepared:
             a folder of something else; the disk is full.
     """
     _check(config)
-    inputs = _inputs(config)
+    inputs = inputs_of(config)
     if (finished := find(out, inputs)) is not None:
         return finished
     with whole_folder(out) as folder:
@@ -103,7 +104,7 @@ def _check(config: DataConfig) -> None:
             raise InputError(f"{name} is {value}; it must be at least 1")
 
 
-def _inputs(config: DataConfig) -> dict[str, Any]:
+def inputs_of(config: DataConfig) -> dict[str, Any]:
     """From what the folder is made, as JSON values; equal ones give the same folder."""
     values = asdict(config)
     if config.tokenizer is not None:
@@ -307,7 +308,7 @@ def pack_conversations(
     tokenizer: Tokenizer,
     out: Path,
     seq_len: int,
-    valid_share: float = 0.02,
+    valid_share: float = VALID_SHARE,
     seed: int = 0,
     inputs: Mapping[str, Any] | None = None,
 ) -> Prepared:
@@ -333,13 +334,7 @@ def pack_conversations(
     encoder = ConversationEncoder(tokenizer)
     if seq_len < 2 or not 0 < valid_share <= 0.5:
         raise InputError(f"seq_len {seq_len}, valid_share {valid_share}: at least 2, and above 0 up to 0.5, are needed")
-    settings = {
-        "tokenizer": _hash_of(tokenizer),
-        "seq_len": seq_len,
-        "valid_share": valid_share,
-        "seed": seed,
-    }
-    made_from = {"conversations": inputs, **settings}
+    made_from = inputs_of_conversations(inputs, tokenizer, seq_len, valid_share, seed)
     if (finished := find(out, made_from if inputs is not None else None)) is not None:
         return finished
     with whole_folder(out) as folder:
@@ -376,6 +371,18 @@ def pack_conversations(
             filler.flush()
         _finish(folder, CONVERSATIONS, tokenizer, writers, made_from, duplicates, dropped, seq_len)
     return Prepared.load(out)
+
+
+def inputs_of_conversations(
+    inputs: Mapping[str, Any] | None,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    valid_share: float = VALID_SHARE,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """From what `pack_conversations`, of the same arguments, makes a folder, as JSON values."""
+    settings = {"tokenizer": _hash_of(tokenizer), "seq_len": seq_len, "valid_share": valid_share, "seed": seed}
+    return {"conversations": inputs, **settings}
 
 
 @dataclass(frozen=True)

@@ -147,15 +147,19 @@ def find(out: Path, inputs: Mapping[str, Any] | None) -> Prepared | None:
     if inputs is None:  # nothing to compare with: to be made anew
         return None
     prepared = Prepared.load(out)
-    before: dict[str, Any] = read_json(out / DATA_FILE)["inputs"]
-    now: dict[str, Any] = json.loads(json.dumps(inputs))  # as it comes back from a file: lists for tuples
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
+    if changed := differences(out, inputs):
         raise InputError(
             f"{out} was prepared from other inputs (different: {', '.join(changed)}); remove it or choose another place"
         )
     note(f"{out} was prepared before and is kept; to read the sources again, a changed hub dataset say, remove it")
     return prepared
+
+
+def differences(folder: Path, inputs: Mapping[str, Any]) -> list[str]:
+    """The names of those `inputs` that are not what the data in `folder` was made from."""
+    before: dict[str, Any] = read_json(folder / DATA_FILE)["inputs"]
+    now: dict[str, Any] = json.loads(json.dumps(inputs))  # as it comes back from a file: lists for tuples
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
 @dataclass

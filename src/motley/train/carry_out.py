@@ -14,22 +14,25 @@ from motley.fleet.probe import Machine
 from motley.model import ModelConfig, Transformer
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
-from motley.train.elastic import Memory, Result, live
+from motley.train.elastic import Memory, Own, Result, live
 from motley.train.kept import keep_freed_memory
 from motley.train.loop import train
 from motley.train.run import Run, claimed
 from motley.train.start import employ, meet
 
 
-def with_crew(config: TrainingConfig, work: Callable[[Crew, Memory], Result]) -> Result:
-    """`work` of this process with the others of its job, the run folder held meanwhile."""
+def with_crew(config: TrainingConfig, own: Own, work: Callable[[Crew, Memory], Result]) -> Result:
+    """`work` of this process with the others of its job, the run folder held meanwhile.
+
+    own: what this worker's own --data and --model come to, beside the prepared data in use.
+    """
     if config.live:
-        return live(config, work)
+        return live(config, own, work)
     crew = meet(config)
     try:
         with ExitStack() as held:
             crew.led(lambda: held.enter_context(claimed(config.out)))
-            return work(crew, Memory())
+            return work(crew, Memory(own))
     finally:
         crew.leave()
 
@@ -60,8 +63,11 @@ def carry_out(
         tokenizer: of the model.
         title: of the progress bar.
     """
+    goes_on = memory.serves(crew)
+    if not goes_on and not crew.alone:  # who joined a crew at work was compared with it at the door
+        crew.agree(memory.own(config, data))
     keep_freed_memory()
-    island = employ(config, shape, crew, run, data, machine, None if memory.serves(crew) else weights)
+    island = employ(config, shape, crew, run, data, machine, None if goes_on else weights)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
     at = train(island, memory.course(island, data), rows, held_out, tokenizer, title)

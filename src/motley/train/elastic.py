@@ -35,6 +35,8 @@ from motley.train.shares import Shares
 from motley.train.start import facts, rounding
 
 Result = TypeVar("Result")
+Own = Callable[[Any, Path], Mapping[str, str]]
+"""(the stage's settings, the prepared data in use) → what this worker's own --data and --model come to."""
 LOOK_SECONDS = 0.2  # between two looks whether all are still there, while a message keeps one waiting
 
 
@@ -99,12 +101,18 @@ class Memory:
     """What a worker keeps when its crew ends; empty in a crew that nobody joins or leaves.
 
     Attributes:
+        own: what this worker's own --data and --model come to.
+        told: what they came to when it joined: what happens to copies afterwards is nobody's concern.
         island: its last part in training, with model and optimizer.
         kept: where its run stands.
+        data: the prepared data that its last crew used: whoever leads the next goes on with it.
     """
 
+    own: Own
+    told: Mapping[str, str] | None = None
     island: Island | None = None
     kept: Course | None = None
+    data: Path | None = None
 
     @property
     def step(self) -> int:
@@ -129,11 +137,12 @@ class Memory:
             island.begin_round(kept.at.step)
         if isinstance(crew, LiveCrew):
             assert crew.door is not None
-            crew.door.introduce({**_own_facts(worker.settings, data, crew.device), DATA: str(data)})
+            self.told = self.told or self.own(worker.settings, data)
+            crew.door.introduce({**_own_facts(worker.settings, data, crew.device, self.told), DATA: str(data)})
             worker.shares = _shares(crew.names, rates)
             if rates:
                 kept.news = [_news(crew.names, tuple(rates), kept.at.step)]
-        self.island, self.kept = island, kept
+        self.island, self.kept, self.data = island, kept, data
         return kept
 
     def _rates(self) -> dict[str, tuple[float, int]]:
@@ -147,13 +156,20 @@ class Memory:
 DATA = "path of the data"
 
 
-def _own_facts(config: TrainingConfig, data: Path, device: torch.device) -> dict[str, str]:
-    """What must be the same on all: how they round too, as every copy of the model is updated where it lies."""
-    return {**facts(config, data), "the processor": rounding(device)}
+def _own_facts(config: TrainingConfig, data: Path, device: torch.device, inputs: Mapping[str, str]) -> dict[str, str]:
+    """What must be the same on all: how they round too, as every copy of the model is updated where it lies.
+
+    The model by what it is (among `inputs`: `Memory.own`) and by its path: whoever leads opens the run folder, which
+    knows it by that.
+    """
+    path = {"path of --model": str(getattr(config, "model", ""))}
+    return {**facts(config, data), "the processor": rounding(device), **inputs, **path}
 
 
-def live(config: TrainingConfig, work: Callable[[Crew, Memory], Result]) -> Result:
+def live(config: TrainingConfig, own: Own, work: Callable[[Crew, Memory], Result]) -> Result:
     """`work`, with one crew after the other, until it returns; what it keeps in the memory goes from crew to crew.
+
+    own: what this worker's own --data and --model come to.
 
     Raises InputError for what a live crew cannot do, and when one is at work that runs something else.
     """
@@ -167,10 +183,11 @@ def live(config: TrainingConfig, work: Callable[[Crew, Memory], Result]) -> Resu
         )
 
     def check(theirs: Mapping[str, str]) -> None:
-        mine = _own_facts(config, Path(theirs[DATA]), device)
+        data = Path(theirs[DATA])
+        mine = _own_facts(config, data, device, own(config, data))
         compare("this worker", mine, "the crew at work", {name: theirs[name] for name in theirs if name != DATA})
 
-    memory = Memory()
+    memory = Memory(own)
     with claimed(config.out, shared=True), entered(config.out / "crew", config.patience) as door:
         while True:
             try:

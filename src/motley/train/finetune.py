@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from motley.data.pack import DATA_FILE, pack_conversations
+from motley.data.pack import DATA_FILE, inputs_of_conversations, pack_conversations
 from motley.data.shards import CONVERSATIONS
 from motley.data.sources import fingerprint_files, read_conversations
 from motley.data.tokenizer import Tokenizer
@@ -20,21 +20,35 @@ from motley.train.checks import check_data, check_length
 from motley.train.config import FinetuneConfig
 from motley.train.crew import Crew
 from motley.train.elastic import Memory
+from motley.train.own import own_data, own_model, prepared_folder
 from motley.train.run import Run, open_run
 from motley.train.start import as_planned, plan_of
 
 
 def packed_conversations(config: FinetuneConfig, tokenizer: Tokenizer) -> Path:
     """The packed folder that config.data names, or one made in the run folder from its conversations."""
-    if len(config.data) == 1 and (Path(config.data[0]) / DATA_FILE).is_file():
-        return Path(config.data[0])
+    if (folder := prepared_folder(config.data)) is not None:
+        return folder
     if not config.data:
         raise InputError("--data is missing: name jsonl or parquet files with conversations (`messages`)")
-    inputs = {"files": fingerprint_files(config.data)}
+    inputs = _inputs(config)
     conversations = read_conversations(config.data)
     packed = pack_conversations(conversations, tokenizer, config.out / "data", config.seq_len, inputs=inputs)
     note(packed.summary())
     return packed.folder
+
+
+def _inputs(config: FinetuneConfig) -> dict[str, str]:
+    return {"files": fingerprint_files(config.data)}
+
+
+def own(config: FinetuneConfig, data: Path) -> dict[str, str]:
+    """What this worker's own --data and --model come to, beside the prepared `data` in use."""
+
+    def inputs() -> dict[str, Any]:
+        return inputs_of_conversations(_inputs(config), Tokenizer.load(find_model(config.model)), config.seq_len)
+
+    return {"--data": own_data(config.data, data, inputs), "--model": own_model(str(config.model))}
 
 
 def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str, Any] | None:
@@ -42,7 +56,7 @@ def finetune(config: FinetuneConfig, machine: Machine | None = None) -> dict[str
 
     Returns what the run amounts to; None on workers that do not lead.
     """
-    return with_crew(config, lambda crew, memory: _finetune(config, crew, machine, memory))
+    return with_crew(config, own, lambda crew, memory: _finetune(config, crew, machine, memory))
 
 
 def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None, memory: Memory) -> dict[str, Any] | None:
@@ -53,7 +67,7 @@ def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None, memor
 
     def prepare_run() -> tuple[Path, Run]:
         check_length(shape, config.seq_len)
-        data = packed_conversations(config, tokenizer)
+        data = memory.data or packed_conversations(config, tokenizer)
         check_data(data, CONVERSATIONS, source)
         return data, open_run(config.out, "sft", config, {"data": read_json(data / DATA_FILE).get("fingerprint")})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from motley.data.pack import DATA_FILE, DataConfig, prepare
+from motley.data.pack import DATA_FILE, DataConfig, inputs_of, prepare
 from motley.data.shards import TEXT
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
@@ -21,6 +21,7 @@ from motley.train.checks import check_data, check_length
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
 from motley.train.elastic import Memory
+from motley.train.own import own_data, own_model, prepared_folder
 from motley.train.run import Run, open_run
 from motley.train.schedule import check_stages
 from motley.train.start import as_planned, plan_of
@@ -50,11 +51,26 @@ def prepared_data(config: PretrainConfig, source: Path | None) -> Path:
 
     Text becomes tokens of the model at `source`, if there is one.
     """
-    if len(config.data) == 1 and (Path(config.data[0]) / DATA_FILE).is_file():
-        return Path(config.data[0])
-    prepared = prepare(DataConfig(data=config.data, tokenizer=source, seed=config.seed), config.out / "data")
+    if (folder := prepared_folder(config.data)) is not None:
+        return folder
+    prepared = prepare(_data_config(config, source), config.out / "data")
     note(prepared.summary())
     return prepared.folder
+
+
+def _data_config(config: PretrainConfig, source: Path | None) -> DataConfig:
+    return DataConfig(data=config.data, tokenizer=source, seed=config.seed)
+
+
+def _source(config: PretrainConfig) -> Path | None:
+    """The folder of the weights to start from, if --model names any."""
+    return find_model(Path(config.model)) if config.model not in SIZES and Path(config.model).is_dir() else None
+
+
+def own(config: PretrainConfig, data: Path) -> dict[str, str]:
+    """What this worker's own --data and --model come to, beside the prepared `data` in use."""
+    found = own_data(config.data, data, lambda: inputs_of(_data_config(config, _source(config))))
+    return {"--data": found, "--model": config.model if config.model in SIZES else own_model(config.model)}
 
 
 def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str, Any] | None:
@@ -62,16 +78,16 @@ def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str
 
     Returns what the run amounts to; None on workers that do not lead.
     """
-    return with_crew(config, lambda crew, memory: _pretrain(config, crew, machine, memory))
+    return with_crew(config, own, lambda crew, memory: _pretrain(config, crew, machine, memory))
 
 
 def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None, memory: Memory) -> dict[str, Any] | None:
     config = as_planned(config, crew.led(lambda: plan_of(config)), crew.leads)
-    source = find_model(Path(config.model)) if config.model not in SIZES and Path(config.model).is_dir() else None
+    source = _source(config)
 
     def prepare_run() -> tuple[Path, ModelConfig, Run]:
         check_stages(config.seq_len_warmup, config.seq_len)
-        data = prepared_data(config, source)
+        data = memory.data or prepared_data(config, source)
         check_data(data, TEXT, source)
         if source is None:
             shape = new_model_config(config.model, Tokenizer.load(data))

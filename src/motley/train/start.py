@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 
 from motley import __version__
-from motley.data.pack import DATA_FILE
 from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.device import Format, choose_device
@@ -31,14 +30,15 @@ from motley.train.expert_places import experts_by_memory
 from motley.train.islands import USUAL_ROUND, Island
 from motley.train.layout import IslandLayout, Zero, island_of, islands_of_plan, islands_side_by_side
 from motley.train.memory import Budgets, budget, check_gathering, check_memory, dealt, held_already, within_memory
+from motley.train.own import fingerprint
 from motley.train.precision import asked_format, number_formats
 from motley.train.run import Run
 from motley.train.unplanned import may_be_planned, planned_from_probe
 from motley.train.worker import Worker
 
 OWN = ("out", "device", "data", "model", "plan", "micro_batch", "precision")
-"""Settings that may differ: paths, what worker 0 decides for all, and each chip's number format. Data and shape are
-compared themselves."""
+"""Settings that may differ: paths, what worker 0 decides for all, and each chip's number format. Data, model and shape
+are compared themselves (own.py)."""
 USUAL_ZERO: Zero = 1
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -64,9 +64,8 @@ def sources() -> str:
 def facts(config: TrainingConfig, data: Path) -> dict[str, str]:
     """What must be the same on all workers: program, data and settings."""
     settings = {name: str(value) for name, value in dataclasses.asdict(config).items() if name not in OWN}
-    known = str(read_json(data / DATA_FILE).get("fingerprint")) if (data / DATA_FILE).is_file() else "missing"
     versions = {"motley": __version__, "source code": sources(), "PyTorch": torch.__version__.split("+")[0]}
-    return {**versions, "data": known, **settings}
+    return {**versions, "data": fingerprint(data), **settings}
 
 
 def plan_of(config: TrainingConfig) -> dict[str, Any] | None:
