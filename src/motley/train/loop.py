@@ -32,6 +32,7 @@ from motley.data.tokenizer import Tokenizer
 from motley.errors import CrewError, InputError
 from motley.progress import Progress, note
 from motley.train.config import TrainingConfig
+from motley.train.exchange import Exchange
 from motley.train.guard import Guard
 from motley.train.islands import Island, Meeting
 from motley.train.live import crew_table
@@ -70,6 +71,7 @@ class Course:
         load: routed tokens per expert of the last step, one tensor per MoE layer.
         recent: records of the last steps.
         news: what the metrics are to say before the next step.
+        exchange: whether messages take most of the steps.
         asked: this worker was asked to stop; kept from one crew to the next.
     """
 
@@ -80,6 +82,7 @@ class Course:
     load: list[Tensor] = field(default_factory=list)
     recent: list[dict[str, Any]] = field(default_factory=list)
     news: list[str] = field(default_factory=list)
+    exchange: Exchange = field(default_factory=Exchange)
     asked: bool = False
 
     @property
@@ -224,7 +227,10 @@ def train(
                 raise lost
             if not crew.alone:
                 _write_step(metrics, where, island)
-            for message in worker.budgets.exceeded(worker.timing.memory) if worker.budgets else ():
+            complaints = worker.budgets.exceeded(worker.timing.memory) if worker.budgets else []
+            if not crew.alone and island.count == 1:
+                complaints += course.exchange.complaint(worker.timing, config)
+            for message in complaints:
                 metrics.write("event", **where, message=message)
                 if crew.leads:
                     note(message)

@@ -129,6 +129,11 @@ class Timing:
         return [sum(worker[kind] for kind in WORK) for worker in self.seconds]
 
     @property
+    def exchange_seconds(self) -> float:
+        """That sums of gradients and the way of new weights take by themselves: what the last to come waits for too."""
+        return sum(min(worker[kind] for worker in self.seconds) for kind in ("gradients", "spreading"))
+
+    @property
     def idle_share(self) -> list[float]:
         """Share of the step spent waiting for others."""
         return [sum(worker[kind] for kind in WAITS) / max(self.step_seconds, 1e-9) for worker in self.seconds]
