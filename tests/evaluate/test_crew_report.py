@@ -129,7 +129,9 @@ def test_the_report_draws_who_waited_for_whom_at_the_meetings_of_islands(tmp_pat
     write_stage(run)
     with MetricsWriter(run, resume_step=10**9) as metrics:
         places = {"teams": [0, 1, 2], "lanes": [0, 1, 2], "stages": [0, 0, 0]}
-        metrics.write("crew", step=0, names=["left", "left", "right"], islands=[0, 0, 1], **places)
+        metrics.write(
+            "crew", step=0, names=["left", "left", "right"], islands=[0, 0, 1], **places, predicted_step_seconds=8.0
+        )
         step = [[["forward", 0, [], 0.0, 2.0 + late], ["gradients", -1, [0, 1], 2.0 + late, 9.5]] for late in (0, 2)]
         metrics.write("timeline", step=3, tokens=1, seconds=1.0, island=0, step_seconds=9.5, spans=step)
         for number in (1, 2, 3):
@@ -150,7 +152,8 @@ def test_the_report_draws_who_waited_for_whom_at_the_meetings_of_islands(tmp_pat
             )  # fmt: skip
     drawn = write_report(run, tmp_path / "report.html").read_text(encoding="utf-8")
     for fact in (
-        "the workers of all islands", "3 workers; a round takes 10.00 s (median of 2)", "round by round",
+        "the workers of all islands", "round by round",
+        "3 workers; a round takes 10.00 s (median of 2); the plan foresaw 8.00 s of computing (+25 %)",
         "Who waited for whom: step 3 of island 0", "Who waited for whom: round 2", "Who waited for whom: round 3",
         "island 1 · worker 2", "20 steps: 4.00 s", "1 step: 9.00 s", "waiting for fragment 0, for worker 2: 5.00 s",
         "waiting for fragment 0: 500 ms", "waiting for the end of the round, for worker 0: 500 ms",

@@ -81,7 +81,8 @@ def _step_sentence(steps: Sequence[Mapping[str, Any]], about: Mapping[str, Any])
     workers = len(about["names"])
     sentence = f"{workers} workers; a {_each(about)} takes {seconds_text(measured)} (median of {len(steps):,})"
     if predicted := about.get("predicted_step_seconds"):
-        sentence += f"; the plan foresaw {seconds_text(predicted)} ({100 * (measured / predicted - 1):+.0f} %)"
+        alone = " of computing" if "islands" in about else ""
+        sentence += f"; the plan foresaw {seconds_text(predicted)}{alone} ({100 * (measured / predicted - 1):+.0f} %)"
     return f"{sentence}."
 
 
