@@ -1,11 +1,16 @@
 """Faults: what a crew does when its workers are killed, paused, given a full disk, other code or other data.
 
-    python benchmarks/faults.py [--trials 100] [--seed 0] [--quick] [--json]
+    python benchmarks/faults.py [--folder DIR] [--kills 100] [--others 42] [--seed 0] [--at-once 2] [--json]
 
-Every trial starts a small crew (a model with experts and an MTP module, 40 steps, a checkpoint every 5) under torchrun
-or live, does one thing to it at a random moment, lets the way of starting bring it to its end, and compares with a run
-that nobody disturbed: every step's loss and tokens, once each. A trial passes when it ended within the limit, gave the
-losses (to 1e-5) or, where the fault cannot be survived, a sentence, and left only whole checkpoints behind.
+Every trial starts a small crew (a model with experts and an MTP module, 40 steps, a checkpoint every 5) under torchrun,
+in a layout drawn at random, or live; it does one thing to it at a random moment, lets the way of starting bring it to
+its end, and compares every step's loss and tokens, once each, with a run that nobody disturbed: one process, and for
+islands the same islands. A trial passes when it ended within the limit, said what happened, in a line on the terminal
+or as an event in the metrics, gave the losses (to 1e-5), and left only whole checkpoints behind. What cannot be
+survived has to be refused, and to run once it is mended.
+
+What is done lies in the folder (trial-NUMBER.json): the same command goes on where it was broken off. The full disk
+needs root and Linux (a small tmpfs).
 """
 
 import argparse
@@ -19,58 +24,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
+from fault_crews import LAYOUTS, LIMIT_SECONDS, PATIENCE, STEPS, Bench, Crew, listener, master_port, records, until
 
-from motley.data.pack import DataConfig, prepare
-from motley.train.crew import free_port
+import motley
 
-STEPS, LIMIT_SECONDS, PATIENCE = 40, 300.0, 10.0
-SHAPE = Path(__file__).parents[1] / "examples" / "models" / "tiny.json"
-
-
-@dataclass
-class Crew:
-    """A running job: what was started, and the processes of its workers."""
-
-    folder: Path
-    live: bool
-    started: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "run"
-
-    def workers(self) -> list[int]:
-        """Process ids, worker 0 first: torchrun starts them in order, live ones sort by age."""
-        if self.live:
-            return [process.pid for process in self.started if process.poll() is None]
-        found = subprocess.run(["pgrep", "-P", str(self.started[-1].pid)], capture_output=True, text=True).stdout
-        return sorted(map(int, found.split()))
-
-    def step(self) -> int:
-        """Of the last record on disk."""
-        file = self.out / "metrics.jsonl"
-        lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-        return json.loads(lines[-1])["step"] if lines else 0
-
-    def said(self) -> str:
-        return "\n".join(file.read_text(errors="replace") for file in sorted(self.folder.glob("said-*")))
-
-    def running(self) -> bool:
-        return any(process.poll() is None for process in self.started)
+LATEST = 28
+"""Step by which a crew is struck, so that it is not done before."""
+ALIKE = 20
+"""Steps that do not depend on how long a run is going to be: the learning rate still warms up."""
+TOLERANCE = 1e-5
 
 
 @dataclass
 class Trial:
     """What was done and what came of it."""
 
+    number: int
     fault: str
-    way: str
+    layout: str
+    workers: int
     at_step: int = 0
     seconds: float = 0.0
     ended: str = ""
@@ -79,294 +57,376 @@ class Trial:
     passed: bool = False
 
 
-class Bench:
-    """Starts crews on one small data set; `alone` holds what an undisturbed process learns."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        words = random.Random(0).choices(["one", "two", "three", "four", "five", "six", "seven"], k=8000)
-        text = folder / "text.jsonl"
-        lines = [" ".join(words[start : start + 40]) for start in range(0, len(words), 40)]
-        text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-        self.data = prepare(DataConfig(data=(str(text),), vocab_size=300), folder / "prepared").folder
-        alone = Crew(folder / "alone", live=False)
-        alone.folder.mkdir()
-        subprocess.run(self.words(alone), check=True, capture_output=True)
-        self.alone = records(alone.out)
-
-    def words(self, crew: Crew, **settings: Any) -> list[str]:
-        chosen = {
-            "out": crew.out, "data": self.data, "model": SHAPE, "steps": STEPS, "batch_rows": 6,
-            "micro_batch": 2, "seq_len": 64, "valid_every": 20, "checkpoint_every": 5, "precision": "fp32",
-            "device": "cpu", "patience": PATIENCE,
-        } | settings  # fmt: skip
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
-        return [sys.executable, "-m", "motley", "pretrain", *options, *(["--live"] if crew.live else [])]
-
-    def start(self, crew: Crew, workers: int = 1, restarts: int = 0, **settings: Any) -> None:
-        """torchrun with so many workers, or one more live worker."""
-        words = self.words(crew, **settings)
-        if not crew.live:
-            launcher = [f"--nproc-per-node={workers}", f"--max-restarts={restarts}", f"--master-port={free_port()}"]
-            words = [sys.executable, "-m", "torch.distributed.run", *launcher, *words[1:]]
-        with (crew.folder / f"said-{len(crew.started):02d}").open("w") as said:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(words, stdout=said, stderr=said, text=True, env=environment)
-        crew.started.append(process)
-
-
-def records(out: Path) -> list[tuple[int, int, float]]:
-    """(step, tokens, loss) of every training step on record."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["tokens"], line["loss"]) for line in lines if line["kind"] == "train"]
-
-
-def until(condition: Callable[[], Any], crew: Crew, limit: float = LIMIT_SECONDS) -> bool:
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        if not crew.running():
-            return False
-        time.sleep(0.005)
-    return False
+class Missed(Exception):
+    """The crew was done before it was struck: the trial says nothing and is made again."""
 
 
 # ------------------------------------------------------------------------------------------------ faults
 
 
-def kill(crew: Crew, chance: random.Random, which: str) -> None:
-    workers = crew.workers()
-    os.kill(workers[0] if which == "worker 0" else chance.choice(workers[1:]), signal.SIGKILL)
+def struck(pids: Sequence[int], place: int, number: signal.Signals) -> None:
+    """Send a signal to one of the workers. Raises Missed where it is not there any more."""
+    try:
+        os.kill(pids[place], number)
+    except (IndexError, ProcessLookupError):
+        raise Missed from None
 
 
-def kill_in_checkpoint(crew: Crew, chance: random.Random) -> None:
+def kill_a_worker(bench: Bench, crew: Crew, chance: random.Random) -> None:
+    """Any but the first."""
+    pids = crew.pids()
+    struck(pids, chance.randrange(1, max(2, len(pids))), signal.SIGKILL)
+
+
+def kill_worker_0(bench: Bench, crew: Crew, chance: random.Random) -> None:
+    struck(crew.pids(), 0, signal.SIGKILL)
+
+
+def kill_in_checkpoint(bench: Bench, crew: Crew, chance: random.Random) -> None:
     """Worker 0, while it writes."""
-    writing = crew.out / "checkpoints"
+    pids, writing = crew.pids(), crew.out / "checkpoints"
     until(lambda: list(writing.glob("*.writing-*")), crew)
-    os.kill(crew.workers()[0], signal.SIGKILL)
+    struck(pids, 0, signal.SIGKILL)
 
 
-def kill_while_rebalancing(crew: Crew, chance: random.Random) -> None:
+def kill_while_rebalancing(bench: Bench, crew: Crew, chance: random.Random) -> None:
     """One is paused for a second, its rows go to others, and one of those dies two steps later."""
-    first, second = chance.sample(crew.workers(), 2)
-    os.kill(first, signal.SIGSTOP)
+    pids = crew.pids()
+    if len(pids) < 2:
+        raise Missed
+    first, second = chance.sample(range(len(pids)), 2)
+    struck(pids, first, signal.SIGSTOP)
     time.sleep(1)
-    os.kill(first, signal.SIGCONT)
+    os.kill(pids[first], signal.SIGCONT)
     now = crew.step()
     until(lambda: crew.step() >= now + 2, crew)
-    os.kill(second, signal.SIGKILL)
+    struck(pids, second, signal.SIGKILL)
 
 
-def pause(crew: Crew, chance: random.Random) -> None:
-    victim = chance.choice(crew.workers())
-    os.kill(victim, signal.SIGSTOP)
+def kill_coordinator(bench: Bench, crew: Crew, chance: random.Random) -> None:
+    """Who listens where the others meet: torchrun, which is no worker, or the first of a live crew that meets anew."""
+    pids = crew.pids() if crew.live else [crew.started[-1].pid]
+    host = listener([*pids, *crew.pids()], master_port(crew)) if pids else None
+    if not crew.live and host is None:
+        raise Missed
+    assert host in (pids[0], None), "another process is where the workers meet"
+    struck(pids, 0, signal.SIGKILL)
+    if not crew.live:
+        crew.started[-1].wait()
+
+
+def pause(bench: Bench, crew: Crew, chance: random.Random) -> None:
+    pids = crew.pids()
+    victim = chance.randrange(max(1, len(pids)))
+    struck(pids, victim, signal.SIGSTOP)
     time.sleep(PATIENCE / 3)
-    os.kill(victim, signal.SIGCONT)
+    os.kill(pids[victim], signal.SIGCONT)
 
 
-def stop_for_ever(crew: Crew, chance: random.Random) -> None:
-    """The paused one is killed once the others have said that it is silent."""
-    victim = chance.choice(crew.workers())
-    os.kill(victim, signal.SIGSTOP)
+def stop_for_ever(bench: Bench, crew: Crew, chance: random.Random) -> None:
+    """The paused one is killed once the others have said that it is silent, and in a live crew have gone on."""
+    pids = crew.pids()
+    if len(pids) < 2:
+        raise Missed
+    victim = chance.randrange(len(pids))
+    struck(pids, victim, signal.SIGSTOP)
     until(lambda: " lost " in crew.said(), crew)
     if crew.live:
         now = crew.step()
-        until(lambda: crew.step() > now or not crew.running(), crew)
-    os.kill(victim, signal.SIGKILL)
+        until(lambda: crew.step() > now, crew)
+    os.kill(pids[victim], signal.SIGKILL)
 
 
-def kill_coordinator(crew: Crew, chance: random.Random) -> None:
-    """torchrun itself, whose workers are left to themselves; of a live crew, worker 0, where the others met."""
-    workers = crew.workers()
-    if crew.live:
-        os.kill(workers[0], signal.SIGKILL)
-        return
-    os.kill(crew.started[-1].pid, signal.SIGKILL)
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while time.monotonic() < deadline and any(map(lives, workers)):
-        time.sleep(0.05)
-
-
-def lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-FAULTS: dict[str, Callable[[Crew, random.Random], None]] = {
-    "kill a worker": lambda crew, chance: kill(crew, chance, "any"),
-    "kill worker 0": lambda crew, chance: kill(crew, chance, "worker 0"),
-    "kill worker 0 in a checkpoint": kill_in_checkpoint,
-    "kill while rebalancing": kill_while_rebalancing,
-    "kill the coordinator": kill_coordinator,
-    "pause, shorter than patience": pause,
-    "stop for ever": stop_for_ever,
+Strike = Callable[[Bench, Crew, random.Random], None]
+GONE = r"lost .*worker \d+, who(se process \d+)? is gone|\(\d+ new, [1-9]\d* gone\)"
+TOOK_LONG = r"this (step|round|validation|checkpoint) took ([3-9]|\d\d+)\.\d s, usually it takes"
+KILLS: dict[str, tuple[Strike, str]] = {
+    "kill a worker": (kill_a_worker, GONE),
+    "kill worker 0": (kill_worker_0, GONE),
+    "kill worker 0 in a checkpoint": (kill_in_checkpoint, GONE),
+    "kill while rebalancing": (kill_while_rebalancing, GONE),
+    "kill the coordinator": (kill_coordinator, rf"torchrun is gone|{GONE}"),
 }
-REFUSED = ("other code", "other settings", "full disk", "broken newest checkpoint")
+"""What is done, and what has to be said of it."""
+PAUSES: dict[str, tuple[Strike, str]] = {
+    "pause, shorter than patience": (pause, TOOK_LONG),
+    "stop for ever": (stop_for_ever, r"lost .*worker \d+, whose process \d+ is stopped"),
+}
+SURVIVED = KILLS | PAUSES
+ODD = {"other code": "source code", "other settings": "seed", "other data": r"(own )?(--)?data"}
+"""What differs at one worker, and what the refusal calls it."""
+OTHERS = (*PAUSES, "full disk", "broken newest checkpoint", *ODD)
 
 
-def survive(bench: Bench, fault: str, live: bool, chance: random.Random) -> Trial:
+def said_of(pattern: str, said: str) -> str:
+    """The first line that says it, or nothing."""
+    lines = [line for line in said.splitlines() if re.search(pattern, line)]
+    return lines[0][:300] if lines else ""
+
+
+# ------------------------------------------------------------------------------------------------ trials
+
+
+def survive(bench: Bench, trial: Trial, crew: Crew, chance: random.Random) -> None:
     """A fault that the way of starting is to survive."""
-    trial = Trial(fault, "live" if live else "torchrun")
-    crew = Crew(Path(tempfile.mkdtemp(dir=bench.folder)), live)
-    workers = chance.choice([2, 3])
-    for _ in range(workers if live else 1):
-        bench.start(crew, workers, restarts=2)
-    together = "workers go on" if live else '"train"'
-    metrics = crew.out / "metrics.jsonl"
-    until(lambda: metrics.is_file() and together in metrics.read_text(), crew)
-    if live:
-        until(lambda: _members(crew) == workers or crew.step() > STEPS // 2, crew)
-    moment = crew.step() + chance.randint(1, 8)
+    strike, pattern = SURVIVED[trial.fault]
+    bench.start_all(crew, restarts=2)
+    if crew.live and trial.fault == "kill the coordinator":
+        if not until(lambda: crew.members()[0] > 1 and len(crew.members()[1]) > 1, crew):  # at work before, not alone
+            raise Missed
+    else:
+        wait_for_moment(crew, trial, chance)
+    trial.at_step, began = crew.step(), time.monotonic()
+    strike(bench, crew, chance)
+    if crew.live and chance.random() < 0.5:
+        bench.start(crew)  # a newcomer
+    judge(bench, crew, trial)
+    trial.message = said_of(pattern, crew.said())
+    trial.passed = trial.passed and bool(trial.message)
+    trial.seconds = round(time.monotonic() - began, 1)
+
+
+def wait_for_moment(crew: Crew, trial: Trial, chance: random.Random) -> None:
+    """Until all are at work and some steps further."""
+    together = (lambda: len(crew.members()[1]) == crew.workers) if crew.live else (lambda: crew.step() > 0)
+    until(lambda: together() or crew.step() > STEPS // 2, crew)
+    # What is usual has to be known before it can be said that something took long; two rounds of islands are ten steps.
+    earliest = 12 if trial.fault in PAUSES else 1
+    moment = min(max(crew.step() + chance.randint(1, 8), chance.randint(earliest, earliest + 8)), LATEST)
     until(lambda: crew.step() >= moment, crew)
     time.sleep(chance.random() * 0.05)
-    trial.at_step = crew.step()
-    struck = time.monotonic()
-    FAULTS[fault](crew, chance)
-    if live and chance.random() < 0.5:
-        bench.start(crew)  # a newcomer
-    judge(bench, crew, trial, struck)
-    trial.seconds = round(time.monotonic() - struck, 1)
-    shutil.rmtree(crew.folder)
-    return trial
 
 
-def _members(crew: Crew) -> int:
-    newest = sorted((crew.out / "crew").glob("crew-*.json"))
-    try:
-        return len(json.loads(newest[-1].read_text())["members"]) if newest else 0
-    except FileNotFoundError:  # the next one was just written
-        return 0
-
-
-def judge(bench: Bench, crew: Crew, trial: Trial, struck: float) -> None:
-    """Wait for the end, start the job once more if it was given up with a sentence, and compare."""
-    until(lambda: not crew.running(), crew)
-    if crew.running():
-        trial.ended, trial.message = "HUNG", crew.said()[-300:]
-        end(crew)
+def judge(bench: Bench, crew: Crew, trial: Trial) -> None:
+    """Wait for the end, start the job once more if it was given up, and compare."""
+    if not crew.wait():
+        trial.ended = "HUNG"
         return
-    trial.message = sentence(crew.said())
-    trial.ended = "by itself"
+    trial.ended = trial.ended or "by itself"
     if not (crew.out / "result.json").is_file():
         trial.ended = "after the command was given again"
-        bench.start(crew, 2)
-        until(lambda: not crew.running(), crew)
-        end(crew)
-    found = records(crew.out)
-    same = [(step, tokens) for step, tokens, _ in found] == [(step, tokens) for step, tokens, _ in bench.alone]
-    if same:
-        pairs = zip(found, bench.alone, strict=True)
-        trial.largest_difference = max(abs(a[2] - b[2]) / abs(b[2]) for a, b in pairs)
-    whole = not list(crew.out.rglob("*.writing-*"))
-    trial.passed = same and whole and (trial.largest_difference or 0) < 1e-5
+        bench.start_all(crew)
+        if not crew.wait():
+            trial.ended = "HUNG"
+            return
+    same = compare(bench, crew, trial, STEPS)
+    trial.passed = same and (crew.out / "result.json").is_file() and not list(crew.out.rglob("*.writing-*"))
 
 
-def refuse(bench: Bench, fault: str, live: bool, chance: random.Random) -> Trial:
-    """A fault that must be refused with a sentence, and whose mending lets the run go on."""
-    trial = Trial(fault, "live" if live else "torchrun")
-    crew = Crew(Path(tempfile.mkdtemp(dir=bench.folder)), live)
-    struck = time.monotonic()
-    environment = dict(os.environ)
-    if fault == "full disk":
-        crew.out.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(crew.out)], check=True)
-        bench.start(crew, 2)
-        until(lambda: not crew.running(), crew)
-        trial.message = sentence(crew.said())
-        trial.passed = not crew.running() and "free some space" in crew.said()
-        end(crew)
+def compare(bench: Bench, crew: Crew, trial: Trial, steps: int) -> bool:
+    """Whether all steps so far are the undisturbed run's."""
+    found, calm = ([r for r in of if r[1] <= steps] for of in (records(crew.out), bench.expected(crew)))
+    if [record[:3] for record in found] != [record[:3] for record in calm]:
+        return False
+    trial.largest_difference = max(abs(a[3] - b[3]) / abs(b[3]) for a, b in zip(found, calm, strict=True))
+    return trial.largest_difference < TOLERANCE
+
+
+def full_disk(bench: Bench, trial: Trial, crew: Crew, chance: random.Random) -> None:
+    """The run folder is a small disk, which gets larger once the crew has said that it is full."""
+    crew.out.mkdir()
+    size = chance.choice(["400k", "700k", "1000k", "1300k"])
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(crew.out)], check=True)
+    try:
+        bench.start_all(crew)
+        if not crew.wait():
+            trial.ended = "HUNG"
+            return
+        trial.message, trial.at_step = said_of("free some space", crew.said()), crew.step()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(crew.out)], check=True)
+        judge(bench, crew, trial)
+        trial.passed = trial.passed and bool(trial.message)
+    finally:
+        crew.end()
         subprocess.run(["umount", str(crew.out)], check=True)
-        trial.ended = "with a sentence" if trial.passed else "HUNG"
-    elif fault == "broken newest checkpoint":
-        bench.start(crew, 2, steps=STEPS)
-        until(lambda: len(list((crew.out / "checkpoints").glob("step-????????"))) >= 1 and crew.step() > 12, crew)
-        end(crew)
-        newest = sorted((crew.out / "checkpoints").glob("step-????????"))[-1]
-        file = newest / "training.safetensors"
-        os.truncate(file, file.stat().st_size // 2)
-        bench.start(crew, 2)
-        until(lambda: not crew.running(), crew)
-        trial.message = sentence(crew.said())
-        shutil.rmtree(newest)  # as the sentence says
-        refused = str(newest.name) in trial.message
-        bench.start(crew, 2)
-        judge(bench, crew, trial, struck)
-        trial.passed = trial.passed and refused
+
+
+def broken_checkpoint(bench: Bench, trial: Trial, crew: Crew, chance: random.Random) -> None:
+    """All are killed and the newest checkpoint is cut in half; it is removed, as the sentence then asks."""
+    bench.start_all(crew)
+    until(lambda: len(list((crew.out / "checkpoints").glob("step-????????"))) >= 2 and crew.step() > 12, crew)
+    trial.at_step = crew.step()
+    crew.pids()
+    crew.end()
+    newest = sorted((crew.out / "checkpoints").glob("step-????????"))[-1]
+    file = newest / "training.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    bench.start_all(crew)
+    if not crew.wait():
+        trial.ended = "HUNG"
+        return
+    trial.message = said_of(rf"{newest.name}.*remove", crew.said())
+    shutil.rmtree(newest)
+    judge(bench, crew, trial)
+    trial.passed = trial.passed and bool(trial.message)
+
+
+def odd_worker(bench: Bench, trial: Trial, crew: Crew, chance: random.Random) -> None:
+    """Worker 1, or a newcomer, has something else than the rest: it is named, and nothing is learned with it."""
+    steps = 100_000 if crew.live else STEPS
+    words = bench.words(crew, steps=steps)
+    if trial.fault == "other settings":
+        words = bench.words(crew, steps=steps, seed=7)
+    elif trial.fault == "other data":
+        words = bench.words(crew, steps=steps, data=bench.other_data)
     else:
         copy = crew.folder / "other"
-        if fault == "other code":
-            import motley
+        shutil.copytree(Path(motley.__file__).parent, copy / "motley", ignore=shutil.ignore_patterns("*.pyc"))
+        (copy / "motley" / "another.py").write_text("")
+        words = ["env", f"PYTHONPATH={copy}", *words]
+    pattern = rf"has {ODD[trial.fault]} "
+    if not crew.live:
+        bench.start(crew, odd=words)
+        if not crew.wait():
+            trial.ended = "HUNG"
+            return
+        refused, trial.message = not records(crew.out), said_of(pattern, crew.said())
+        judge(bench, crew, trial)
+        trial.passed = trial.passed and refused and bool(trial.message)
+        return
+    bench.start_all(crew, steps=steps)
+    until(lambda: crew.step() >= 2, crew)
+    trial.at_step = crew.step()
+    with (crew.folder / "said-99").open("w") as said:
+        sent = subprocess.Popen(words, stdout=said, stderr=said, text=True)
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while sent.poll() is None and len(crew.members()[1]) <= crew.workers and time.monotonic() < deadline:
+            time.sleep(0.05)
+        trial.ended = "sent away" if sent.poll() is not None else "LET IN"
+        sent.kill()
+        status = sent.wait()
+    trial.message = said_of(pattern, (crew.folder / "said-99").read_text())
+    before = crew.step()
+    works = until(lambda: crew.step() > max(before, ALIKE), crew)
+    trial.passed = status == 2 and bool(trial.message) and works and compare(bench, crew, trial, ALIKE)
 
-            shutil.copytree(Path(motley.__file__).parent, copy / "motley", ignore=shutil.ignore_patterns("*.pyc"))
-            (copy / "motley" / "another.py").write_text("")
-            environment["PYTHONPATH"] = str(copy)
-        crew.live = True  # under torchrun all workers come from one folder
-        trial.way = "live"
-        bench.start(crew, steps=100_000)
-        until(lambda: crew.step() >= 2, crew)
-        words = bench.words(crew, steps=100_000, **({} if fault == "other code" else {"seed": 7}))
-        sent = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
-        trial.message, trial.ended = sentence(sent.stderr), "sent away"
-        named = "source code" if fault == "other code" else "seed"
-        before = crew.step()
-        works = until(lambda: crew.step() > before, crew)
-        trial.passed = sent.returncode == 2 and named in sent.stderr and works
-        end(crew)
-    trial.seconds = round(time.monotonic() - struck, 1)
-    shutil.rmtree(crew.folder, ignore_errors=True)
+
+OTHER_TRIALS = {"full disk": full_disk, "broken newest checkpoint": broken_checkpoint} | dict.fromkeys(ODD, odd_worker)
+
+
+def run(bench: Bench, trial: Trial, seed: int) -> Trial:
+    """Make one trial, anew where the crew was done before it was struck."""
+    for attempt in range(5):
+        chance = random.Random(f"{seed} {trial.number} {attempt}")
+        crew = Crew(Path(tempfile.mkdtemp(dir=bench.folder, prefix="crew-")), trial.layout, trial.workers)
+        began = time.monotonic()
+        try:
+            (survive if trial.fault in SURVIVED else OTHER_TRIALS[trial.fault])(bench, trial, crew, chance)
+        except Missed:
+            continue
+        finally:
+            crew.end()
+            if trial.passed:
+                shutil.rmtree(crew.folder, ignore_errors=True)  # of one that failed all is kept
+            elif (crew.folder / "said-00").is_file():
+                trial.message = trial.message or crew.said()[-300:].replace("\n", " ")
+        trial.seconds = trial.seconds or round(time.monotonic() - began, 1)
+        return trial
+    trial.ended = "was always done before it could be struck"
     return trial
 
 
-def end(crew: Crew) -> None:
-    """Kill what this trial started and what that started."""
-    for process in crew.started:
-        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        for pid in [*map(int, found), process.pid]:
-            if process.poll() is None or pid != process.pid:
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+def planned(kills: int, others: int, seed: int) -> list[Trial]:
+    """All trials in a random order; each kind of fault comes equally often, in layouts drawn at random."""
+    chance = random.Random(seed)
+    faults = [list(KILLS)[number % len(KILLS)] for number in range(kills)]
+    faults += [OTHERS[number % len(OTHERS)] for number in range(others)]
+    chance.shuffle(faults)
+    trials = []
+    for number, fault in enumerate(faults):
+        layout = "live" if chance.random() < 0.3 else chance.choice(LAYOUTS)
+        trials.append(Trial(number, fault, layout, chance.choice([2, 3])))
+    return trials
 
 
-def sentence(said: str) -> str:
-    """What motley said of the fault."""
-    lines = [line for line in said.splitlines() if re.search(r"motley \w+: | lost |go(es|ing)? on from", line)]
-    return lines[0][:240] if lines else ""
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def table(trials: Sequence[Trial]) -> str:
+    """By fault and way of starting, by layout, and an example of what was said."""
+    lines = ["| Fault | Way | Trials | Passed | How it ended | Longest, s | Largest difference of a loss |"]
+    lines.append("|---|---|--:|--:|---|--:|--:|")
+    for fault in (*SURVIVED, *OTHER_TRIALS):
+        for way in ("torchrun", "live"):
+            own = [trial for trial in trials if trial.fault == fault and (trial.layout == "live") == (way == "live")]
+            if own:
+                ends = Counter(trial.ended for trial in own).most_common()
+                ended = ends[0][0] if len(ends) == 1 else ", ".join(f"{count} {end}" for end, count in ends)
+                lines.append(f"| {fault} | {way} | {_counts(own)} | {ended} | {_longest(own)} | {_worst(own)} |")
+    lines += [
+        "",
+        "| Layout | Trials | Passed | Kills among them | Largest difference of a loss |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for layout in (*LAYOUTS, "live"):
+        own = [trial for trial in trials if trial.layout == layout]
+        if own:
+            kills = sum(trial.fault in KILLS for trial in own)
+            lines.append(f"| {layout} | {_counts(own)} | {kills} | {_worst(own)} |")
+    lines += ["", "| Fault | What was said, for example |", "|---|---|"]
+    for fault in (*SURVIVED, *OTHER_TRIALS):
+        for live in (False, True):
+            said = [t.message for t in trials if t.fault == fault and t.passed and (t.layout == "live") == live]
+            if said:
+                lines.append(f"| {fault}, {'live' if live else 'torchrun'} | {said[0].replace('|', ' ')} |")
+    return "\n".join(lines)
+
+
+def _counts(trials: Sequence[Trial]) -> str:
+    return f"{len(trials)} | {sum(trial.passed for trial in trials)}"
+
+
+def _longest(trials: Sequence[Trial]) -> str:
+    return f"{max(trial.seconds for trial in trials):.0f}"
+
+
+def _worst(trials: Sequence[Trial]) -> str:
+    known = [trial.largest_difference for trial in trials if trial.largest_difference is not None]
+    return f"{max(known):.1e}" if known else "-"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--folder", type=Path, help="where trials are kept; none: nothing is kept")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--others", type=int, default=42)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at-once", type=int, default=2, help="trials made at the same time")
+    parser.add_argument("--without", action="append", default=[], metavar="FAULT", help="left out this time")
+    parser.add_argument("--report", action="store_true", help="only tell what is done so far")
     parser.add_argument("--quick", action="store_true", help="two trials")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)
-    trials = []
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
-        for number in range(2 if arguments.quick else arguments.trials):
-            fault = chance.choice([*FAULTS, *FAULTS, *REFUSED])
-            live = chance.random() < 0.6
-            trial = (survive if fault in FAULTS else refuse)(bench, fault, live, chance)
-            trials.append(trial)
+    folder = arguments.folder or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    trials = planned(arguments.kills, arguments.others, arguments.seed)[: 2 if arguments.quick else None]
+    done: dict[int, Trial] = {}
+    for trial in trials:
+        file = folder / f"trial-{trial.number:04d}.json"
+        if file.is_file():
+            done[trial.number] = Trial(**json.loads(file.read_text()))
+            if (found := done[trial.number]) and (found.fault, found.layout) != (trial.fault, trial.layout):
+                sys.exit(f"{folder} holds trials of another seed or number; choose another --folder")
+    if not arguments.report:
+        bench = Bench(folder)
+
+        def make(trial: Trial) -> None:
+            run(bench, trial, arguments.seed)
+            (folder / f"trial-{trial.number:04d}.json").write_text(json.dumps(asdict(trial)))
+            done[trial.number] = trial
             mark = "passed" if trial.passed else "FAILED"
-            what = f"{trial.way}: {trial.fault} at step {trial.at_step}: {trial.ended}, {trial.seconds} s"
-            print(f"{number} {mark} {what}, difference {trial.largest_difference}: {trial.message}", file=sys.stderr)
-    if arguments.json:
-        print(json.dumps([asdict(trial) for trial in trials]))
-        return
-    print(
-        "| Fault | Way | Trials | Passed | By itself | Longest s | Largest difference |\n|---|---|--:|--:|--:|--:|--:|"
-    )
-    for fault, way in sorted({(trial.fault, trial.way) for trial in trials}):
-        own = [trial for trial in trials if (trial.fault, trial.way) == (fault, way)]
-        passed, alone = sum(t.passed for t in own), sum(t.ended == "by itself" for t in own)
-        worst = max((t.largest_difference or 0.0 for t in own), default=0.0)
-        longest = max(t.seconds for t in own)
-        print(f"| {fault} | {way} | {len(own)} | {passed} | {alone} | {longest:.0f} | {worst:.1e} |")
+            what = f"{trial.layout}, {trial.workers} workers: {trial.fault} at step {trial.at_step}: {trial.ended}"
+            where = f"{len(done)} of {len(trials)}, number {trial.number}"
+            numbers = f"{trial.seconds} s, difference {trial.largest_difference}"
+            print(f"{where} {mark} {what}, {numbers}: {trial.message}", file=sys.stderr, flush=True)
+
+        with ThreadPoolExecutor(arguments.at_once) as pool:
+            todo = [trial for trial in trials if trial.number not in done and trial.fault not in arguments.without]
+            list(pool.map(make, todo))
+    if arguments.folder is None:
+        shutil.rmtree(folder)
+    ordered = [done[number] for number in sorted(done)]
+    print(json.dumps([asdict(trial) for trial in ordered]) if arguments.json else table(ordered))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from motley.errors import InputError
 from motley.model import Transformer, experts
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
-from motley.train.islands import KEPT_IN_OVERLAP, Island
+from motley.train.islands import KEPT_IN_OVERLAP, ROUND_PATIENCE_SECONDS, Island
 from motley.train.layout import Layout, Team, islands_of_plan, islands_side_by_side, side_by_side
 from motley.train.optimizer import Optimizer
 from motley.train.outer import fragments_of
@@ -411,6 +411,19 @@ def follow(crew: Crew) -> list[tuple[int, ...]]:
 
 def test_inner_steps_follow_measured_speed_but_not_its_noise():
     assert on_crew(2, follow) == [[(2, 2), (3, 1), (3, 1)]] * 2
+
+
+def wait_for(crew: Crew) -> list[float]:
+    island = island_of(crew, [1, 1], [1.0, 1.0], settings(), 2, {})
+    found = [island._patience]
+    learn(island, 2, seconds=[0.5, 1.0][crew.rank])
+    return [*found, island._patience - crew.patience]
+
+
+def test_once_a_round_showed_its_length_islands_wait_no_longer_than_their_patience_and_ten_of_them():
+    for before, beyond in on_crew(2, wait_for):
+        assert before == ROUND_PATIENCE_SECONDS
+        assert beyond == pytest.approx(20.0)
 
 
 def differ(crew: Crew) -> str:

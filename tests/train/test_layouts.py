@@ -79,11 +79,11 @@ def random_layout(size: int, chance: random.Random) -> Layout:
 
 
 def of_one_process(
-    config: PretrainConfig, model_seed: int, shape: ModelConfig = DEEP
+    config: PretrainConfig, model_seed: int, shape: ModelConfig = DEEP, device: str = "cpu"
 ) -> tuple[dict[str, torch.Tensor], list[Any], dict, float]:
     """(gradient of the first step, losses of all steps, weights after them, held-out loss) by the plain reference."""
     experts.PAD = FEW
-    model = random_model(model_seed, shape)
+    model = random_model(model_seed, shape).to(device)
     optimizer = Optimizer(model.named_parameters(), config.optimizer, config.weight_decay, torch.float32)
     weights = LossWeights(config.mtp_weight, config.balance_weight)
     first: dict[str, torch.Tensor] = {}
@@ -92,14 +92,14 @@ def of_one_process(
         optimizer.zero_grad()
         rows, length = Rows().rows(step * config.batch_rows, config.batch_rows), config.length(step)
         losses = accumulate(model, rows.cut(length), 2 * Rows.seq_len // length, weights, confined=True)
-        first = first or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        first = first or {n: p.grad.cpu().clone() for n, p in model.named_parameters() if p.grad is not None}
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
         optimizer.step(0.01)
         for gate, counts in zip(model.gates(), losses.expert_counts, strict=False):
-            gate.rebalance(counts, config.bias_speed)
+            gate.rebalance(counts.to(device), config.bias_speed)
         seen.append((losses.main, losses.mtp, losses.balance, norm, [c.tolist() for c in losses.expert_counts]))
     held_out = loss_of(model, confined=True)(Rows(), FEW_ROWS)  # type: ignore[arg-type]
-    return first, seen, {name: tensor.clone() for name, tensor in model.state_dict().items()}, held_out
+    return first, seen, {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, held_out
 
 
 def take_steps(
@@ -209,10 +209,14 @@ def test_every_layout_takes_the_step_of_a_single_process(size: int):
 
 
 def assert_same_steps(
-    by_worker: list[Any], cases: list[tuple[Layout, PretrainConfig, int]], shape: ModelConfig = DEEP
+    by_worker: list[Any],
+    cases: list[tuple[Layout, PretrainConfig, int]],
+    shape: ModelConfig = DEEP,
+    device: str = "cpu",
 ) -> None:
+    """`device`: of the single process."""
     for index, (layout, config, seed) in enumerate(cases):
-        expected, losses, weights, held_out = of_one_process(config, seed, shape)
+        expected, losses, weights, held_out = of_one_process(config, seed, shape, device)
         found: dict[str, torch.Tensor] = {name: torch.full_like(grad, torch.nan) for name, grad in expected.items()}
         for worker in by_worker:
             gradient, seen, _, measured = worker[index]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import psutil
 import torch
@@ -36,6 +36,8 @@ PREPARING_SECONDS = 1800.0
 """The same where worker 0 speaks for all: it may be preparing data or writing a checkpoint."""
 LAST_LOOK_SECONDS = 2.0
 """How long one that lost the others looks for who is gone."""
+OTHERS = "the others"
+"""Those who are lost, where it cannot be seen who."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Crew:
         links: slow cables between the workers, where some are pretended.
         by_host: whether sums travel through the host's memory, as CPUs and GPUs together need it, and workers that
             share a GPU. Messages between two workers always do: over NCCL those that cross could block each other.
+        launcher: process id of the torchrun that started this worker, if one did.
     """
 
     rank: int = 0
@@ -68,6 +71,9 @@ class Crew:
     whole: "Crew | None" = None
     links: Links | None = field(default=None, compare=False)
     by_host: bool = False
+    launcher: int | None = field(default=None, compare=False)
+    advice: ClassVar[str] = "; start the job again, it goes on from its newest checkpoint"
+    """To those who lost somebody."""
 
     @property
     def alone(self) -> bool:
@@ -77,6 +83,11 @@ class Crew:
     def leads(self) -> bool:
         """Whether this worker writes files and talks to people."""
         return self.rank == 0
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the torchrun that would start these workers again is gone; the system gave them another parent."""
+        return self.launcher is not None and self.launcher != os.getppid()
 
     def part(self, parts: Sequence[Sequence[int]]) -> "Crew":
         """The crew of this worker's part, of `parts` that share all workers out; every worker calls this alike."""
@@ -250,10 +261,7 @@ class Crew:
         except RuntimeError as error:  # torch.distributed raises nothing finer
             first = str(error).strip().splitlines()[0][:200]
         # Raised out here, where the first error is gone: its frames hold messages, which hold connections open.
-        raise CrewError(
-            f"worker {self.rank} lost {self._lost()} while {doing}: {first}; start the job again, it goes on from its "
-            "newest checkpoint"
-        )
+        raise CrewError(f"worker {self.rank} lost {self._lost()} while {doing}: {first}{self.advice}")
 
     @contextmanager
     def waiting(self, seconds: float, ranks: Sequence[int] | None = None) -> Iterator[None]:
@@ -274,7 +282,7 @@ class Crew:
             states = {rank: _state(pid) for rank, pid in here.items()}
             found = [f"worker {rank}, whose process {here[rank]} {state}," for rank, state in states.items() if state]
             if found or not here or time.monotonic() > deadline:
-                return " and ".join(found) or "the others"
+                return " and ".join(found) or OTHERS
             time.sleep(0.05)  # a process that was killed a moment ago may still look alive
 
     def leave(self) -> None:
@@ -356,4 +364,6 @@ def join_crew(device: torch.device, patience: float = PATIENCE_SECONDS) -> Crew:
         apart = len(set(seats)) == size and all(seat.startswith("cuda") for seat in seats)
         backend, by_host = ("cpu:gloo,cuda:nccl", False) if apart else ("gloo", set(seats) != {"cpu"})
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
-    return Crew(dist.get_rank(), size, device, patience=patience, by_host=by_host).acquainted()
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    crew = Crew(dist.get_rank(), size, device, patience=patience, by_host=by_host, launcher=launcher)
+    return crew.acquainted()

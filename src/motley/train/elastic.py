@@ -11,12 +11,13 @@ of its number, so whoever computes them, the gradient is the sum over the same r
 """
 
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from motley.errors import CrewError, InputError
 from motley.fleet.device import choose_device
 from motley.progress import note
 from motley.train.config import TrainingConfig
-from motley.train.crew import Crew, compare
+from motley.train.crew import LAST_LOOK_SECONDS, OTHERS, Crew, compare
 from motley.train.islands import Island
 from motley.train.loop import Course, begin
 from motley.train.membership import Door, entered
@@ -55,6 +56,7 @@ class LiveCrew(Crew):
 
     door: Door | None = field(default=None, compare=False)
     names: tuple[str, ...] = ()
+    advice: ClassVar[str] = ""
 
     def talk(self, doing: str, message: Callable[[], Any], whom: Sequence[int] = ()) -> Any:
         """Send or receive, as in any crew, but no longer than all members are at it.
@@ -81,6 +83,15 @@ class LiveCrew(Crew):
         if error is not None:
             raise error
         return result
+
+    def _lost(self) -> str:
+        """Who is gone. One that dies before all have met has not told its process, but its place is empty."""
+        found, deadline = super()._lost(), time.monotonic() + LAST_LOOK_SECONDS
+        while found == OTHERS and time.monotonic() < deadline:
+            assert self.door is not None
+            found = self.door.parted(self.names) or found
+            time.sleep(0.05)
+        return found
 
     def stopping(self, asked: bool) -> bool:
         """Whether all were asked to stop. One that was asked alone leaves, and the others go on without it."""

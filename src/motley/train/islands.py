@@ -47,7 +47,9 @@ from motley.train.worker import Worker
 USUAL_ROUND = 30
 """Steps between two meetings where nothing says how many."""
 ROUND_PATIENCE_SECONDS = 1800.0
-"""How long an island at least waits for one that is still on its way, until their speeds are known say."""
+"""How long an island at least waits for one that is still on its way, as long as their speeds are not known."""
+LATE_ROUNDS = 10
+"""How many rounds long, beyond its patience, it waits once a round showed them."""
 KEPT_IN_OVERLAP = 0.5
 """Share of an island's own weights that stays when an exchange ran behind its steps."""
 WORTH_CHANGING = 0.05
@@ -329,6 +331,7 @@ class Island:
     def _follow(self, seconds: Sequence[float]) -> None:
         """Deal out later rounds by speed, where that is worth it."""
         self.measured.measured(self.round.shares, seconds)
+        self._patience = self.world.patience + LATE_ROUNDS * max(seconds)
         if self.settings.inner_steps == "planned":
             return
         rates = self.measured.rates

@@ -37,6 +37,7 @@ from motley.train.guard import Guard
 from motley.train.islands import Island, Meeting
 from motley.train.live import crew_table
 from motley.train.metrics import MetricsWriter, Recent, Silence
+from motley.train.pace import Pace
 from motley.train.schedule import factor
 from motley.train.state import checkpoints, prune, restore, save_checkpoint, save_model
 from motley.train.step import StepLosses
@@ -68,6 +69,7 @@ class Course:
         guard: what is usual.
         due: a checkpoint is to be written.
         unseen: the model is to be validated.
+        pace: how long things usually take.
         load: routed tokens per expert of the last step, one tensor per MoE layer.
         recent: records of the last steps.
         news: what the metrics are to say before the next step.
@@ -79,6 +81,7 @@ class Course:
     guard: Guard = field(default_factory=Guard)
     due: bool = False
     unseen: bool = False
+    pace: Pace = field(default_factory=Pace)
     load: list[Tensor] = field(default_factory=list)
     recent: list[dict[str, Any]] = field(default_factory=list)
     news: list[str] = field(default_factory=list)
@@ -130,6 +133,7 @@ def train(
 
     step_tokens = config.batch_rows * config.seq_len
     met = dataclasses.replace(at)  # where the round began
+    pace, told_of_torchrun = course.pace, False
     worker.model.train()
     with (
         MetricsWriter(run, course.written) if world.leads else Silence() as file,
@@ -150,15 +154,18 @@ def train(
             about = introduction(world, worker.place, rows, config.plan is not None, island.number)
             metrics.write("crew", **_where(at), **about)
             bar.beneath(lambda: crew_table(about, island.timing))
+        began = time.perf_counter()
         while at.step < config.steps or course.due:
+            remarks: list[str | None] = []
             if course.unseen:
                 held_out = _validate(island, valid_rows, at, token_bytes, metrics, course.load)
+                remarks.append(pace.remark("validation", time.perf_counter() - began))
                 course.unseen = False
                 if at.step == config.steps and not math.isfinite(held_out):
                     raise _stuck(run, at.step, f"held-out loss {held_out:g} is not finite")
+                began = time.perf_counter()
             own_facts = {"guard": asdict(course.guard), "scales": asdict(worker.scales)}
             facts = {"step": at.step, "position": asdict(at)}
-            began = time.perf_counter()
             stop = island.between_rounds and world.stopping(asked.is_set())
             started, rows = time.perf_counter(), island.rows
             ended = at.step == config.steps
@@ -188,6 +195,7 @@ def train(
                 save_checkpoint(run, island, facts, own_facts, tokenizer)
                 prune(run, island, config.keep_last, at.best_step)
                 course.due = False
+                remarks.append(pace.remark("checkpoint", time.perf_counter() - paused))
             if ended:
                 break
             if stop:
@@ -202,11 +210,14 @@ def train(
             except CrewError as error:  # the step is learned: it is counted and written down before all part
                 lost = error
             elapsed = time.perf_counter() - started - paused
+            took = time.perf_counter() - began - paused
             meeting = island.moved(losses.tokens, reason is None, elapsed)
             course.guard, course.load = guard, losses.expert_counts
             before, at.step = at.step, island.step
             at.tokens = met.tokens + meeting.tokens if meeting else at.tokens + losses.tokens
-            at.seconds += time.perf_counter() - began
+            now = time.perf_counter()
+            at.seconds += now - began
+            began = now
             where = _where(at)
             rate = len(rows) * config.seq_len / elapsed
             learning_rate = _learning_rate(config, before)
@@ -234,8 +245,18 @@ def train(
                 metrics.write("event", **where, message=message)
                 if crew.leads:
                     note(message)
+            remarks.append(pace.remark("step", took, "worker", () if crew.alone else worker.timing.own_seconds))
             if meeting:
                 _write_round(metrics, where, island, meeting)
+                busy = [ledger.busy_seconds for ledger in meeting.ledgers]
+                remarks.append(pace.remark("round", meeting.seconds, "island", busy))
+            if world.orphaned and not told_of_torchrun:
+                told_of_torchrun = True
+                remarks.append("torchrun is gone: the workers go on, but nobody would start them again")
+            for message in filter(None, remarks):
+                metrics.write("event", **where, message=message)
+                if world.leads:
+                    note(message)
             if guard.exhausted:
                 raise _stuck(run, at.step, f"{reason}, {guard.skipped_in_a_row} steps in a row")
             bar.advance((at.step - before) * step_tokens, loss=losses.main)

@@ -134,6 +134,11 @@ class Timing:
         return sum(min(worker[kind] for worker in self.seconds) for kind in ("gradients", "spreading"))
 
     @property
+    def own_seconds(self) -> list[float]:
+        """Of anything but waiting for others."""
+        return [self.step_seconds - sum(worker[kind] for kind in WAITS) for worker in self.seconds]
+
+    @property
     def idle_share(self) -> list[float]:
         """Share of the step spent waiting for others."""
         return [sum(worker[kind] for kind in WAITS) / max(self.step_seconds, 1e-9) for worker in self.seconds]

@@ -1,0 +1,43 @@
+"""What took far longer than it usually does is told of, with who was busy and who waited.
+
+A worker that is paused for less than the patience of the others, a laptop that slept, a disk that hung: nothing is
+lost, but who looks at the run later wants to know where the time went.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+WINDOW = 20  # times before that say what is usual, at most
+LONG, LEAST_SECONDS = 5.0, 1.0  # times what is usual, and seconds beyond it
+GUILTY = 0.5  # share of the time that one was busy for who made the others wait
+
+
+@dataclass
+class Pace:
+    """How long steps, rounds, validations and checkpoints of a run take; the first of each says nothing yet."""
+
+    _seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def remark(self, what: str, seconds: float, who: str = "", busy: Sequence[float] = ()) -> str | None:
+        """None where it took about as long as usual. Otherwise what there is to say.
+
+        Args:
+            what: took the time, such as "step".
+            seconds: that it took.
+            who: share it: "worker" or "island".
+            busy: seconds of it that each of them did not wait; empty where that was not measured.
+        """
+        before = self._seconds.get(what, [])
+        self._seconds[what] = [*before, seconds][-WINDOW:]
+        if not before:
+            return None
+        usual = statistics.median(before)
+        if seconds < max(LONG * usual, usual + LEAST_SECONDS):
+            return None
+        said = f"this {what} took {seconds:.1f} s, usually it takes {usual:.2g} s"
+        late = [number for number, own in enumerate(busy) if own > GUILTY * seconds]
+        if late:
+            names = " and ".join(f"{who} {number} for {busy[number]:.1f} s" for number in late)
+            return f"{said}; busy or stopped meanwhile: {names}"
+        return f"{said}; all of them waited: one was stopped, or a message was under way for long" if busy else said
