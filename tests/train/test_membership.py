@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,7 @@ def test_workers_share_what_was_asked_for_and_live_ones_nothing():
         motley.train.start.islands_for(PretrainConfig(zero=2), shape, Crew(0, 2), {"teams": []})
 
 
+@pytest.mark.usefixtures("handlers")
 def test_who_was_asked_to_stop_still_is_when_the_crew_ends_for_another_reason():
     course = Course()
 
@@ -250,6 +252,28 @@ def test_who_was_asked_to_stop_still_is_when_the_crew_ends_for_another_reason():
         assert asked.is_set()
     with stop_requests(Course()) as asked:
         assert not asked.is_set()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_one_that_lost_the_others_is_not_ended_before_it_has_said_so():
+    """torchrun sends SIGTERM to all who are left, a tenth of a second after one died."""
+    course = Course()
+
+    def step() -> None:
+        with stop_requests(course):
+            raise CrewError("somebody is gone")
+
+    with pytest.raises(CrewError):
+        step()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert course.asked
 
 
 def test_a_crew_that_never_met_leaves_no_number_behind_that_others_do_not_have():

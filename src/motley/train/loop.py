@@ -349,7 +349,8 @@ def _write_round(metrics: Recent, where: dict[str, Any], island: Island, meeting
 def stop_requests(course: Course) -> Iterator[threading.Event]:
     """Ctrl-C and SIGTERM set the event, so that the step in hand ends and is saved; a second one stops at once.
 
-    What was asked stays with the course: a crew may end for another reason before it is done.
+    What was asked stays with the course: a crew may end for another reason before it is done. When others are lost,
+    SIGTERM goes on to ask, so that it ends nobody who is about to say so.
     """
     stop = threading.Event()
     if course.asked:
@@ -362,11 +363,14 @@ def stop_requests(course: Course) -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt("stopped at once; the newest checkpoint is whole")
         stop.set()
+        course.asked = True
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except CrewError:  # torchrun ends those who are left, within a moment: they still have to say what happened
+        before.pop(signal.SIGTERM)
+        raise
     finally:
-        course.asked = stop.is_set()
         for number, handler in before.items():
             signal.signal(number, handler)
