@@ -1,5 +1,6 @@
 """Over hundreds of steps, too, a crew's losses are those of a single process: nothing drifts apart."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from test_layouts import DEEP, FEW, ROWS, Rows, settings
 from motley.model import experts
 from motley.train.crew import Crew
 from motley.train.layout import Layout, Team
-from motley.train.optimizer import Optimizer
+from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
 from motley.train.worker import Worker
 
@@ -30,12 +31,22 @@ LAYOUTS = {
     "experts 1 and 3 on two workers, one apart": Layout(
         (Team(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), Team(((2,),), (4,), micro_batch=1)), zero=1
     ),
-}
+    "gradients kept once (ZeRO 2), one worker with little memory": Layout(
+        tuple(Team(((rank,),), (4,), micro_batch=size) for rank, size in enumerate((2, 1, 3))),
+        zero=2, memory=(1.0, 5.0, 2.0), rates=(1.0, 0.3, 3.0),
+    ),
+    "weights kept once (ZeRO 3), one worker with little memory": Layout(
+        tuple(Team(((rank,),), (4,), micro_batch=size) for rank, size in enumerate((2, 4, 4))),
+        zero=3, memory=(4.0, 1.0, 2.0), rates=(1.0, 2.0, 3.0),
+    ),
+}  # fmt: skip
+BY_ADAMW = [name for name in LAYOUTS if "(ZeRO" in name]
 
 
-def of_one_process() -> list[float]:
+@cache
+def of_one_process(name: OptimizerName) -> list[float]:
     experts.PAD = FEW
-    config, model = settings(), random_model(0, DEEP)
+    config, model = settings(optimizer=name), random_model(0, DEEP)
     optimizer = Optimizer(model.named_parameters(), config.optimizer, config.weight_decay, torch.float32)
     losses = []
     for step in range(STEPS):
@@ -51,27 +62,25 @@ def of_one_process() -> list[float]:
     return losses
 
 
-def of_a_crew(crew: Crew) -> list[list[float]]:
+def of_a_crew(crew: Crew, layout: Layout, optimizer: OptimizerName) -> list[float]:
     experts.PAD = FEW
-    curves = []
-    for layout in LAYOUTS.values():
-        worker = Worker(DEEP, settings(), layout, crew)
-        whole: dict[str, Any] | None = dict(random_model(0, DEEP).state_dict()) if crew.leads else None
-        worker.take_state(None if whole is None else (whole, {}))
-        losses = []
-        for step in range(STEPS):
-            found, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
-            worker.update(found, norm, LEARNING_RATE)
-            worker.share_again()
-            losses.append(found.main)
-        curves.append(losses)
-    return curves
+    worker = Worker(DEEP, settings(optimizer=optimizer), layout, crew)
+    whole: dict[str, Any] | None = dict(random_model(0, DEEP).state_dict()) if crew.leads else None
+    worker.take_state(None if whole is None else (whole, {}))
+    losses = []
+    for step in range(STEPS):
+        found, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
+        worker.update(found, norm, LEARNING_RATE)
+        worker.share_again()
+        losses.append(found.main)
+    return losses
 
 
-@pytest.mark.slow(60)
-def test_the_losses_of_200_steps_are_those_of_a_single_process():
-    expected = of_one_process()
-    curves = on_crew(3, of_a_crew)[0]
-    for name, losses in zip(LAYOUTS, curves, strict=True):
-        largest = max(abs(ours - theirs) / theirs for ours, theirs in zip(losses, expected, strict=True))
-        assert largest <= 1e-5, name
+@pytest.mark.slow(30)
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [*((name, "muon") for name in LAYOUTS), *((n, "adamw") for n in BY_ADAMW)]
+)
+def test_the_losses_of_200_steps_are_those_of_a_single_process(name: str, optimizer: OptimizerName):
+    expected = of_one_process(optimizer)
+    losses = on_crew(3, of_a_crew, LAYOUTS[name], optimizer)[0]
+    assert max(abs(ours - theirs) / theirs for ours, theirs in zip(losses, expected, strict=True)) <= 1e-5
