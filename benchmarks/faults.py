@@ -368,7 +368,8 @@ def table(trials: Sequence[Trial]) -> str:
         for live in (False, True):
             said = [t.message for t in trials if t.fault == fault and t.passed and (t.layout == "live") == live]
             if said:
-                lines.append(f"| {fault}, {'live' if live else 'torchrun'} | {said[0].replace('|', ' ')} |")
+                words = re.sub(r": \[/.*", " …", said[0])  # what PyTorch adds
+                lines.append(f"| {fault}, {'live' if live else 'torchrun'} | {words.replace('|', ' ')} |")
     return "\n".join(lines)
 
 

@@ -30,8 +30,9 @@ from motley.model import ModelConfig, native
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew, free_port
 from motley.train.elastic import LiveCrew, _part
-from motley.train.loop import Course, stop_requests
+from motley.train.loop import Course, Position, stop_requests
 from motley.train.membership import Door
+from motley.train.metrics import MetricsWriter, Recent, read_metrics, records_of
 from motley.train.pretrain import pretrain
 
 ROWS = 4
@@ -75,7 +76,7 @@ def test_torchrun_starts_a_crew_again_and_the_steps_done_twice_are_reported(
 @pytest.mark.slow(15)
 def test_a_worker_that_stays_silent_beyond_the_patience_of_the_others_is_named(data: Path, shape: Path, tmp_path: Path):
     out = tmp_path / "run"
-    arguments: Any = command(out, data, shape, precision="fp32", patience=2, steps=100_000)
+    arguments: Any = command(out, data, shape, precision="fp32", patience=8, steps=100_000)
     process = started(torchrun(2, arguments))
     until(lambda: steps_done(out) >= 2, process)
     victim = max(children(process.pid))
@@ -99,6 +100,19 @@ def test_workers_go_on_without_torchrun_and_say_so(data: Path, shape: Path, alon
     wait((out / "result.json").is_file)
     assert events(out) == ["torchrun is gone: the workers go on, but nobody would start them again"]
     assert losses(out) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_a_crew_that_goes_on_and_parts_before_its_first_step_keeps_what_is_written_of_the_checkpoint(tmp_path: Path):
+    written = [{"kind": "train", "step": step, "loss": 1.0} for step in (4, 5)]
+    with MetricsWriter(tmp_path) as file:
+        for record in written:
+            file.write(**record)
+    course = Course(Position(step=5), recent=records_of(tmp_path, 5))
+    for message in ("first", "second"):  # crews that meet and part again
+        with MetricsWriter(tmp_path, course.written) as file:
+            Recent(file, course.recent).write("event", step=5, message=message)
+    assert read_metrics(tmp_path)[:2] == written
+    assert [record["message"] for record in read_metrics(tmp_path)[2:]] == ["first", "second"]
 
 
 class Empty(Door):

@@ -36,7 +36,7 @@ from motley.train.exchange import Exchange
 from motley.train.guard import Guard
 from motley.train.islands import Island, Meeting
 from motley.train.live import crew_table
-from motley.train.metrics import MetricsWriter, Recent, Silence
+from motley.train.metrics import MetricsWriter, Recent, Silence, records_of
 from motley.train.pace import Pace
 from motley.train.schedule import factor
 from motley.train.state import checkpoints, prune, restore, save_checkpoint, save_model
@@ -99,7 +99,9 @@ def begin(island: Island) -> Course:
     if (known := restore(island.settings.out, island)) is None:
         return Course()
     island.worker.scales.restore(known[1]["scales"])
-    return Course(Position(**known[0]["position"]), Guard(**known[1]["guard"]))
+    at = Position(**known[0]["position"])
+    recent = records_of(island.settings.out, at.step) if island.settings.live else []
+    return Course(at, Guard(**known[1]["guard"]), recent=recent)
 
 
 @contextmanager

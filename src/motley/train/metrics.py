@@ -189,6 +189,13 @@ class Recent:
         self._writer.flush()
 
 
+def records_of(folder: Path, step: int) -> list[dict[str, Any]]:
+    """What is known of one step of a run: what a crew that parts before its next step (`Recent`) has to write again."""
+    if not (Path(folder) / METRICS_FILE).is_file():
+        return []
+    return [record for record in read_metrics(folder) if record["step"] == step]
+
+
 def imbalances(load: list[list[float]]) -> list[float]:
     """Per MoE layer, how many times its fair share the busiest expert received; 1.0 is perfect balance.
 

@@ -8,14 +8,17 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-WINDOW = 20  # times before that say what is usual, at most
+WINDOW, KNOWN = 20, 2  # times before that say what is usual: at most, and at least
 LONG, LEAST_SECONDS = 5.0, 1.0  # times what is usual, and seconds beyond it
 GUILTY = 0.5  # share of the time that one was busy for who made the others wait
 
 
 @dataclass
 class Pace:
-    """How long steps, rounds, validations and checkpoints of a run take; the first of each says nothing yet."""
+    """How long steps, rounds, validations and checkpoints of a run take; the first two of each say nothing yet.
+
+    TensorBoard is imported behind the first step, for seconds, and a new machine is slow in other ways.
+    """
 
     _seconds: dict[str, list[float]] = field(default_factory=dict)
 
@@ -30,7 +33,7 @@ class Pace:
         """
         before = self._seconds.get(what, [])
         self._seconds[what] = [*before, seconds][-WINDOW:]
-        if not before:
+        if len(before) < KNOWN:
             return None
         usual = statistics.median(before)
         if seconds < max(LONG * usual, usual + LEAST_SECONDS):
