@@ -199,6 +199,22 @@ def lose_one(crew: Crew) -> str:
     return "never noticed"
 
 
+def wait_in_vain(crew: Crew) -> str:
+    try:
+        if crew.leads:
+            crew.receive(torch.empty(3), 1, seconds=0.5)
+        crew.share(None)  # until the other one is gone
+    except CrewError as error:
+        return str(error)
+    return "never noticed"
+
+
+def test_who_sends_no_message_is_waited_for_no_longer_than_is_said():
+    """PyTorch's limit between two workers is that with which they met, half an hour here."""
+    first, _ = on_crew(2, wait_in_vain, seconds=60)
+    assert first.startswith("worker 0 lost the others while waiting for worker 1: ")
+
+
 def test_shares_follow_speed_and_absorb_a_straggler_within_ten_steps():
     speeds = [1.0, 2.0, 4.0, 1.0]
     shares = Shares([1.0] * 4)

@@ -207,15 +207,23 @@ class Crew:
         for work, _ in self.begin_to_send(tensor, to):
             self.talk(f"sending to worker {to}", work.wait, [to])
 
-    def receive(self, tensor: Tensor, source: int) -> Tensor:
-        """Fill `tensor` with what worker `source` sends."""
+    def receive(self, tensor: Tensor, source: int, seconds: float = PREPARING_SECONDS) -> Tensor:
+        """Fill `tensor` with what worker `source` sends, for which this one waits at most so many seconds.
+
+        The time limits of groups do not hold between two workers.
+        """
         here = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
+
+        def take(tensor: Tensor, there: int) -> None:
+            work = dist.irecv(tensor, src=there)
+            assert work is not None
+            work.wait(timedelta(seconds=seconds))
 
         def message() -> None:
             arrival, there = torch.zeros(1, dtype=torch.float64), self.among_all(source)
             if self.links is not None and self.links.crosses(source):
-                dist.recv(arrival, src=there)
-            dist.recv(here, src=there)
+                take(arrival, there)
+            take(here, there)
             time.sleep(max(0.0, float(arrival) - time.monotonic()))
 
         self.talk(f"waiting for worker {source}", message, [source])

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -307,7 +308,7 @@ class Lane:
 
     def _receive(self, part: Batch, source: int) -> Tensor:
         tensor = torch.empty(*part.input_ids.shape, self._config.hidden_size, dtype=self.wire, device=self.model.device)
-        return self.crew.receive(tensor, source).requires_grad_()
+        return self.crew.receive(tensor, source, self.crew.patience).requires_grad_()
 
     def _send(self, tensor: Tensor, to: int, sending: Sending) -> None:
         """Begin to send; `sending` keeps what is under way, as much as a pipeline can hold."""
@@ -315,9 +316,10 @@ class Lane:
         self._finish(sending, 4 * self.place.team.stages)  # over a pretended cable a message comes in two
 
     def _finish(self, sending: Sending, left: int = 0) -> None:
+        limit = timedelta(seconds=self.crew.patience)
         while len(sending) > left:
             work, _ = sending.pop(0)
-            self.crew.talk("sending along a pipeline", lambda: work.wait() if work is not None else None)  # noqa: B023
+            self.crew.talk("sending along a pipeline", lambda: work.wait(limit) if work is not None else None)  # noqa: B023
 
 
 def _any(rows: slice) -> bool:
