@@ -11,7 +11,7 @@ from pathlib import Path
 
 from motley.train.crew import free_port
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo")
 
 
 def lacking() -> str | None:
@@ -40,7 +40,7 @@ def cluster(folder: Path, chips: Mapping[str, int]) -> Iterator[dict[str, str]]:
         "StateSaveLocation": folder / "state", "SlurmctldPidFile": folder / "controller.pid",
         "SlurmdSpoolDir": folder / "spool-%n", "SlurmdPidFile": folder / "%n.pid",
         "ProctrackType": "proctrack/linuxproc", "TaskPlugin": "task/none", "GresTypes": "gpu",
-        "SelectType": "select/cons_tres", "SchedulerParameters": "sched_interval=1",
+        "SelectType": "select/cons_tres", "SchedulerParameters": "sched_interval=1,bf_interval=1",
     }  # fmt: skip
     named = "\n".join(f"{name}={value}" for name, value in settings.items())
     partition = "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO"
@@ -51,7 +51,11 @@ def cluster(folder: Path, chips: Mapping[str, int]) -> Iterator[dict[str, str]]:
     try:
         for words in (["slurmctld", "-D"], *(["slurmd", "-D", "-N", f"{kind}-node"] for kind in chips)):
             with (folder / f"{words[-1]}.log").open("w") as log:
-                daemons.append(subprocess.Popen(words, env=os.environ | environment, stdout=log, stderr=log))
+                daemons.append(
+                    subprocess.Popen(
+                        words, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    )
+                )
         _all_idle(folder, len(chips), os.environ | environment)
         yield environment
     finally:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -78,18 +79,16 @@ def test_a_real_slurm_runs_the_script_on_the_nodes_of_the_lab_and_refuses_chips_
         pytest.skip(reason)
     lab = lab_plan(tmp_path)
     wrong = SBATCH.read_text().replace("a100:2", "a100:3")
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    with slurm.cluster(folder, {pool: chips for pool, (_, chips) in lab.items()}) as environment:
+    # Not below tmp_path: SLURM's sockets lie there, and the path of a socket has at most 107 letters.
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as folder,
+        slurm.cluster(Path(folder), {pool: chips for pool, (_, chips) in lab.items()}) as environment,
+    ):
 
         def submit(*words: str, script: str | None = None) -> subprocess.CompletedProcess[str]:
+            surroundings = os.environ | environment
             return subprocess.run(
-                ["sbatch", *words],
-                env=os.environ | environment,
-                input=script,
-                capture_output=True,
-                text=True,
-                timeout=120,
+                ["sbatch", *words], env=surroundings, input=script, capture_output=True, text=True, timeout=60
             )
 
         refused = submit("--test-only", script=wrong)
