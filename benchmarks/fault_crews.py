@@ -77,16 +77,13 @@ class Crew:
 
     def step(self) -> int:
         """Of the last record on disk."""
-        file = self.out / "metrics.jsonl"
-        lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+        lines = whole_lines(self.out)
         return json.loads(lines[-1])["step"] if lines else 0
 
     def said(self) -> str:
         """All that its processes printed, and its events."""
         printed = [file.read_text(errors="replace") for file in sorted(self.folder.glob("said-*"))]
-        file = self.out / "metrics.jsonl"
-        lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-        events = [record["message"] for record in map(json.loads, lines) if record["kind"] == "event"]
+        events = [record["message"] for record in map(json.loads, whole_lines(self.out)) if record["kind"] == "event"]
         return "\n".join([*printed, *events])
 
     def running(self) -> bool:
@@ -107,6 +104,12 @@ class Crew:
             process.wait()
         for pid in filter(lives, self.seen):
             os.kill(pid, signal.SIGKILL)
+
+
+def whole_lines(out: Path) -> list[bytes]:
+    """Of the metrics on disk, without one that is just being written."""
+    file = out / "metrics.jsonl"
+    return file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
 
 
 def lives(pid: int) -> bool:
@@ -196,8 +199,7 @@ class Bench:
 
 def records(out: Path) -> list[tuple[str, int, int, float]]:
     """(kind, step, tokens, loss) of every training step and validation on record."""
-    file = out / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.is_file() else []
+    lines = [json.loads(line) for line in whole_lines(out)]
     return [
         (line["kind"], line["step"], line["tokens"], line["loss"])
         for line in lines

@@ -19,7 +19,7 @@ from test_resume import data as data  # the fixtures
 from test_resume import shape as shape
 
 from motley.train.crew import Crew
-from motley.train.doings import Doings, Exchange, RoundWatch, spans_of, timing_of
+from motley.train.doings import Crossing, Doings, RoundWatch, spans_of, timing_of
 from motley.train.live import crew_table
 from motley.train.metrics import read_metrics
 from motley.train.stopwatch import KINDS, OTHER, Stopwatch
@@ -28,18 +28,18 @@ from motley.train.timing import Timing
 ISLANDS, LEADERS = [0, 0, 1], [0, 2]
 
 
-def doings(*, reached: float, exchanges: list[Exchange], paused: float = 0.0, **told: Any) -> Doings:
+def doings(*, reached: float, crossings: list[Crossing], paused: float = 0.0, **told: Any) -> Doings:
     seconds = dict.fromkeys(KINDS, 0.0) | {"forward": 3.0, "gradients": 1.0}
-    return Doings(reached=reached, exchanges=exchanges, paused=paused, seconds=seconds, **told)
+    return Doings(reached=reached, crossings=crossings, paused=paused, seconds=seconds, **told)
 
 
 ROUND = [  # island 1 sends the first fragment last, island 0 the second one, after its workers had a checkpoint
     doings(lane=0, tokens=20, reached=9.0, paused=0.5, memory=5.0, sent=7.0, received=8.0,
-           exchanges=[Exchange(2.0, 2.0, 4.5, 5.0), Exchange(8.0, 8.0, 8.5, 9.0)]),
+           crossings=[Crossing(2.0, 2.0, 4.5, 5.0), Crossing(8.0, 8.0, 8.5, 9.0)]),
     doings(lane=1, tokens=40, reached=9.0, paused=0.5,
-           exchanges=[Exchange(2.0, 2.5, 5.0, 5.0), Exchange(8.0, 8.25, 9.0, 9.0)]),
+           crossings=[Crossing(2.0, 2.5, 5.0, 5.0), Crossing(8.0, 8.25, 9.0, 9.0)]),
     doings(lane=0, tokens=60, reached=10.0, paused=0.5,
-           exchanges=[Exchange(4.0, 4.0, 4.5, 5.0), Exchange(7.0, 7.0, 8.5, 9.5)]),
+           crossings=[Crossing(4.0, 4.0, 4.5, 5.0), Crossing(7.0, 7.0, 8.5, 9.5)]),
 ]  # fmt: skip
 
 
@@ -66,8 +66,8 @@ def test_a_round_has_the_form_of_a_step_whose_parts_add_up_for_every_worker():
 
 
 def test_workers_of_one_lane_share_its_rows():
-    team = [doings(lane=0, tokens=30, reached=1.0, exchanges=[]) for _ in range(2)]
-    timing = timing_of([*team, doings(lane=0, tokens=10, reached=1.0, exchanges=[])], ISLANDS, seq_len=10)
+    team = [doings(lane=0, tokens=30, reached=1.0, crossings=[]) for _ in range(2)]
+    timing = timing_of([*team, doings(lane=0, tokens=10, reached=1.0, crossings=[])], ISLANDS, seq_len=10)
     assert (timing.rows, timing.share) == ([3, 1], [0.75, 0.75, 0.25])
 
 

@@ -18,7 +18,7 @@ from motley.train.timing import Timing
 
 
 @dataclass
-class Exchange:
+class Crossing:
     """A fragment, as one worker saw it; in seconds of the round.
 
     Attributes:
@@ -47,7 +47,7 @@ class Doings:
         paused: seconds in which all wrote a checkpoint.
         reached: seconds until the worker was ready for the round's last message.
         seconds: of its steps, by kind (stopwatch.KINDS).
-        exchanges: of each fragment.
+        crossings: of each fragment.
     """
 
     lane: float = 0.0
@@ -59,21 +59,21 @@ class Doings:
     paused: float = 0.0
     reached: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-    exchanges: list[Exchange] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
 
     def numbers(self) -> list[float]:
         """As many for every worker, as all have the same fragments."""
         plain = [getattr(self, name) for name in PLAIN]
-        return [*plain, *self.seconds.values(), *(number for one in self.exchanges for number in astuple(one))]
+        return [*plain, *self.seconds.values(), *(number for one in self.crossings for number in astuple(one))]
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "Doings":
         """The inverse of `numbers`."""
-        first, each = len(PLAIN) + len(KINDS), len(fields(Exchange))
+        first, each = len(PLAIN) + len(KINDS), len(fields(Crossing))
         plain = dict(zip(PLAIN, numbers, strict=False))
         seconds: dict[str, float] = dict(zip(KINDS, numbers[len(PLAIN) : first], strict=True))
-        exchanges = [Exchange(*numbers[start : start + each]) for start in range(first, len(numbers), each)]
-        return cls(**plain, seconds=seconds, exchanges=exchanges)
+        crossings = [Crossing(*numbers[start : start + each]) for start in range(first, len(numbers), each)]
+        return cls(**plain, seconds=seconds, crossings=crossings)
 
 
 PLAIN = [one.name for one in fields(Doings)][:-2]
@@ -90,7 +90,7 @@ class RoundWatch:
 
     def __init__(self, watch: Stopwatch, fragments: int) -> None:
         self._watch, self._began = watch, 0.0
-        self.doings = Doings(exchanges=[Exchange() for _ in range(fragments)])
+        self.doings = Doings(crossings=[Crossing() for _ in range(fragments)])
 
     @property
     def now(self) -> float:
@@ -124,7 +124,7 @@ def timing_of(doings: Sequence[Doings], islands: Sequence[int], seq_len: int) ->
     for one in doings:
         spent = dict(one.seconds)
         # The last message is a wait too, which nobody can measure before it: who is done early waits for the last.
-        spent["meeting"] += sum(way.arrived - way.came for way in one.exchanges) + length - one.reached
+        spent["meeting"] += sum(way.arrived - way.came for way in one.crossings) + length - one.reached
         spent[OTHER] += length - sum(spent.values())
         seconds.append(spent)
     lanes = {(island, one.lane): one.tokens for island, one in zip(islands, doings, strict=True)}
@@ -151,7 +151,7 @@ def spans_of(
     rows = []
     for rank, (one, island) in enumerate(zip(doings, islands, strict=True)):
         row, now, done = [], one.paused, 0
-        for fragment, (way, arrival) in enumerate(zip(one.exchanges, arrivals[island], strict=True)):
+        for fragment, (way, arrival) in enumerate(zip(one.crossings, arrivals[island], strict=True)):
             if arrival > done:
                 row.append(Span("steps", arrival - done, (), now, way.came))
             row.append(Span("meeting", fragment, _late(fragment, rank, doings, leaders, island), way.came, way.arrived))
@@ -164,7 +164,7 @@ def spans_of(
 
 def _late(fragment: int, rank: int, doings: Sequence[Doings], leaders: Sequence[int], island: int) -> tuple[int, ...]:
     """The worker that sent a fragment last, if it did when this one was already waiting; else only the way was long."""
-    last = max(leaders, key=lambda leader: doings[leader].exchanges[fragment].left)
-    if doings[last].exchanges[fragment].left > doings[rank].exchanges[fragment].came:
+    last = max(leaders, key=lambda leader: doings[leader].crossings[fragment].left)
+    if doings[last].crossings[fragment].left > doings[rank].crossings[fragment].came:
         return (last,)
     return () if rank == leaders[island] else (leaders[island],)

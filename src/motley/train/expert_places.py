@@ -9,12 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from motley.fleet.device import ACTIVATIONS, Format
+from motley.fleet.device import Format
 from motley.model import ModelConfig
 from motley.train.config import TrainingConfig
-from motley.train.layout import IslandLayout, Layout, Team, place_of
-from motley.train.memory import row_bytes
-from motley.train.parts import held_bytes
+from motley.train.layout import IslandLayout, Layout, Team
+from motley.train.memory import held_and_row
 
 
 def experts_by_memory(
@@ -28,38 +27,39 @@ def experts_by_memory(
 
     budgets, formats: bytes that each worker of the job may hold, and what it computes in.
     """
+    found = []
+    for island in islands:
+        room = [budgets[rank] for rank in island.ranks]
+        computing: list[Format] = [formats[rank] for rank in island.ranks]
+        numbers = range(len(island.layout.teams))
+        teams = [_fitting(island.layout, number, shape, config, room, computing) for number in numbers]
+        found.append(replace(island, layout=replace(island.layout, teams=tuple(teams))))
+    return found
 
-    def fitting(island: IslandLayout) -> IslandLayout:
-        layout = island.layout
-        teams = [_fitting(layout, number, island) for number in range(len(layout.teams))]
-        return replace(island, layout=replace(layout, teams=tuple(teams)))
 
-    def _fitting(layout: Layout, number: int, island: IslandLayout) -> Team:
-        team = layout.teams[number]
-        if not team.experts:
-            return team
-        most = [math.inf] * team.expert_lanes
-        for lane, ranks in enumerate(team.lanes):
-            own = lane % team.expert_lanes
-            fewer = _with_experts(layout, number, _one_fewer(team.experts, own))
-            for rank in ranks:
-                held, less = (
-                    held_bytes(
-                        shape, one, rank, config.optimizer, mtp=bool(config.mtp_weight), moments=config.moments
-                    ).total
-                    for one in (layout, fewer)
-                )
-                among_all = island.ranks[rank]
-                number_bytes = ACTIVATIONS[formats[among_all]].itemsize
-                row = row_bytes(shape, place_of(layout, rank), config.seq_len, number_bytes, config.recompute)
-                left = budgets[among_all] - held - team.micro_batch * row
-                if held > less:  # a stage without sparse layers holds no experts
-                    most[own] = min(most[own], team.experts[own] + left // (held - less))
-        if all(room >= count for room, count in zip(most, team.experts, strict=True)):
-            return team
-        return replace(team, experts=_even_up_to(most, team.experts))
-
-    return [fitting(island) for island in islands]
+def _fitting(
+    layout: Layout,
+    number: int,
+    shape: ModelConfig,
+    config: TrainingConfig,
+    budgets: Sequence[float],
+    formats: Sequence[Format],
+) -> Team:
+    """Team `number` of the layout with experts that fit its workers; as it is where they do, or nothing would."""
+    team = layout.teams[number]
+    most = [math.inf] * len(team.experts)
+    for lane, ranks in enumerate(team.lanes) if team.experts else ():
+        own = lane % team.expert_lanes
+        fewer = _with_experts(layout, number, _one_fewer(team.experts, own))
+        for rank in ranks:
+            held, row = held_and_row(shape, config, layout, rank, formats[rank])
+            each = held - held_and_row(shape, config, fewer, rank, formats[rank])[0]
+            if each > 0:  # a stage without sparse layers holds no experts
+                left = budgets[rank] - held - team.micro_batch * row
+                most[own] = min(most[own], team.experts[own] + left // each)
+    if all(room >= count for room, count in zip(most, team.experts, strict=True)):
+        return team
+    return replace(team, experts=_even_up_to(most, team.experts))
 
 
 def _one_fewer(experts: tuple[int, ...], place: int) -> tuple[int, ...]:

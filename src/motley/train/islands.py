@@ -218,7 +218,7 @@ class Island:
             for number, (leaves, _) in enumerate(meetings):
                 if leaves == self.taken:
                     self._send(number)
-                    self._watch.doings.exchanges[number].left = self._watch.now
+                    self._watch.doings.crossings[number].left = self._watch.now
             for number, (_, arrives) in enumerate(meetings):
                 if arrives == self.taken:
                     self._take_in(number)
@@ -272,7 +272,7 @@ class Island:
     def _take_in(self, number: int) -> None:
         """Wait for what all islands sent of a fragment; take the outer step; tell this island."""
         fragment, shared = self.fragments[number], None
-        seen = self._watch.doings.exchanges[number]
+        seen = self._watch.doings.crossings[number]
         seen.came = self._watch.now
         if (flight := self._flights.pop(number, None)) is not None:
             assert self.outer is not None

@@ -26,7 +26,7 @@ from motley.plan.operators import VALUE_BYTES
 from motley.plan.shape import shape_of
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
-from motley.train.layout import IslandLayout, Place, island_of, place_of
+from motley.train.layout import IslandLayout, Layout, Place, island_of, place_of
 from motley.train.optimizer import MOMENTS, NUMBERS_AT_ONCE, Moments, OptimizerName
 from motley.train.parts import bytes_kept_anyway, bytes_kept_once, cut_parts, held_bytes
 from motley.train.timing import memory_bytes
@@ -172,6 +172,16 @@ def row_bytes(shape: ModelConfig, place: Place, seq_len: int, number_bytes: int,
     return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES * flights)
 
 
+def held_and_row(
+    shape: ModelConfig, config: TrainingConfig, layout: Layout, rank: int, number_format: Format
+) -> tuple[float, float]:
+    """Bytes of weights, gradients and optimizer state that a worker of the layout holds, and of a row's activations."""
+    mtp = bool(config.mtp_weight)
+    held = held_bytes(shape, layout, rank, config.optimizer, mtp=mtp, moments=config.moments).total
+    number_bytes = ACTIVATIONS[number_format].itemsize
+    return held, row_bytes(shape, place_of(layout, rank), config.seq_len, number_bytes, config.recompute)
+
+
 def within_memory(
     islands: list[IslandLayout],
     shape: ModelConfig,
@@ -192,15 +202,11 @@ def within_memory(
     """
     own = island_of(islands, crew.rank)
     rank = list(own.ranks).index(crew.rank)
-    held: float = held_bytes(
-        shape, own.layout, rank, config.optimizer, mtp=bool(config.mtp_weight), moments=config.moments
-    ).total
-    place = place_of(own.layout, rank)
-    row = row_bytes(shape, place, config.seq_len, ACTIVATIONS[formats[crew.rank]].itemsize, config.recompute)
+    held, row = held_and_row(shape, config, own.layout, rank, formats[crew.rank])
     if not planned:
         held = ALLOCATED * (held + in_passing_bytes(shape, own.layout.zero, crew.size))
         row = ALLOCATED * row
-    rows = 1 if shrink else place.team.micro_batch
+    rows = 1 if shrink else place_of(own.layout, rank).team.micro_batch
     needs: list[Need] = crew.all_values(Need(held, row, rows, budgets[crew.rank]))
     tight = min(range(crew.size), key=lambda other: needs[other].most_rows - needs[other].rows)
     need = needs[tight]
