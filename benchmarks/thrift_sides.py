@@ -13,7 +13,7 @@ gone, counted from the end of the first step, in which compilers work: every run
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,6 +29,8 @@ from motley.data.stream import Batch, TokenStream
 from motley.model import ModelConfig, Transformer, native
 from motley.model.experts import Experts, moe_reference
 from motley.model.layers import RMSNorm, rms_norm_reference
+from motley.train.loss import blended_cross_entropy
+from motley.train.ngrams import Hints, counts_of
 from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.schedule import Schedule, Stages, factor, sequence_length
 from motley.train.step import LossWeights, accumulate
@@ -59,6 +61,7 @@ class Recipe:
         shape: of the network, which also says whose it is.
         learning_rate: peak.
         embedding_rate: of the learning rate, beside Muon.
+        ngram_weight: of counts of the text in what is learned.
         batches: (share of the time, rows a step from then on), the first at 0.
         lengths: (tokens of a sequence, until which share of the time); then SEQ_LEN. Only our network.
         warmup_share, decay_share, final_share: of the schedule; shares of the time, and of the peak.
@@ -85,6 +88,7 @@ class Recipe:
     compiled: bool = False
     attention: Literal["sdpa", "eager"] = "sdpa"
     plain: bool = False
+    ngram_weight: float = 0.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,13 +125,15 @@ class Learner(Protocol):
 class Ours:
     """motley's network and step, as `motley pretrain` takes it in one process."""
 
-    def __init__(self, recipe: Recipe, shape: ModelConfig, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, recipe: Recipe, shape: ModelConfig, device: torch.device, seed: int, hints: Hints | None
+    ) -> None:
         self.recipe = recipe
         self.model = Transformer(shape)
         self.model.initialize(seed)
         self.model.to(device)
         self.model.compute_dtype = recipe.dtype
-        self.weights = LossWeights(mtp=recipe.mtp_weight)
+        self.weights = LossWeights(mtp=recipe.mtp_weight, hints=hints)
         self.optimizer = Optimizer(
             self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype, recipe.embedding_rate
         )
@@ -147,9 +153,12 @@ class Ours:
 
 
 class Ordinary:
-    """transformers' `LlamaForCausalLM` in autocast, its loss as transformers' users write it."""
+    """transformers' `LlamaForCausalLM` in autocast, its loss as transformers' users write it.
 
-    def __init__(self, recipe: Recipe, shape: Llama, device: torch.device, seed: int) -> None:
+    Only as a lever of ours, the network that is not ours, it learns from n-grams, through our loss.
+    """
+
+    def __init__(self, recipe: Recipe, shape: Llama, device: torch.device, seed: int, hints: Hints | None) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(seed)
@@ -167,7 +176,12 @@ class Ordinary:
         self.optimizer = Optimizer(
             self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype, recipe.embedding_rate
         )
-        self.loss = torch.compile(self._loss, dynamic=False) if recipe.compiled else self._loss
+        self.hints = hints
+        learned: Callable[..., torch.Tensor] = self._loss if hints is None else self._states
+        self.forward = torch.compile(learned, dynamic=False) if recipe.compiled else learned
+
+    def _states(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model.model(ids).last_hidden_state
 
     def _loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self.model(ids).logits
@@ -179,12 +193,20 @@ class Ordinary:
 
     def step(self, batch: Batch, learning_rate: float) -> float:
         self.optimizer.zero_grad()
+        ids, targets = batch.input_ids.to(self.device), batch.targets.to(self.device)
         with self._products():
-            loss = self.loss(batch.input_ids.to(self.device), batch.targets.to(self.device))
+            if self.hints is None:
+                loss = seen = self.forward(ids, targets)
+            else:
+                states = self.forward(ids).flatten(0, 1).to(self.recipe.dtype)
+                expected = self.hints.ngrams.expected(ids)
+                head = self.model.lm_head.weight
+                both = blended_cross_entropy(states, head, targets.flatten(), expected, self.hints.weight)
+                loss, seen = (total / int((targets >= 0).sum()) for total in both)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step(learning_rate)
-        return loss.item()
+        return seen.item()
 
     @torch.no_grad()
     def held_out(self, stream: TokenStream, rows: int) -> float:
@@ -248,18 +270,19 @@ class Clock:
         self.cpu_paused += self.cpu_seconds() - cpu
 
 
-def built(recipe: Recipe, device: torch.device, seed: int) -> Learner:
-    """The network with new weights."""
+def built(recipe: Recipe, device: torch.device, seed: int, rows: TokenStream) -> Learner:
+    """The network with new weights, and what its recipe counts in the text of `rows`."""
+    hints = Hints(counts_of(rows, device), recipe.ngram_weight) if recipe.ngram_weight else None
     if isinstance(recipe.shape, Llama):
-        return Ordinary(recipe, recipe.shape, device, seed)
-    return Ours(recipe, recipe.shape, device, seed)
+        return Ordinary(recipe, recipe.shape, device, seed, hints)
+    return Ours(recipe, recipe.shape, device, seed, hints)
 
 
 def pace(recipe: Recipe, rows: TokenStream, device: torch.device, steps: int) -> dict[str, float]:
     """Seconds of the first step, with all that comes before it, and the median of `steps` later ones."""
     forget_compiled()
     clock = Clock(device)
-    learner, count, read = built(recipe, device, 0), recipe.rows(0.0), [0.0]
+    learner, count, read = built(recipe, device, 0, rows), recipe.rows(0.0), [0.0]
     for step in range(1 + steps):
         learner.step(rows.rows(step * count, count), recipe.rate(0.0))
         read.append(clock.read())
@@ -293,7 +316,7 @@ def trained(
     counted = int((held_out.rows(0, looked_at).targets >= 0).sum())
     clock = clock or Clock(device)
     with plain_paths() if recipe.plain else nullcontext():
-        learner = built(recipe, device, seed)
+        learner = built(recipe, device, seed, rows)
         position, steps, first_step, now, left = 0, 0, 0.0, 0.0, list(marks)
         gone, loss, curve = 0.0, 0.0, []
         while steps == 0 or now < seconds:

@@ -60,6 +60,12 @@ def test_sequences_grow_at_the_shares_that_were_asked_for() -> None:
     assert {PretrainConfig(steps=10).length(step) for step in range(10)} == {256}
 
 
+@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
+def test_a_weight_of_ngrams_is_a_share(weight: float) -> None:
+    with pytest.raises(InputError, match=r"--ngram-weight is .* it must be from 0 to 1"):
+        PretrainConfig(ngram_weight=weight)
+
+
 @pytest.mark.parametrize("length", [60, 256, 512])
 def test_a_length_into_which_rows_cannot_be_cut_is_refused(length: int) -> None:
     fault = f"--seq-len-warmup has sequences of {length} tokens, into which --seq-len 256 cannot be cut"

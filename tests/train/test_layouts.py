@@ -15,6 +15,7 @@ from motley.train import traffic
 from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
 from motley.train.layout import Layout, Team
+from motley.train.ngrams import Hints, Ngrams
 from motley.train.optimizer import Optimizer
 from motley.train.stages import order
 from motley.train.step import LossWeights, accumulate
@@ -91,7 +92,9 @@ def of_one_process(
     for step in range(STEPS):
         optimizer.zero_grad()
         rows, length = Rows().rows(step * config.batch_rows, config.batch_rows), config.length(step)
-        losses = accumulate(model, rows.cut(length), 2 * Rows.seq_len // length, weights, confined=True)
+        hints = Hints(counted(device), config.ngrams(step)) if config.ngrams(step) else None
+        step_weights = dataclasses.replace(weights, hints=hints)
+        losses = accumulate(model, rows.cut(length), 2 * Rows.seq_len // length, step_weights, confined=True)
         first = first or {n: p.grad.cpu().clone() for n, p in model.named_parameters() if p.grad is not None}
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
         optimizer.step(0.01)
@@ -100,6 +103,11 @@ def of_one_process(
         seen.append((losses.main, losses.mtp, losses.balance, norm, [c.tolist() for c in losses.expert_counts]))
     held_out = loss_of(model, confined=True)(Rows(), FEW_ROWS)  # type: ignore[arg-type]
     return first, seen, {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, held_out
+
+
+def counted(device: str | torch.device = "cpu") -> Ngrams:
+    """Of the rows of the first steps, as if they were a text."""
+    return Ngrams.of(Rows().rows(0, 40).input_ids.flatten().numpy(), DEEP.vocab_size, torch.device(device))
 
 
 def take_steps(
@@ -115,6 +123,7 @@ def take_steps(
         worker = Worker(shape, config, layout, crew)
         whole = random_model(seed, shape).state_dict() if crew.leads else None
         worker.take_state(None if whole is None else (dict(whole), {}))
+        worker.ngrams = counted(crew.device) if config.ngram_weight and worker.place.last else None
         gradient, seen = {}, []
         for step in range(STEPS):
             losses, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
@@ -203,7 +212,10 @@ def test_every_layout_takes_the_step_of_a_single_process(size: int):
     for number in range(4 if size == 1 else 14):
         optimizer = chance.choice(["muon", "adamw"])
         mtp = chance.choice([0.0, 0.3])
-        warmup = {"steps": STEPS, "seq_len_warmup": ("", "6:0.4")[number % 2]}  # rows of 12 tokens
+        warmup: dict[str, Any] = {"steps": STEPS, "seq_len_warmup": ("", "6:0.4")[number % 2]}  # rows of 12 tokens
+        warmup["ngram_weight"] = (0.0, 0.0, 0.3)[
+            number % 3
+        ]  # more lets slopes all but vanish, and Adam takes their sign
         cases.append((random_layout(size, chance), settings(optimizer=optimizer, mtp_weight=mtp, **warmup), number))
     assert_same_steps(on_crew(size, take_steps, cases), cases)
 

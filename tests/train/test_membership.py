@@ -188,7 +188,8 @@ def test_a_live_crew_loses_one_and_gains_one_and_learns_what_one_process_learns(
     arguments = {
         "out": out, "data": (str(data),), "model": str(shape), "steps": STEPS, "batch_rows": ROWS, "micro_batch": 3,
         "seq_len": 64, "valid_every": 10, "checkpoint_every": 7, "keep_last": 2, "precision": "fp32",
-        "warmup_steps": 5, "seq_len_warmup": "16:0.3,32:0.6", "device": "cpu", "live": True, "patience": 60.0,
+        "warmup_steps": 5, "seq_len_warmup": "16:0.3,32:0.6", "ngram_weight": 0.5, "device": "cpu",
+        "live": True, "patience": 60.0,
     }  # fmt: skip
 
     def begin(program: str = "same", make: str = "same") -> Any:

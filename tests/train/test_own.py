@@ -111,7 +111,8 @@ def test_a_newcomer_with_a_copy_of_the_data_joins_and_leads_with_that_of_the_cre
     arguments = {
         "out": out, "data": (str(data),), "model": str(shape), "steps": STEPS, "batch_rows": 4, "micro_batch": 3,
         "seq_len": 64, "valid_every": 10, "checkpoint_every": 7, "keep_last": 2, "precision": "fp32",
-        "warmup_steps": 5, "seq_len_warmup": "16:0.3,32:0.6", "device": "cpu", "live": True, "patience": 60.0,
+        "warmup_steps": 5, "seq_len_warmup": "16:0.3,32:0.6", "ngram_weight": 0.5, "device": "cpu",
+        "live": True, "patience": 60.0,
     }  # fmt: skip
 
     def begin(**given: Any) -> Any:

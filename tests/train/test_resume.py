@@ -46,7 +46,7 @@ def command(out: Path, data: Path, shape: Path, **settings: Any) -> list[str]:
     chosen: dict[str, Any] = {
         "out": out, "data": data, "model": shape, "steps": STEPS, "batch_rows": 4, "micro_batch": 3, "seq_len": 64,
         "valid_every": 10, "checkpoint_every": 7, "keep_last": 2, "precision": "bf16", "warmup_steps": 5,
-        "device": "cpu", "seq_len_warmup": "16:0.3,32:0.6",
+        "device": "cpu", "seq_len_warmup": "16:0.3,32:0.6", "ngram_weight": 0.5,
     }  # fmt: skip
     options = [f"--{name.replace('_', '-')}={value}" for name, value in (chosen | settings).items()]
     return [sys.executable, "-m", "motley", "pretrain", *options]

@@ -119,6 +119,12 @@ class TokenStream:
             read(int(row), inputs[place], targets[place], documents[place])
         return Batch(*(torch.from_numpy(array) for array in (inputs, targets, documents)))
 
+    def text(self, limit: int) -> np.ndarray:
+        """Tokens of the split in the order of its files: all of them, or the first of each shard, `limit` in all."""
+        everything = int(self._first_token[-1])
+        share = min(1.0, limit / max(1, everything))
+        return np.concatenate([shard.tokens[: int(len(shard.tokens) * share)] for shard in self._shards])
+
     def row_numbers(self, position: int, count: int) -> np.ndarray:
         """Which rows of the files stand at these positions of the stream, int64 [count]."""
         positions = np.arange(position, position + count, dtype=np.int64)

@@ -12,11 +12,13 @@ from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.fleet.probe import Machine
 from motley.model import ModelConfig, Transformer
+from motley.progress import note
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew
 from motley.train.elastic import Memory, Own, Result, live
 from motley.train.kept import keep_freed_memory
 from motley.train.loop import train
+from motley.train.ngrams import counts_of
 from motley.train.run import Run, claimed
 from motley.train.start import employ, meet
 
@@ -69,6 +71,11 @@ def carry_out(
     keep_freed_memory()
     island = employ(config, shape, crew, run, data, machine, None if goes_on else weights)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
+    if config.ngrams(0) and island.worker.place.last:
+        memory.ngrams = memory.ngrams or counts_of(rows, crew.device)
+        island.worker.ngrams = memory.ngrams
+        if crew.leads:
+            note(f"counted what follows what in {memory.ngrams.counted:,} tokens of text")
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
     at = train(island, memory.course(island, data), rows, held_out, tokenizer, title)
     result = crew.led(lambda: run.finish(asdict(at)))

@@ -135,6 +135,10 @@ class TrainingConfig:
         """Tokens of the sequences of a step."""
         return self.seq_len
 
+    def ngrams(self, step: int) -> float:
+        """Weight of n-grams in what a step learns."""
+        return 0.0
+
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """What each setting is where nobody says."""
@@ -158,13 +162,20 @@ class PretrainConfig(TrainingConfig):
     seq_len_warmup: str = ""
     """Shorter sequences first: 64:0.3,128:0.6 cuts text into 64 tokens for the first 30 % of the steps and into 128
     until 60 %. Cheaper, and a new model learns faster so."""
+    ngram_weight: float = 0.0
+    """Weight, from 0 to 1, of what usually follows the last two tokens, beside the one token that did: all of the text
+    is counted at the start, in seconds. For short runs from random weights, which learn much faster so."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         stages_of(self.seq_len_warmup)
+        self._demand("ngram_weight", 0 <= self.ngram_weight <= 1, "from 0 to 1")
 
     def length(self, step: int) -> int:
         return sequence_length(stages_of(self.seq_len_warmup), self.seq_len, step / self.steps)
+
+    def ngrams(self, step: int) -> float:
+        return self.ngram_weight
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from motley.train.crew import LAST_LOOK_SECONDS, OTHERS, Crew, compare
 from motley.train.islands import Island
 from motley.train.loop import Course, begin
 from motley.train.membership import Door, entered
+from motley.train.ngrams import Ngrams
 from motley.train.run import claimed
 from motley.train.shares import Shares
 from motley.train.start import facts, rounding
@@ -117,6 +118,7 @@ class Memory:
         island: its last part in training, with model and optimizer.
         kept: where its run stands.
         data: the prepared data that its last crew used: whoever leads the next goes on with it.
+        ngrams: counts of its text, if a crew needed them.
     """
 
     own: Own
@@ -124,6 +126,7 @@ class Memory:
     island: Island | None = None
     kept: Course | None = None
     data: Path | None = None
+    ngrams: Ngrams | None = None
 
     @property
     def step(self) -> int:

@@ -252,9 +252,9 @@ class Lane:
             main = model.model.norm(x)
             further, more = model.further(main, part.input_ids, documents) if depths else ([], [])
             if self.turns is None:
-                loss = predicted_loss(model, main, further, part, counts, weights.mtp, tally, scale)
+                loss = predicted_loss(model, main, further, part, counts, weights, tally, scale)
             else:
-                loss = self.turns.predicted_loss(model, main, further, part, counts, weights.mtp, tally)
+                loss = self.turns.predicted_loss(model, main, further, part, counts, weights, tally)
             routings = routings + more
         else:
             sent = x.to(self.wire)

@@ -1,6 +1,6 @@
 """One exact training step: the gradient does not depend on how the batch was cut.
 
-    loss = sum of token losses / all valid tokens of the step
+    loss = sum of token losses / all valid tokens of the step        (blended with n-grams, if there are hints)
          + mtp_weight / D * sum over depths of (their token losses / all tokens they predict)
          + balance_weight * sum over MoE layers of (sum over sequences of balance * tokens) / all tokens
 
@@ -18,20 +18,25 @@ from torch import Tensor
 from motley.data.stream import Batch
 from motley.model import Transformer
 from motley.model.moe import Routing
-from motley.train.loss import summed_cross_entropy
+from motley.train.loss import blended_cross_entropy, summed_cross_entropy
+from motley.train.ngrams import Hints
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of what is added to the main loss (V3 report, 4.2)."""
+    """Weights of what is added to the main loss (V3 report, 4.2), and what it is blended with."""
 
     mtp: float = 0.3
     balance: float = 1e-4
+    hints: Hints | None = None
 
 
 @dataclass
 class StepLosses:
-    """Losses of a whole step in nats per token, and what the routers did."""
+    """Losses of a whole step in nats per token, and what the routers did.
+
+    `main` is of the tokens that came, whatever else was learned.
+    """
 
     main: float
     mtp: float
@@ -119,7 +124,7 @@ def predicted_loss(
     further: Sequence[Tensor],
     batch: Batch,
     counts: Counts,
-    mtp: float,
+    weights: LossWeights,
     tally: Tally,
     scale: float = 1.0,
 ) -> Tensor:
@@ -131,19 +136,25 @@ def predicted_loss(
         further: as in `Hidden`; empty leaves the MTP loss out.
         batch: the micro-batch, on the model's device.
         counts: of the whole step.
-        mtp: weight of the MTP loss.
+        weights: of its parts.
         tally: takes note of the parts.
         scale: what the loss will be multiplied by for its gradient.
     """
     head = model.lm_head.weight
     slope = 2.0 ** round(math.log2(scale / max(1, counts.tokens)))
-    total = summed_cross_entropy(main.flatten(0, 1), head, batch.targets.flatten(), slope) / max(1, counts.tokens)
-    tally.main += total.detach()
+    targets = batch.targets.flatten()
+    if weights.hints is None:
+        total = seen = summed_cross_entropy(main.flatten(0, 1), head, targets, slope)
+    else:
+        expected = weights.hints.ngrams.expected(batch.input_ids)
+        total, seen = blended_cross_entropy(main.flatten(0, 1), head, targets, expected, weights.hints.weight, slope)
+    total = total / max(1, counts.tokens)
+    tally.main += seen.detach() / max(1, counts.tokens)
     for depth, state in enumerate(further, start=1):
         targets = mtp_targets(batch.targets, batch.documents, depth).flatten()
         part = summed_cross_entropy(state.flatten(0, 1), head, targets, slope) / max(1, counts.further[depth - 1])
         part = part / len(further)
-        total = total + mtp * part
+        total = total + weights.mtp * part
         tally.mtp += part.detach()
     return total
 
@@ -171,7 +182,7 @@ def accumulate(
         part = batch_rows(batch, rows, model.device)
         documents = attended_documents(part, confined)
         hidden = model.hidden(part.input_ids, documents, mtp=bool(depths))
-        total = predicted_loss(model, hidden.main, hidden.further, part, counts, weights.mtp, tally)
+        total = predicted_loss(model, hidden.main, hidden.further, part, counts, weights, tally)
         total = total + tally.add_routings(hidden.routings, counts, weights.balance, max(1, len(hidden.routings)))
         total.backward()
     tokens = int((batch.targets >= 0).sum())

@@ -10,6 +10,7 @@ step, and every worker sees the same losses, norm and router loads, so that all 
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from motley.train.crew import Crew
 from motley.train.gather import State, gather, scatter
 from motley.train.layout import Layout, place_of
 from motley.train.memory import Budgets
+from motley.train.ngrams import Hints, Ngrams
 from motley.train.optimizer import Optimizer, by_muon
 from motley.train.parts import trained
 from motley.train.precision import check_formats, wire_dtype
@@ -89,6 +91,7 @@ class Worker:
         self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
         self.timing = Timing()
         self.budgets: Budgets | None = None
+        self.ngrams: Ngrams | None = None
         self.before_step: Callable[[int], None] = lambda step: None
         self._rows: list[int] = []
 
@@ -120,7 +123,7 @@ class Worker:
         counts = own.added_up(lambda values: self.crew.sum(self.crew.outgoing(values)).cpu())
         self.shards.clear()
         confined = self.settings.confine_to_document
-        tally = self.lane.run(batch, self._micro_batches(), counts, self.weights, confined, length, scale)
+        tally = self.lane.run(batch, self._micro_batches(), counts, self._weights(step), confined, length, scale)
         made, received, received_gradient = (self.lane.broken > 0).tolist()
         overflowed = bool(self.scales.workers) and not self._own_gradient_is_finite()  # only loss scales ask who it was
         broken = [made, received, overflowed, received_gradient]
@@ -219,6 +222,10 @@ class Worker:
             return stream.rows(start + sum(shares[:number]), count)
         ids = torch.empty(0, stream.seq_len, dtype=torch.int64)
         return Batch(ids, torch.full_like(ids, NO_LOSS), torch.full_like(ids, PADDING))
+
+    def _weights(self, step: int) -> LossWeights:
+        weight = self.settings.ngrams(step)
+        return replace(self.weights, hints=Hints(self.ngrams, weight) if self.ngrams and weight else None)
 
     def _micro_batches(self, shares: list[int] | None = None) -> int:
         """How many this worker computes: what its rows make, or what the busiest of the lanes in step with it needs."""

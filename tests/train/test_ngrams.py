@@ -1,0 +1,124 @@
+"""Targets from counts are Kneser and Ney's distribution, and what is learned from them is the cross-entropy with it."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from motley.model import native
+from motley.train.loss import CHUNK, blended_cross_entropy
+from motley.train.ngrams import DISCOUNT, Expected, Ngrams
+
+VOCAB = 48
+
+
+def some_text(tokens: int = 4000, seed: int = 0) -> np.ndarray:
+    """Tokens of which each depends on the one before; a few never occur."""
+    draw = np.random.default_rng(seed)
+    text = [0]
+    while len(text) < tokens:
+        text.append(int((text[-1] * 7 + draw.geometric(0.3)) % (VOCAB - 4)))
+    return np.array(text, dtype=np.uint16)
+
+
+def kneser_ney(text: list[int], a: int | None, b: int) -> list[float]:
+    """p(c | a, b) for each c, by the book: Chen and Goodman 1999, section 2.7, interpolated."""
+    triples = list(zip(text, text[1:], text[2:], strict=False))
+    kinds = set(triples)
+    pairs = {(y, z) for _, y, z in kinds}
+
+    def unigram(c: int) -> float:
+        return sum(z == c for _, z in pairs) / len(pairs)
+
+    def bigram(c: int) -> float:
+        follows = [(x, z) for x, y, z in kinds if y == b]
+        if not follows:
+            return unigram(c)
+        distinct = len({z for _, z in follows})
+        own = max(sum(z == c for _, z in follows) - DISCOUNT, 0)
+        return (own + DISCOUNT * distinct * unigram(c)) / len(follows)
+
+    def trigram(c: int) -> float:
+        follows = [z for x, y, z in triples if (x, y) == (a, b)]
+        if not follows:
+            return bigram(c)
+        own = max(follows.count(c) - DISCOUNT, 0)
+        return (own + DISCOUNT * len(set(follows)) * bigram(c)) / len(follows)
+
+    return [trigram(c) for c in range(VOCAB)]
+
+
+def test_what_is_expected_is_interpolated_kneser_ney() -> None:
+    text = some_text(600)
+    ngrams = Ngrams.of(text, VOCAB)
+    rows = torch.tensor([[3, *text[40:45].tolist()], [47, 47, 0, 46, 5, 5]])  # 46 and 47 never occur
+    found = ngrams.expected(rows).dense().view(2, 6, VOCAB)
+    for row in range(2):
+        for place in range(6):
+            before = int(rows[row, place - 1]) if place else None
+            wanted = kneser_ney(text.tolist(), before, int(rows[row, place]))
+            assert found[row, place].tolist() == pytest.approx(wanted, abs=1e-6)
+            assert float(found[row, place].sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_counts_expect_unseen_text_better_than_each_shorter_context() -> None:
+    text, unseen = some_text(20_000), torch.from_numpy(some_text(2000, seed=1).astype(np.int64))
+    expected = Ngrams.of(text, VOCAB).expected(unseen[None, :-1])
+
+    def nats(distribution: Tensor) -> float:
+        return -float(distribution.gather(1, unseen[1:, None]).log().mean())
+
+    one = Expected(expected.ngrams, expected.floor, expected.begins, expected.ends, expected.factors)
+    one.ends[:, 1] = one.begins[:, 1]
+    bigrams = one.dense()
+    assert nats(bigrams / bigrams.sum(dim=1, keepdim=True)) < nats(expected.ngrams.vocabulary.repeat(1999, 1)) - 1
+
+
+def expected_for(positions: int, vocab: int, generator: torch.Generator) -> Expected:
+    text = torch.randint(vocab, (5000,), generator=generator) % torch.randint(
+        1, vocab + 1, (5000,), generator=generator
+    )
+    return Ngrams.of(text.numpy(), vocab).expected(text[None, 100 : 100 + positions])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("positions", [1, 9, CHUNK + 3])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "kernel"])
+def test_what_is_learned_is_the_blended_cross_entropy_in_fp64(
+    kind: str, positions: int, weight: float, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "kernel":
+        request.getfixturevalue("kernels")
+        monkeypatch.setattr("motley.train.loss.GROUP_LOGITS", 64 * VOCAB)  # several groups
+    generator = torch.Generator().manual_seed(positions)
+    expected = expected_for(positions, VOCAB, generator)
+    hidden = torch.randn(positions, 32, generator=generator)
+    hidden = hidden if kind == "fp32" else hidden.bfloat16()
+    head = 0.3 * torch.randn(VOCAB, 32, generator=generator)
+    targets = torch.randint(VOCAB, (positions,), generator=generator)
+    targets[3::7] = -100
+    inputs = [tensor.clone().requires_grad_() for tensor in (hidden, head)]
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, head)]
+
+    def run() -> tuple[Tensor, Tensor]:
+        return blended_cross_entropy(*inputs, targets, expected, weight, 2.0**-6)
+
+    if kind == "kernel":
+        learned, seen = run()
+    else:
+        with native.switched_off():
+            learned, seen = run()
+    counted = targets >= 0
+    logs = (exact[0] @ exact[1].t()).log_softmax(dim=1)[counted]
+    hard = -logs.gather(1, targets[counted][:, None]).sum()
+    wanted = (1 - weight) * hard - weight * (expected.dense()[counted].double() * logs).sum()
+    (learned * 0.5).backward()
+    (wanted * 0.5).backward()
+    tolerance = 1e-5 if kind == "fp32" else 2e-2
+    assert not seen.requires_grad
+    assert seen.item() == pytest.approx(hard.item(), rel=tolerance)
+    assert learned.item() == pytest.approx(wanted.item(), rel=tolerance)
+    for one, other in zip(inputs, exact, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert float((one.grad.double() - other.grad).norm() / other.grad.norm()) < tolerance
