@@ -272,7 +272,9 @@ class Clock:
 
 def built(recipe: Recipe, device: torch.device, seed: int, rows: TokenStream) -> Learner:
     """The network with new weights, and what its recipe counts in the text of `rows`."""
-    hints = Hints(counts_of(rows, device), recipe.ngram_weight) if recipe.ngram_weight else None
+    hints = (
+        Hints(counts_of(rows, recipe.shape.vocab_size, device), recipe.ngram_weight) if recipe.ngram_weight else None
+    )
     if isinstance(recipe.shape, Llama):
         return Ordinary(recipe, recipe.shape, device, seed, hints)
     return Ours(recipe, recipe.shape, device, seed, hints)

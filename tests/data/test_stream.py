@@ -220,3 +220,14 @@ def test_rows_that_are_cut_keep_their_tokens_their_order_and_every_target() -> N
     assert batch.cut(6) is batch
     assert batch.cut(7) is batch
     assert Batch(ids[:0], ids[:0], ids[:0]).cut(2).input_ids.shape == (0, 2)
+
+
+@pytest.mark.parametrize("limit", [10_000_000, 3000, 40])
+def test_the_text_is_all_tokens_in_order_or_as_much_of_each_shard(text: Prepared, limit: int) -> None:
+    found = TokenStream(text.folder, "train", seq_len=8).text(limit)
+    arrays = [np.asarray(shards.Shard(text, entry).tokens) for entry in text.shards["train"]]
+    share = min(1.0, limit / sum(map(len, arrays)))
+    expected = [token for array in arrays for token in array[: int(len(array) * share)]]
+    assert found.tolist() == expected
+    assert (len(found) == sum(map(len, arrays))) == (share == 1)
+    assert len(found) <= limit

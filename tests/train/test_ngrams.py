@@ -1,14 +1,22 @@
 """Targets from counts are Kneser and Ney's distribution, and what is learned from them is the cross-entropy with it."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from motley.model import native
+from motley.data.stream import Batch
+from motley.errors import InputError
+from motley.model import ModelConfig, Transformer, native
 from motley.train.loss import CHUNK, blended_cross_entropy
-from motley.train.ngrams import DISCOUNT, Expected, Ngrams
+from motley.train.ngrams import DISCOUNT, Expected, Hints, Ngrams, counts_of
+from motley.train.optimizer import Optimizer
+from motley.train.step import LossWeights, accumulate
 
+TINY = Path(__file__).parents[2] / "examples" / "models" / "tiny.json"
 VOCAB = 48
 
 
@@ -122,3 +130,43 @@ def test_what_is_learned_is_the_blended_cross_entropy_in_fp64(
         assert one.grad is not None
         assert other.grad is not None
         assert float((one.grad.double() - other.grad).norm() / other.grad.norm()) < tolerance
+
+
+def test_a_new_model_learns_a_language_of_pairs_sooner() -> None:
+    """Held-out loss after a few steps on little text, of which counts have seen more."""
+    text, held_out = torch.from_numpy(some_text(40_000).astype(np.int64)), some_text(1000, seed=3)
+    ngrams = Ngrams.of(text.numpy(), VOCAB)
+    shape = ModelConfig.from_hf(json.loads(TINY.read_text()) | {"vocab_size": VOCAB, "num_nextn_predict_layers": 0})
+
+    def loss_after(steps: int, weight: float) -> float:
+        model = Transformer(shape)
+        model.initialize(0)
+        optimizer = Optimizer(model.named_parameters(), "muon", 0.0, torch.float32)
+        weights = LossWeights(0.0, 0.0, Hints(ngrams, weight) if weight else None)
+        for step in range(steps):
+            rows = text[step * 260 : step * 260 + 260].view(4, 65)
+            optimizer.zero_grad()
+            accumulate(model, batch_of(rows), 4, weights, confined=False)
+            optimizer.step(0.01)
+        with torch.no_grad():
+            rows = torch.from_numpy(held_out[:975].astype(np.int64)).view(15, 65)
+            logits = model(rows[:, :-1])
+            return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+
+    assert loss_after(30, 0.85) < loss_after(30, 0.0) - 0.1
+
+
+def batch_of(rows: Tensor) -> Batch:
+    ids = rows[:, :-1].contiguous()
+    return Batch(ids, rows[:, 1:].contiguous(), torch.zeros_like(ids))
+
+
+def test_too_little_text_to_count_is_said(tmp_path: Path) -> None:
+    class Short:
+        folder = tmp_path
+
+        def text(self, limit: int) -> np.ndarray:
+            return np.array([1, 2], dtype=np.uint16)
+
+    with pytest.raises(InputError, match="holds 2 tokens, too few to count; leave --ngram-weight out"):
+        counts_of(Short(), VOCAB, torch.device("cpu"))  # type: ignore[arg-type]

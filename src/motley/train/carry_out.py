@@ -72,7 +72,7 @@ def carry_out(
     island = employ(config, shape, crew, run, data, machine, None if goes_on else weights)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     if config.ngrams(0) and island.worker.place.last:
-        memory.ngrams = memory.ngrams or counts_of(rows, crew.device)
+        memory.ngrams = memory.ngrams or counts_of(rows, shape.vocab_size, crew.device)
         island.worker.ngrams = memory.ngrams
         if crew.leads:
             note(f"counted what follows what in {memory.ngrams.counted:,} tokens of text")

@@ -36,7 +36,11 @@ def blended_cross_entropy(
         -(1 - weight) log p[target]  -  weight * sum over c of expected(c) log p[c]         -log p[target]
 
     with p = softmax(hidden head^T). The second has no gradient. The rest is as in `summed_cross_entropy`.
+
+    expected: of the same positions, over the vocabulary of `head`.
     """
+    assert len(expected.floor) == len(targets), "a distribution for each position"
+    assert len(expected.ngrams.vocabulary) == len(head), "over the same vocabulary"
     return _cross_entropy(hidden, head, targets, expected, weight, slope)
 
 

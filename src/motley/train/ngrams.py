@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from motley.data.stream import TokenStream
+from motley.errors import InputError
 
-COUNTED_TOKENS = 1 << 25  # of a longer text: 3 seconds and 800 MB while counting
+COUNTED_TOKENS = 1 << 25  # of a longer text: about 5 seconds, and half a gigabyte while counting
 DISCOUNT = 0.75
 ORDERS = 2  # sparse rows that a position has: after one token and after two
 
@@ -71,12 +72,14 @@ class Ngrams:
         """Count a text.
 
         Args:
-            text: token ids [tokens].
+            text: token ids [tokens], at least three.
             vocab_size: below 2²¹, so that three tokens fit into 63 bits.
             device: where the table is kept.
         """
-        text = text.astype(np.int64)
-        neighbours = (text[:-2] * vocab_size + text[1:-1]) * vocab_size + text[2:]
+        neighbours = text[:-2].astype(np.int64)
+        for following in (text[1:-1], text[2:]):
+            neighbours *= vocab_size
+            neighbours += following
         neighbours.sort()
         triples, counts = _counted(neighbours)
         ends = triples % vocab_size**2  # each as often as it has different tokens before it
@@ -167,9 +170,17 @@ class Hints:
     weight: float
 
 
-def counts_of(rows: TokenStream, device: torch.device) -> Ngrams:
-    """Counts of the text that a stream reads: of all of it, or of equal parts of its shards up to COUNTED_TOKENS."""
-    return Ngrams.of(rows.text(COUNTED_TOKENS), rows.prepared.vocab_size, device)
+def counts_of(rows: TokenStream, vocab_size: int, device: torch.device) -> Ngrams:
+    """Counts of the text that a stream reads: of all of it, or of equal parts of its shards up to COUNTED_TOKENS.
+
+    vocab_size: of the model, which may have room for more tokens than the text's tokenizer knows.
+
+    Raises InputError where there is nothing to count.
+    """
+    text = rows.text(COUNTED_TOKENS)
+    if len(text) < 3:
+        raise InputError(f"{rows.folder} holds {len(text)} tokens, too few to count; leave --ngram-weight out")
+    return Ngrams.of(text, vocab_size, device)
 
 
 def _counted(ascending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
