@@ -251,10 +251,13 @@ def raced(arguments: argparse.Namespace, race: Race) -> dict[str, Any]:
         parts[part] = [race.run(f"ours, T over {part}, seed {s}", best, race.seconds / part, s, MARKS) for s in seeds]
         return mean(parts[part]) <= aim
 
-    if all(map(reaches, PARTS[:1])):
-        all(map(reaches, PARTS[1:]))
-    else:
-        any(map(reaches, LONGER))
+    for part in PARTS:
+        if not reaches(part):
+            break
+    if len(parts) == 1:  # the longest of them was too short
+        for part in LONGER:
+            if reaches(part):
+                break
     ratios = [ratio([theirs[seed]], [[runs[seed]] for runs in parts.values()]) for seed in seeds]
     reached = [part for part, runs in parts.items() if mean(runs) <= aim]
     found = {

@@ -92,7 +92,7 @@ def of_one_process(
     for step in range(STEPS):
         optimizer.zero_grad()
         rows, length = Rows().rows(step * config.batch_rows, config.batch_rows), config.length(step)
-        hints = Hints(counted(device), config.ngrams(step)) if config.ngrams(step) else None
+        hints = Hints(counted(device), config.ngram_weight) if config.ngram_weight else None
         step_weights = dataclasses.replace(weights, hints=hints)
         losses = accumulate(model, rows.cut(length), 2 * Rows.seq_len // length, step_weights, confined=True)
         first = first or {n: p.grad.cpu().clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -213,9 +213,8 @@ def test_every_layout_takes_the_step_of_a_single_process(size: int):
         optimizer = chance.choice(["muon", "adamw"])
         mtp = chance.choice([0.0, 0.3])
         warmup: dict[str, Any] = {"steps": STEPS, "seq_len_warmup": ("", "6:0.4")[number % 2]}  # rows of 12 tokens
-        warmup["ngram_weight"] = (0.0, 0.0, 0.3)[
-            number % 3
-        ]  # more lets slopes all but vanish, and Adam takes their sign
+        # More would let slopes all but vanish, and Adam takes their sign.
+        warmup["ngram_weight"] = (0.0, 0.0, 0.3)[number % 3]
         cases.append((random_layout(size, chance), settings(optimizer=optimizer, mtp_weight=mtp, **warmup), number))
     assert_same_steps(on_crew(size, take_steps, cases), cases)
 
@@ -282,6 +281,10 @@ def test_sharded_gradients_and_weights_take_the_step_whatever_the_workers_rows(s
             )
             memory = tuple(chance.choice([0.0, 1.0, 5.0]) for _ in range(2))
             layout = Layout(teams, zero=zero, memory=(*memory, 2.0), rates=rates)  # type: ignore[arg-type]
-            chosen = {"optimizer": chance.choice(["muon", "adamw"]), "recompute": chance.choice([False, True])}
+            chosen: dict[str, Any] = {
+                "optimizer": chance.choice(["muon", "adamw"]),
+                "recompute": chance.choice([False, True]),
+            }
+            chosen["ngram_weight"] = (0.3, 0.0)[len(cases) % 2]
             cases.append((layout, settings(batch_rows=10, **chosen), len(cases)))
     assert_same_steps(on_crew(3, take_steps, cases, shape, seconds=120), cases, shape)

@@ -1,6 +1,7 @@
 """Targets from counts are Kneser and Ney's distribution, and what is learned from them is the cross-entropy with it."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from motley.data.stream import Batch
+from motley.data.pack import DataConfig, prepare
+from motley.data.stream import Batch, TokenStream
+from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.model import ModelConfig, Transformer, native
+from motley.train.config import PretrainConfig
 from motley.train.loss import CHUNK, blended_cross_entropy
 from motley.train.ngrams import DISCOUNT, Expected, Hints, Ngrams, counts_of
 from motley.train.optimizer import Optimizer
+from motley.train.pretrain import new_model_config, pretrain
 from motley.train.step import LossWeights, accumulate
 
 TINY = Path(__file__).parents[2] / "examples" / "models" / "tiny.json"
@@ -21,11 +26,11 @@ VOCAB = 48
 
 
 def some_text(tokens: int = 4000, seed: int = 0) -> np.ndarray:
-    """Tokens of which each depends on the one before; a few never occur."""
+    """Tokens of which each depends on the two before, most on the last; a few never occur."""
     draw = np.random.default_rng(seed)
-    text = [0]
+    text = [0, 1]
     while len(text) < tokens:
-        text.append(int((text[-1] * 7 + draw.geometric(0.3)) % (VOCAB - 4)))
+        text.append(int((text[-1] * 7 + text[-2] % 3 + draw.geometric(0.4)) % (VOCAB - 4)))
     return np.array(text, dtype=np.uint16)
 
 
@@ -69,17 +74,17 @@ def test_what_is_expected_is_interpolated_kneser_ney() -> None:
             assert float(found[row, place].sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_counts_expect_unseen_text_better_than_each_shorter_context() -> None:
+def test_counts_expect_unseen_text_better_the_more_of_it_they_look_back_at() -> None:
     text, unseen = some_text(20_000), torch.from_numpy(some_text(2000, seed=1).astype(np.int64))
-    expected = Ngrams.of(text, VOCAB).expected(unseen[None, :-1])
+    ngrams = Ngrams.of(text, VOCAB)
 
     def nats(distribution: Tensor) -> float:
-        return -float(distribution.gather(1, unseen[1:, None]).log().mean())
+        return -float(distribution[1:].gather(1, unseen[2:, None]).log().mean())
 
-    one = Expected(expected.ngrams, expected.floor, expected.begins, expected.ends, expected.factors)
-    one.ends[:, 1] = one.begins[:, 1]
-    bigrams = one.dense()
-    assert nats(bigrams / bigrams.sum(dim=1, keepdim=True)) < nats(expected.ngrams.vocabulary.repeat(1999, 1)) - 1
+    two = ngrams.expected(unseen[None, :-1]).dense()
+    one = ngrams.expected(unseen[:-1, None]).dense()  # rows of one token have nothing before it
+    none = ngrams.vocabulary.repeat(len(unseen) - 1, 1)
+    assert nats(two) < nats(one) - 0.1 < nats(none) - 1
 
 
 def expected_for(positions: int, vocab: int, generator: torch.Generator) -> Expected:
@@ -89,9 +94,9 @@ def expected_for(positions: int, vocab: int, generator: torch.Generator) -> Expe
     return Ngrams.of(text.numpy(), vocab).expected(text[None, 100 : 100 + positions])
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1])
 @pytest.mark.parametrize("positions", [1, 9, CHUNK + 3])
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "kernel"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16", "kernel"])
 def test_what_is_learned_is_the_blended_cross_entropy_in_fp64(
     kind: str, positions: int, weight: float, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +106,7 @@ def test_what_is_learned_is_the_blended_cross_entropy_in_fp64(
     generator = torch.Generator().manual_seed(positions)
     expected = expected_for(positions, VOCAB, generator)
     hidden = torch.randn(positions, 32, generator=generator)
-    hidden = hidden if kind == "fp32" else hidden.bfloat16()
+    hidden = hidden.to({"fp32": torch.float32, "fp16": torch.float16}.get(kind, torch.bfloat16))
     head = 0.3 * torch.randn(VOCAB, 32, generator=generator)
     targets = torch.randint(VOCAB, (positions,), generator=generator)
     targets[3::7] = -100
@@ -132,7 +137,7 @@ def test_what_is_learned_is_the_blended_cross_entropy_in_fp64(
         assert float((one.grad.double() - other.grad).norm() / other.grad.norm()) < tolerance
 
 
-def test_a_new_model_learns_a_language_of_pairs_sooner() -> None:
+def test_a_new_model_learns_a_small_language_sooner() -> None:
     """Held-out loss after a few steps on little text, of which counts have seen more."""
     text, held_out = torch.from_numpy(some_text(40_000).astype(np.int64)), some_text(1000, seed=3)
     ngrams = Ngrams.of(text.numpy(), VOCAB)
@@ -144,16 +149,17 @@ def test_a_new_model_learns_a_language_of_pairs_sooner() -> None:
         optimizer = Optimizer(model.named_parameters(), "muon", 0.0, torch.float32)
         weights = LossWeights(0.0, 0.0, Hints(ngrams, weight) if weight else None)
         for step in range(steps):
-            rows = text[step * 260 : step * 260 + 260].view(4, 65)
+            rows = text[step * 65 : step * 65 + 65].view(1, 65)
             optimizer.zero_grad()
-            accumulate(model, batch_of(rows), 4, weights, confined=False)
+            accumulate(model, batch_of(rows), 1, weights, confined=False)
             optimizer.step(0.01)
         with torch.no_grad():
             rows = torch.from_numpy(held_out[:975].astype(np.int64)).view(15, 65)
             logits = model(rows[:, :-1])
             return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
 
-    assert loss_after(30, 0.85) < loss_after(30, 0.0) - 0.1
+    found, without = loss_after(20, 0.85), loss_after(20, 0.0)
+    assert found < without - 0.1, (found, without)
 
 
 def batch_of(rows: Tensor) -> Batch:
@@ -170,3 +176,31 @@ def test_too_little_text_to_count_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="holds 2 tokens, too few to count; leave --ngram-weight out"):
         counts_of(Short(), VOCAB, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_pretraining_learns_from_the_counts_of_its_training_text(tmp_path: Path) -> None:
+    """The gradient of its first step is the one of the plain reference with counts of the same text."""
+    text = tmp_path / "text.jsonl"
+    words = random.Random(0).choices(["one", "two", "three", "four", "five"], k=4000)
+    lines = [" ".join(words[start : start + 40]) for start in range(0, len(words), 40)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    data = prepare(DataConfig(data=(str(text),), vocab_size=300), tmp_path / "data").folder
+    norms = {}
+    for weight in (0.0, 0.6):
+        config = PretrainConfig(
+            out=tmp_path / str(weight), data=(str(data),), model=str(TINY), steps=1, batch_rows=4, micro_batch=2,
+            seq_len=32, ngram_weight=weight, precision="fp32", device="cpu",
+        )  # fmt: skip
+        pretrain(config)
+        records = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+        found = next(record for record in records if record["kind"] == "train")
+        rows = TokenStream(data, "train", 32, config.seed)
+        model = Transformer(new_model_config(str(TINY), Tokenizer.load(data)))
+        model.initialize(config.seed)
+        hints = Hints(counts_of(rows, model.config.vocab_size, torch.device("cpu")), weight) if weight else None
+        losses = accumulate(model, rows.rows(0, 4), 2, LossWeights(0.3, 1e-4, hints), confined=False)
+        grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        norms[weight] = float(torch.cat(grads).norm())
+        assert found["grad_norm"] == pytest.approx(norms[weight], rel=1e-4)
+        assert found["loss"] == pytest.approx(losses.main, rel=1e-5)  # of the tokens that came, either way
+    assert abs(norms[0.6] - norms[0.0]) > 0.01 * norms[0.0]

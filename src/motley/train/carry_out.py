@@ -71,11 +71,12 @@ def carry_out(
     keep_freed_memory()
     island = employ(config, shape, crew, run, data, machine, None if goes_on else weights)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
-    if config.ngrams(0) and island.worker.place.last:
-        memory.ngrams = memory.ngrams or counts_of(rows, shape.vocab_size, crew.device)
-        island.worker.ngrams = memory.ngrams
-        if crew.leads:
-            note(f"counted what follows what in {memory.ngrams.counted:,} tokens of text")
+    if config.hint_weight():
+        if crew.leads and memory.ngrams is None:
+            note("counting how often what follows two tokens in the text")
+        if island.worker.place.last:
+            memory.ngrams = memory.ngrams or counts_of(rows, shape.vocab_size, crew.device)
+            island.worker.ngrams = memory.ngrams
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
     at = train(island, memory.course(island, data), rows, held_out, tokenizer, title)
     result = crew.led(lambda: run.finish(asdict(at)))

@@ -135,8 +135,8 @@ class TrainingConfig:
         """Tokens of the sequences of a step."""
         return self.seq_len
 
-    def ngrams(self, step: int) -> float:
-        """Weight of n-grams in what a step learns."""
+    def hint_weight(self) -> float:
+        """Weight of counts of the text in what is learned."""
         return 0.0
 
     @classmethod
@@ -174,8 +174,8 @@ class PretrainConfig(TrainingConfig):
     def length(self, step: int) -> int:
         return sequence_length(stages_of(self.seq_len_warmup), self.seq_len, step / self.steps)
 
-    def ngrams(self, step: int) -> float:
-        return self.ngram_weight
+    def hint_weight(self) -> float:
+        return float(self.ngram_weight)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, slope: f
             to the compute dtype in that size, which in fp16 decides whether small ones survive.
 
     Forward computes the gradient as well, chunk by chunk, so that logits are computed once and never stored. The
-    same memory serves every chunk: on a CPU, fresh pages for the logits take as long as the product that fills them.
+    same memory serves the logits of every chunk: on a CPU, fresh pages for them take as long as the product that fills
+    them.
     """
     return _cross_entropy(hidden, head, targets, None, 0.0, slope)[0]
 
@@ -67,7 +68,7 @@ def _into_slopes(
     room.copy_(logits)
     largest, at_target = room.amax(dim=-1, keepdim=True), room.gather(1, target)
     hints = None if expected is None else expected.dense().mul_(weight)
-    hinted = 0.0 if hints is None else (hints * room).sum(dim=-1, keepdim=True)
+    hinted = 0.0 if hints is None else torch.bmm(hints[:, None], room[:, :, None])[:, 0]
     total = room.sub_(largest).exp_().sum(dim=-1, keepdim=True)
     to_all = total.log() + largest
     room.div_(total / slope).scatter_add_(1, target, room.new_full(target.shape, -slope * (1 - weight)))
@@ -82,7 +83,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad)
         matrix = head.to(hidden.dtype)
-        chunk = CHUNK if hidden.device.type == "cpu" else 4096
+        chunk = CHUNK if hidden.device.type == "cpu" else 4096 if expected is None else 512
         # Logits of a group are computed at once and turned into slopes in place, chunk by chunk: few large products,
         # and what is done value by value stays in the cache.
         group = chunk * max(1, GROUP_LOGITS // (chunk * matrix.shape[0]))
@@ -136,7 +137,7 @@ class _NativeCrossEntropy(_SummedCrossEntropy):
             table, parts = expected.ngrams, (expected.floor, expected.begins, expected.ends, expected.factors)
             hints = [table.vocabulary, table.tokens, table.shares, *(part.contiguous() for part in parts)]
         native.call(
-            "loss_forward", positions, size, vocab, group, hidden, head, targets, ORDERS, weight, *hints, slope,
+            "loss_forward", positions, size, vocab, group, hidden, head, targets, ORDERS, float(weight), *hints, slope,
             learned, seen, *grads,
         )  # fmt: skip
         if wanted:

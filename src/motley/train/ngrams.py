@@ -4,7 +4,7 @@
                                                  │
     input_ids ───────────────────────────────────┴─▶ Expected: a distribution for each position, still as pointers:
 
-        expected(c) = floor p(c)  +  factor p(c | b)  +  factor p(c | a, b)      a, b: the last two tokens
+        expected(c) = floor p(c)  +  factor row(b)[c]  +  factor row(a, b)[c]      a, b: the last two tokens
                       whole vocabulary     sparse rows, where they lie in the table
 
 A token of text says that one thing followed, this once. A distribution says all that follows there, so its gradient
@@ -22,7 +22,7 @@ from torch import Tensor
 from motley.data.stream import TokenStream
 from motley.errors import InputError
 
-COUNTED_TOKENS = 1 << 25  # of a longer text: about 5 seconds, and half a gigabyte while counting
+COUNTED_TOKENS = 1 << 25  # of a longer text: about 5 seconds, and 0.5 to 1.2 gigabytes while counting
 DISCOUNT = 0.75
 ORDERS = 2  # sparse rows that a position has: after one token and after two
 
@@ -76,17 +76,21 @@ class Ngrams:
             vocab_size: below 2²¹, so that three tokens fit into 63 bits.
             device: where the table is kept.
         """
+        assert vocab_size**3 < 1 << 63, "three tokens must fit into 63 bits"
+        assert int(text.max()) < vocab_size, "tokens of another vocabulary"
         neighbours = text[:-2].astype(np.int64)
         for following in (text[1:-1], text[2:]):
             neighbours *= vocab_size
             neighbours += following
         neighbours.sort()
         triples, counts = _counted(neighbours)
+        del neighbours
         ends = triples % vocab_size**2  # each as often as it has different tokens before it
         ends.sort()
         pairs, contexts_of_pairs = _counted(ends)
+        del ends
         contexts_of_tokens = np.bincount(pairs % vocab_size, minlength=vocab_size)
-        vocabulary = contexts_of_tokens / max(1, len(pairs))
+        vocabulary = contexts_of_tokens / len(pairs)
         after_one, tokens_one, shares_one = _rows(pairs, contexts_of_pairs, vocab_size, 0)
         after_two, tokens_two, shares_two = _rows(triples, counts, vocab_size, len(tokens_one))
 

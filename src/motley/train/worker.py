@@ -123,7 +123,7 @@ class Worker:
         counts = own.added_up(lambda values: self.crew.sum(self.crew.outgoing(values)).cpu())
         self.shards.clear()
         confined = self.settings.confine_to_document
-        tally = self.lane.run(batch, self._micro_batches(), counts, self._weights(step), confined, length, scale)
+        tally = self.lane.run(batch, self._micro_batches(), counts, self._weights(), confined, length, scale)
         made, received, received_gradient = (self.lane.broken > 0).tolist()
         overflowed = bool(self.scales.workers) and not self._own_gradient_is_finite()  # only loss scales ask who it was
         broken = [made, received, overflowed, received_gradient]
@@ -223,9 +223,12 @@ class Worker:
         ids = torch.empty(0, stream.seq_len, dtype=torch.int64)
         return Batch(ids, torch.full_like(ids, NO_LOSS), torch.full_like(ids, PADDING))
 
-    def _weights(self, step: int) -> LossWeights:
-        weight = self.settings.ngrams(step)
-        return replace(self.weights, hints=Hints(self.ngrams, weight) if self.ngrams and weight else None)
+    def _weights(self) -> LossWeights:
+        weight = self.settings.hint_weight()
+        if not (weight and self.place.last):
+            return self.weights
+        assert self.ngrams is not None, "who holds the head was given the counts"
+        return replace(self.weights, hints=Hints(self.ngrams, weight))
 
     def _micro_batches(self, shares: list[int] | None = None) -> int:
         """How many this worker computes: what its rows make, or what the busiest of the lanes in step with it needs."""
