@@ -123,7 +123,8 @@ def take_steps(
         worker = Worker(shape, config, layout, crew)
         whole = random_model(seed, shape).state_dict() if crew.leads else None
         worker.take_state(None if whole is None else (dict(whole), {}))
-        worker.ngrams = counted(crew.device) if config.ngram_weight and worker.place.last else None
+        if config.ngram_weight and worker.place.last:
+            worker.take_hints(counted(crew.device))
         gradient, seen = {}, []
         for step in range(STEPS):
             losses, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]

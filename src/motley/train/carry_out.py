@@ -76,7 +76,7 @@ def carry_out(
             note("counting how often what follows two tokens in the text")
         if island.worker.place.last:
             memory.ngrams = memory.ngrams or counts_of(rows, shape.vocab_size, crew.device)
-            island.worker.ngrams = memory.ngrams
+            island.worker.take_hints(memory.ngrams)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
     at = train(island, memory.course(island, data), rows, held_out, tokenizer, title)
     result = crew.led(lambda: run.finish(asdict(at)))

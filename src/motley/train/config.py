@@ -175,7 +175,7 @@ class PretrainConfig(TrainingConfig):
         return sequence_length(stages_of(self.seq_len_warmup), self.seq_len, step / self.steps)
 
     def hint_weight(self) -> float:
-        return float(self.ngram_weight)
+        return self.ngram_weight
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,12 @@ class Ngrams:
     """Counts of a text.
 
     Attributes:
-        counted: tokens of text.
         vocabulary: fp32 [vocab], how often each token comes whatever was before.
         after: rows after one token and after two.
         tokens: int32, of all rows one behind the other.
         shares: fp32, of each of `tokens`.
     """
 
-    counted: int
     vocabulary: Tensor
     after: tuple[Rows, Rows]
     tokens: Tensor
@@ -102,7 +100,6 @@ class Ngrams:
             return Rows(there(contexts, torch.int64), there(begins, torch.int64), there(left, torch.float32))
 
         return cls(
-            len(text),
             there(vocabulary, torch.float32),
             (rows(after_one), rows(after_two)),
             there(np.concatenate([tokens_one, tokens_two]), torch.int32),

@@ -91,7 +91,6 @@ class Worker:
         self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
         self.timing = Timing()
         self.budgets: Budgets | None = None
-        self.ngrams: Ngrams | None = None
         self.before_step: Callable[[int], None] = lambda step: None
         self._rows: list[int] = []
 
@@ -106,6 +105,10 @@ class Worker:
         return self.scales.values[self.crew.rank]
 
     # ----------------------------------------------------------------------------------------------- a step
+
+    def take_hints(self, ngrams: Ngrams) -> None:
+        """Learn from these counts too, in all steps; only who holds the head needs them."""
+        self.weights = replace(self.weights, hints=Hints(ngrams, self.settings.hint_weight()))
 
     def gradient(self, stream: TokenStream, step: int, rows: range | None = None) -> tuple[StepLosses, float]:
         """(losses, gradient norm) of a step, the same on every worker; the summed gradient lies in the shards.
@@ -123,7 +126,7 @@ class Worker:
         counts = own.added_up(lambda values: self.crew.sum(self.crew.outgoing(values)).cpu())
         self.shards.clear()
         confined = self.settings.confine_to_document
-        tally = self.lane.run(batch, self._micro_batches(), counts, self._weights(), confined, length, scale)
+        tally = self.lane.run(batch, self._micro_batches(), counts, self.weights, confined, length, scale)
         made, received, received_gradient = (self.lane.broken > 0).tolist()
         overflowed = bool(self.scales.workers) and not self._own_gradient_is_finite()  # only loss scales ask who it was
         broken = [made, received, overflowed, received_gradient]
@@ -222,13 +225,6 @@ class Worker:
             return stream.rows(start + sum(shares[:number]), count)
         ids = torch.empty(0, stream.seq_len, dtype=torch.int64)
         return Batch(ids, torch.full_like(ids, NO_LOSS), torch.full_like(ids, PADDING))
-
-    def _weights(self) -> LossWeights:
-        weight = self.settings.hint_weight()
-        if not (weight and self.place.last):
-            return self.weights
-        assert self.ngrams is not None, "who holds the head was given the counts"
-        return replace(self.weights, hints=Hints(self.ngrams, weight))
 
     def _micro_batches(self, shares: list[int] | None = None) -> int:
         """How many this worker computes: what its rows make, or what the busiest of the lanes in step with it needs."""
