@@ -4,9 +4,10 @@
                                 [--device auto] [--folder runs/thrift] [--quick] [--json]
 
 Ordinary is a Llama of transformers with AdamW, cosine and bf16 autocast, compiled where that helps; ours is what
-`motley pretrain` does. Both learn from the same rows, and both choose learning rate and batch by equally many equally
-short runs. Then the ordinary recipe trains for all of the time and ours for parts of it, each a whole run with its own
-schedule, until it falls short of the ordinary recipe's loss. docs/thrift.md says why each choice is what it is.
+`motley pretrain` does. Where it would not choose bf16, as on CPUs without such products, both compute in fp32. Both
+learn from the same rows, and both choose learning rate and batch by equally many equally short runs. Then the ordinary
+recipe trains for all of the time and ours for parts of it, each a whole run with its own schedule, until it falls short
+of the ordinary recipe's loss. docs/thrift.md says why each choice is what it is.
 
 Every finished run is a file in --folder: broken off, the same command goes on.
 """
@@ -21,7 +22,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pictures import draw_race
@@ -32,7 +33,7 @@ from motley.data.stream import TokenStream
 from motley.errors import InputError
 from motley.files import read_json, write_json
 from motley.fleet.device import choose_device
-from motley.fleet.probe import describe, probe
+from motley.fleet.probe import Machine, describe, probe
 from motley.model import ModelConfig
 from motley.plan.cost import active_parameters
 from motley.progress import note
@@ -223,14 +224,19 @@ def ratio(theirs: Sequence[dict[str, Any]], parts: Sequence[Sequence[dict[str, A
     return None if at is None else mean(theirs, "seconds") / at
 
 
-def raced(arguments: argparse.Namespace, race: Race) -> dict[str, Any]:
+def raced(arguments: argparse.Namespace, race: Race, machine: Machine) -> dict[str, Any]:
     """Everything: choices, runs, ratio, levers."""
     llama, shape = SIZES[arguments.size]
+    precision: Literal["bf16", "fp32"] = "bf16" if machine.compute_dtype == "bf16" else "fp32"
     rates, rows = (RATES[1:3], ROWS[1:2]) if arguments.quick else (RATES, ROWS)
-    begun = Recipe(llama, 2e-3, optimizer="adamw", schedule="cosine", final_share=0.1, mtp_weight=0.0)
+    begun = Recipe(
+        llama, 2e-3, optimizer="adamw", schedule="cosine", final_share=0.1, mtp_weight=0.0, precision=precision
+    )
     begun, paces = fastest(race, begun, arguments.quick)
     ordinary = race.chosen("ordinary", begun, rates, rows)
-    begun = Recipe(shape, 4e-3, lengths=LENGTHS, weight_decay=0.0, mtp_weight=0.0, ngram_weight=NGRAMS)
+    begun = Recipe(
+        shape, 4e-3, lengths=LENGTHS, weight_decay=0.0, mtp_weight=0.0, ngram_weight=NGRAMS, precision=precision
+    )
     best = race.chosen("ours", begun, rates, rows)
 
     seeds = range(arguments.seeds)
@@ -343,7 +349,7 @@ def _said(recipe: dict[str, Any]) -> str:
     ngrams = f", n-grams {recipe['ngram_weight']:g}" if recipe["ngram_weight"] else ""
     return (
         f"rate {recipe['learning_rate']:g}, batches {recipe['batches']}{lengths}{ngrams}, "
-        f"decay {recipe['weight_decay']:g}, attention {recipe['attention']}{more}"
+        f"decay {recipe['weight_decay']:g}, {recipe['precision']}, attention {recipe['attention']}{more}"
     )
 
 
@@ -371,8 +377,9 @@ def main() -> None:
         data = prepare(text, arguments.folder / ("data-quick" if arguments.quick else "data")).folder
         seconds = 60 * arguments.minutes
         short, rows = (seconds / 4, 16) if arguments.quick else (seconds / SHORT, HELD_OUT_ROWS)
-        found = raced(arguments, Race(folder, data, device, seconds, short, rows))
-        found["machine"] = describe(probe(2.0, device=device))
+        machine = probe(2.0, device=device)
+        found = raced(arguments, Race(folder, data, device, seconds, short, rows), machine)
+        found["machine"] = describe(machine)
         write_json(folder / "result.json", found)
         draw_race(found, folder / "race.svg")
     except InputError as error:
