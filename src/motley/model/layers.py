@@ -32,6 +32,8 @@ class Linear(nn.Linear):
             return y if self.bias is None else y + self.bias.to(y.dtype)
         if self.later is not None and self.bias is None and torch.is_grad_enabled():
             return _LaterLinear.apply(input, self.weight, self.later)  # pyright: ignore[reportReturnType]
+        if self.bias is None and native.fits_linear(input, self.weight):
+            return _NativeLinear.apply(input, self.weight)  # pyright: ignore[reportReturnType]
         bias = None if self.bias is None else wide(self.bias.to(input.dtype))
         return F.linear(wide(input), wide(self.weight.to(input.dtype)), bias).to(input.dtype)
 
@@ -41,6 +43,32 @@ def _plain(linear: Linear) -> bool:
     rounded, later = linear.fp8 and linear.training, linear.later is not None and torch.is_grad_enabled()
     weight = linear.weight
     return not (rounded or later) and linear.bias is None and weight.dtype == torch.float32 and weight.is_contiguous()
+
+
+class _NativeLinear(torch.autograd.Function):
+    """The same product by our own kernel (`native/linear.cpp`)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = x.contiguous(), weight.contiguous()
+        outputs, inputs = weight.shape
+        y = x.new_empty(*x.shape[:-1], outputs)
+        native.call("linear_forward", x.dtype, x.numel() // inputs, inputs, outputs, x, weight, y)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        outputs, inputs = weight.shape
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight)
+        rows = x.numel() // inputs
+        native.call(
+            "linear_backward", x.dtype, rows, inputs, outputs, x, weight, grad.contiguous(), grad_x, grad_weight
+        )
+        return grad_x, grad_weight
 
 
 class _LaterLinear(torch.autograd.Function):
@@ -71,16 +99,17 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        statistics = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics)
         inverse = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, weight, inverse)
-        return (x.float() * inverse).mul_(weight).to(x.dtype)
+        return (x.to(statistics) * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, inverse = ctx.saved_tensors
-        unit, wide = x.float() * inverse, grad.float()
+        unit, wide = x.to(inverse.dtype) * inverse, grad.to(inverse.dtype)
         grad_weight = (wide * unit).flatten(0, -2).sum(0)
         wide = wide * weight
         along = (wide * unit).mean(-1, keepdim=True)
@@ -95,7 +124,7 @@ class _NativeRMSNorm(torch.autograd.Function):
         rows, size = x.numel() // x.shape[-1], x.shape[-1]
         y = torch.empty(x.shape, dtype=x.dtype)
         inverse = torch.empty(rows, dtype=torch.float32)
-        native.call("norm_forward", rows, size, x, x.stride(-2), weight, eps, y, inverse)
+        native.call("norm_forward", x.dtype, rows, size, x, x.stride(-2), weight, eps, y, inverse)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
@@ -106,8 +135,10 @@ class _NativeRMSNorm(torch.autograd.Function):
         rows, size = x.numel() // x.shape[-1], x.shape[-1]
         grad = grad.contiguous()
         grad_x, grad_weight = torch.empty_like(grad), torch.empty_like(weight)
-        parts = torch.empty((rows + 63) // 64, size)
-        native.call("norm_backward", rows, size, x, x.stride(-2), weight, inverse, grad, grad_x, grad_weight, parts)
+        parts = torch.empty((rows + 63) // 64, size, dtype=torch.float32)
+        native.call(
+            "norm_backward", x.dtype, rows, size, x, x.stride(-2), weight, inverse, grad, grad_x, grad_weight, parts
+        )
         return grad_x, grad_weight, None
 
 
@@ -122,7 +153,7 @@ def _evenly_spaced(x: Tensor) -> bool:
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) * weight, statistics in fp32."""
+    """y = x / rms(x) * weight, statistics in fp32 (in fp64 where x is)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

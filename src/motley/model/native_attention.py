@@ -15,7 +15,7 @@ Shape = tuple[int, int, int, int]
 
 
 def native_attention(q: Tensor, kv: Tensor, k_rope: Tensor, where: Where, shape: Shape, scale: float) -> Tensor:
-    """Causal attention of bf16 queries and keys that are not rotated yet → [batch, seq, heads * value].
+    """Causal attention of queries and keys in fp32 or bf16 that are not rotated yet → [batch, seq, heads * value].
 
     Args:
         q: [batch, seq, heads * (nope + rope)].
@@ -45,12 +45,12 @@ class _Attention(torch.autograd.Function):
         q, kv = q.contiguous(), kv.contiguous()
         if k_rope.stride(2) != 1 or k_rope.stride(0) != seq * k_rope.stride(1):
             k_rope = k_rope.contiguous()
-        cos, sin = cos.bfloat16().contiguous(), sin.bfloat16().contiguous()
+        cos, sin = cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous()
         documents = None if documents is None else documents.long().contiguous()
         out = q.new_empty(batch, seq, heads * value)
-        logs = torch.empty(batch, heads, seq)
+        logs = torch.empty(batch, heads, seq, dtype=torch.float32)
         ctx.sizes = (batch, seq, *shape, k_rope.stride(1), scale)
-        native.call("attention_forward", *ctx.sizes, q, kv, k_rope, cos, sin, documents, out, logs)
+        native.call("attention_forward", q.dtype, *ctx.sizes, q, kv, k_rope, cos, sin, documents, out, logs)
         ctx.save_for_backward(q, kv, k_rope, cos, sin, documents, out, logs)
         return out
 
@@ -61,6 +61,6 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: with recomputation each reading would compute them again
         q, kv, k_rope, *_ = saved
         grads = torch.empty_like(q), torch.empty_like(kv), k_rope.new_empty(k_rope.shape)
-        by_head = torch.empty(batch, heads, seq, rope)
-        native.call("attention_backward", *ctx.sizes, *saved, grad.contiguous(), *grads, by_head)
+        by_head = torch.empty(batch, heads, seq, rope, dtype=torch.float32)
+        native.call("attention_backward", q.dtype, *ctx.sizes, *saved, grad.contiguous(), *grads, by_head)
         return *grads, None, None, None, None, None

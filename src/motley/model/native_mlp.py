@@ -11,7 +11,7 @@ from motley.model import native
 
 
 def native_experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x bf16 [tokens, hidden], chosen [tokens, k], weights fp32 [tokens, k] → [tokens, hidden].
+    """x fp32 or bf16 [tokens, hidden], chosen [tokens, k], weights fp32 [tokens, k] → [tokens, hidden].
 
     gate_up and down are fp32, [experts, 2 inner, hidden] and [experts, hidden, inner].
     """
@@ -19,7 +19,7 @@ def native_experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, 
 
 
 def native_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """x bf16 [..., hidden], gate and up fp32 [inner, hidden], down fp32 [hidden, inner] → like x."""
+    """x fp32 or bf16 [..., hidden], gate and up fp32 [inner, hidden], down fp32 [hidden, inner] → like x."""
     return _MLP.apply(x, gate, up, down)  # pyright: ignore[reportReturnType]
 
 
@@ -30,12 +30,12 @@ class _Experts(torch.autograd.Function):
         x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.contiguous()
         sizes = (experts + 1, tokens * k, tokens * k)
         starts, slot_of_row, row_of_slot = (torch.empty(size, dtype=torch.int32) for size in sizes)
-        native.call("experts_sort", tokens * k, experts, chosen, starts, slot_of_row, row_of_slot)
+        native.call("experts_sort", None, tokens * k, experts, chosen, starts, slot_of_row, row_of_slot)
         kept, y = x.new_empty(tokens * k, 2 * inner), torch.empty_like(x)
         ctx.sizes = (tokens, k, experts, hidden, inner)
         up = gate_up[:, inner:]  # where it begins
         native.call(
-            "experts_forward", *ctx.sizes, x, weights, gate_up, up, down, starts, slot_of_row, row_of_slot, kept, y
+            "experts_forward", x.dtype, *ctx.sizes, x, weights, gate_up, up, down, starts, slot_of_row, row_of_slot, kept, y
         )
         ctx.save_for_backward(x, weights, gate_up, down, starts, slot_of_row, row_of_slot, kept)
         return y
@@ -48,6 +48,7 @@ class _Experts(torch.autograd.Function):
         grad_x, grad_weights, *grads = (torch.empty_like(t) for t in (x, weights, gate_up, down))
         native.call(
             "experts_backward",
+            x.dtype,
             *ctx.sizes,
             x,
             weights,
@@ -71,7 +72,7 @@ class _MLP(torch.autograd.Function):
         starts = torch.tensor([0, tokens], dtype=torch.int32)
         kept, y = x.new_empty(tokens, 2 * inner), torch.empty_like(x)
         ctx.sizes = (tokens, 1, 1, hidden, inner)
-        native.call("experts_forward", *ctx.sizes, x, None, gate, up, down, starts, None, None, kept, y)
+        native.call("experts_forward", x.dtype, *ctx.sizes, x, None, gate, up, down, starts, None, None, kept, y)
         ctx.save_for_backward(x, gate, up, down, starts, kept)
         return y
 
@@ -83,6 +84,7 @@ class _MLP(torch.autograd.Function):
         both = gate.new_empty(2 * len(gate), gate.shape[1])
         native.call(
             "experts_backward",
+            x.dtype,
             *ctx.sizes,
             x,
             None,

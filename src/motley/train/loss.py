@@ -128,7 +128,7 @@ class _NativeCrossEntropy(_SummedCrossEntropy):
     ) -> tuple[Tensor, Tensor]:
         hidden, head, targets = hidden.contiguous(), head.contiguous(), targets.contiguous()
         (positions, size), vocab = hidden.shape, len(head)
-        learned, seen = torch.empty(2, positions).unbind()
+        learned, seen = torch.empty(2, positions, dtype=torch.float32).unbind()
         wanted = any(ctx.needs_input_grad)
         grads = (torch.empty_like(hidden), torch.zeros_like(head)) if wanted else (None, None)
         group = 32 * max(1, GROUP_LOGITS // (32 * vocab))
@@ -137,7 +137,7 @@ class _NativeCrossEntropy(_SummedCrossEntropy):
             table, parts = expected.ngrams, (expected.floor, expected.begins, expected.ends, expected.factors)
             hints = [table.vocabulary, table.tokens, table.shares, *(part.contiguous() for part in parts)]
         native.call(
-            "loss_forward", positions, size, vocab, group, hidden, head, targets, ORDERS, float(weight), *hints, slope,
+            "loss_forward", hidden.dtype, positions, size, vocab, group, hidden, head, targets, ORDERS, float(weight), *hints, slope,
             learned, seen, *grads,
         )  # fmt: skip
         if wanted:

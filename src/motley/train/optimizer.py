@@ -168,11 +168,11 @@ class Optimizer:
     def _fits_kernel(self, name: str) -> bool:
         weight, momentum = self.matrices[name], self.momentum[name]
         shape = as_matrices(name, weight).shape[1:]
-        if self.dtype != torch.bfloat16 or weight.device.type != "cpu" or shape.numel() > LARGEST_OF_ONE_THREAD:
+        if weight.device.type != "cpu" or shape.numel() > LARGEST_OF_ONE_THREAD:
             return False
         assert weight.grad is not None
         wide = weight.dtype == weight.grad.dtype == torch.float32
-        return wide and all(t.is_contiguous() for t in (weight, weight.grad, momentum)) and native.runs(*shape)
+        return wide and all(t.is_contiguous() for t in (weight, weight.grad, momentum)) and native.runs(self.dtype, *shape)
 
     def _native_muon(self, names: list[str], learning_rate: float) -> None:
         """All matrices in one kernel, each by one thread, the largest first (`motley/model/native/muon.cpp`)."""
@@ -193,7 +193,7 @@ class Optimizer:
         kept = 1 - learning_rate * self.weight_decay
         narrow = int(self.moments == torch.bfloat16)
         native.call(
-            "muon_step", len(rows), sizes, *pointers, torch.tensor(rates), self.MOMENTUM, kept, ITERATIONS, narrow
+            "muon_step", self.dtype, len(rows), sizes, *pointers, torch.tensor(rates), self.MOMENTUM, kept, ITERATIONS, narrow
         )  # fmt: skip
 
     def _adamw_of_narrow_moments(self) -> None:

@@ -1,18 +1,24 @@
-"""Our own kernels for CPUs with AVX-512 and bf16, in C++: what is here, whether it was built, whether it fits.
+"""Our own kernels for CPUs, in C++: what is here, whether it was built, which of it this machine runs.
 
-    norm.cpp  attention.cpp  experts.cpp  loss.cpp  muon.cpp      on top of products.h
+    norm.cpp  attention.cpp  experts.cpp  linear.cpp  loss.cpp  muon.cpp      on top of products.h, simd.h
         └────────── hatch_build.py → build.py, c++ ──────────▶ kernels-….so, loaded by ctypes
 
-A kernel takes pointers and sizes, knows nothing of PyTorch, and shares PyTorch's threads. Beside each stands the plain
-path, which runs wherever a kernel does not fit; tests hold the two equal. Results do not depend on the number of
-threads.
+    number format    best first
+    fp32             avx512, avx2               neon
+    bf16             amx, avx512bf16            neonbf16
+
+The library holds the kernels of every target of its architecture (`build.TARGETS`); the best that this machine has is
+chosen when it starts. A kernel takes pointers and sizes, knows nothing of PyTorch, and shares PyTorch's threads. Beside each
+stands the plain path, which runs wherever a kernel does not fit; tests hold the two equal. Results do not depend on the
+number of threads.
 """
 
 import ctypes
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,55 +26,134 @@ from torch import Tensor
 from motley.model.native import build
 from motley.model.native.build import library
 
-_switched_off = False
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+SLOWER_LIBRARY = ("avx2",)
+"""Targets whose own fp32 products are faster than those of the library that PyTorch calls (docs/benchmarks.md)."""
+
+_allowed: tuple[str, ...] | None = None  # None: all
 
 
 @cache
 def _loaded() -> ctypes.CDLL | None:
-    return ctypes.CDLL(str(library())) if cpu_has_what_it_takes() and library().is_file() else None
+    return ctypes.CDLL(str(library())) if runnable() and library().is_file() else None
 
 
-def cpu_has_what_it_takes() -> bool:
-    """AVX-512 with products of bf16."""
-    return platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported()
+@cache
+def runnable() -> tuple[str, ...]:
+    """Names of the targets whose instructions this machine has, the best of a number format last.
+
+    A limit set for PyTorch (ATEN_CPU_CAPABILITY) holds for them as well.
+    """
+    level = torch.backends.cpu.get_cpu_capability()
+    if build.machine() == "x86_64":
+        wide = level.startswith("AVX512")
+        narrow = wide and torch.cpu._is_avx512_bf16_supported()
+        tiles = narrow and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+        has = {"avx2": wide or level == "AVX2", "avx512": wide, "avx512bf16": narrow, "amx": tiles}
+    else:
+        arm = build.machine() == "aarch64"
+        has = {"neon": arm, "neonbf16": arm and _arm_has_bf16()}
+    return tuple(target.name for target in build.TARGETS if has.get(target.name))
+
+
+def _arm_has_bf16() -> bool:
+    if platform.system() == "Darwin":
+        value, size = ctypes.c_int(0), ctypes.c_size_t(4)
+        asked = ctypes.CDLL(None).sysctlbyname(
+            b"hw.optional.arm.FEAT_BF16", ctypes.byref(value), ctypes.byref(size), None, 0
+        )
+        return asked == 0 and value.value == 1
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(errors="replace").splitlines() if information.is_file() else []
+    return any("bf16" in line.split() for line in lines if line.startswith("Features"))
+
+
+@cache
+def _built() -> tuple[str, ...]:
+    """Those of the runnable targets that the library has: an old compiler may have left some out."""
+    kernels = _loaded()
+    if kernels is None:
+        return ()
+    dtypes = {target.name: target.dtype for target in build.TARGETS}
+    return tuple(name for name in runnable() if hasattr(kernels, f"norm_forward_{dtypes[name]}_{name}"))
+
+
+def chosen(dtype: torch.dtype) -> str | None:
+    """The target whose kernels compute in `dtype` here; None: the plain path does."""
+    allowed = [name for name in _built() if _allowed is None or name in _allowed]
+    fitting = [target.name for target in build.TARGETS if target.name in allowed and target.dtype == DTYPES.get(dtype)]
+    return fitting[-1] if fitting else None
+
+
+def forget() -> None:
+    """Look again at what is built: for those who have just built."""
+    for kept in (_loaded, runnable, _built):
+        kept.cache_clear()
+
+
+def describe() -> str:
+    """What computes here, in words."""
+    named = {name: chosen(dtype) for dtype, name in DTYPES.items()}
+    in_use = ", ".join(f"{target} in {name}" for name, target in named.items() if target)
+    return f"own kernels: {in_use}" if in_use else "own kernels: none"
 
 
 def missing() -> str | None:
-    """What to tell people whose CPU could run the kernels but has none; None: nothing is amiss."""
-    if not cpu_has_what_it_takes() or _loaded() is not None:
+    """What to tell people whose CPU could run kernels but has none; None: nothing is amiss."""
+    lacking = [name for name in runnable() if name not in _built()]
+    if not lacking or (_built() and not set(lacking) - set(runnable()[:-1])):
         return None
     return (
-        "motley's own kernels for this CPU are not built, so steps in bf16 take about a third longer: see that "
-        f"there is a C++ compiler (c++), then run `python {build.__file__}`"
+        f"motley's own kernels for this CPU ({', '.join(lacking)}) are not built, so steps take about a third longer: see "
+        f"that there is a C++ compiler (c++) that knows them, then run `python {build.__file__}`"
     )
 
 
 @contextmanager
-def switched_off() -> Iterator[None]:
-    """While inside, everything takes the plain paths: for comparisons."""
-    global _switched_off
-    before, _switched_off = _switched_off, True
+def only(*targets: str) -> Iterator[None]:
+    """While inside, no other targets' kernels are used: for comparisons."""
+    global _allowed
+    before, _allowed = _allowed, targets
     try:
         yield
     finally:
-        _switched_off = before
+        _allowed = before
+
+
+def switched_off() -> AbstractContextManager[None]:
+    """While inside, everything takes the plain paths."""
+    return only()
 
 
 def fits(x: Tensor, *sizes: int) -> bool:
-    """Whether kernels compute from `x`: bf16 on this CPU, and sizes in whole vectors of 16."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and runs(*sizes)
+    """Whether kernels compute from `x`: on this CPU, in its number format, and sizes in whole vectors of 16."""
+    return x.device.type == "cpu" and runs(x.dtype, *sizes)
 
 
-def runs(*sizes: int) -> bool:
-    """Whether there are kernels, and `sizes` are whole vectors of 16."""
-    return not (_switched_off or any(size % 16 for size in sizes)) and _loaded() is not None
+def runs(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether there are kernels for a number format, and `sizes` are whole vectors of 16."""
+    return not any(size % 16 for size in sizes) and chosen(dtype) is not None
 
 
-def call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Run a kernel: tensors go as pointers (None as a null pointer), integers as long, floats as float."""
+def fits_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether a plain product x weight^T is made by a kernel: where the library that PyTorch calls is slower."""
+    return (
+        weight.dtype == x.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and chosen(torch.float32) in SLOWER_LIBRARY
+        and fits(x, *weight.shape)
+    )
+
+
+def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | int | float | None) -> None:
+    """Run a kernel for a number format (None: one that is the same for all).
+
+    Tensors go as pointers (None as a null pointer), integers as long, floats as float.
+    """
     kernels = _loaded()
     assert kernels is not None
-    getattr(kernels, name)(*map(_c, arguments))
+    full = name if dtype is None else f"{name}_{DTYPES[dtype]}_{chosen(dtype)}"
+    getattr(kernels, full)(*map(_c, arguments))
 
 
 def _c(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_long | ctypes.c_float:

@@ -8,139 +8,158 @@
 // Keys and values of a head stay in a core's cache; probabilities never leave it.
 #include "products.h"
 
-#include <cmath>
+namespace {
 
-constexpr long QUERIES = 64, PAIRS = QUERIES / 2 + APART;
+constexpr long QUERIES = 64, UNITS = QUERIES / DEPTH + APART;
 
 struct Shape {
   long batch, seq, heads, nope, rope, value, latent_width;
   float scale;
   long qk() const { return nope + rope; }
+  long held() const { return up_to(seq, QUERIES); }  // keys, filled up with zeros
+  long apart() const { return held() + 16; }         // scores of one query from those of the next: not a power of two
 };
 
 // Turns by angle (or back): pairs lie side by side, (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin).
 // cos and sin are fp32, each twice, sin with the sign that its place takes.
-static inline __m512 turned(__m512 x, const float* cos, const float* sin, bool back) {
-  const __m512 other = _mm512_mul_ps(_mm512_permute_ps(x, 0xb1), _mm512_loadu_ps(sin));
-  const __m512 own = _mm512_mul_ps(x, _mm512_loadu_ps(cos));
-  return back ? _mm512_sub_ps(own, other) : _mm512_add_ps(own, other);
+INLINE vec turned(vec x, const float* cos, const float* sin, bool back) {
+  const vec other = each([&](int i) {
+#if defined(__AVX512F__)
+    return _mm512_permute_ps(x.part[i], 0xb1);
+#elif defined(__AVX2__)
+    return _mm256_permute_ps(x.part[i], 0xb1);
+#else
+    return vrev64q_f32(x.part[i]);
+#endif
+  });
+  const vec twist = other * load(sin), own = x * load(cos);
+  return back ? own - twist : own + twist;
 }
 
-// fp32 [seq, rope] each from bf16 [seq, rope / 2].
-static void spread_angles(const Shape& s, const bf16* cos, const bf16* sin, float* cosines, float* sines) {
+INLINE float widened(float x) { return x; }
+INLINE float widened(bf16 x) {
+  const unit bits = (unit)x << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+// fp32 [seq, rope] each from [seq, rope / 2].
+void spread_angles(const Shape& s, const number* cos, const number* sin, float* cosines, float* sines) {
   for (long i = 0; i < s.seq * s.rope; ++i) {
-    const pair c = (pair)cos[i / 2] << 16, n = (pair)sin[i / 2] << 16;
-    std::memcpy(cosines + i, &c, 4);
-    std::memcpy(sines + i, &n, 4);
-    if (i % 2 == 0) sines[i] = -sines[i];
+    cosines[i] = widened(cos[i / 2]);
+    sines[i] = i % 2 ? widened(sin[i / 2]) : -widened(sin[i / 2]);
   }
 }
 
 // One head's key or query: its own part, then the turned one.
-static inline void assemble(const Shape& s, const bf16* own, const bf16* turning, const float* cos, const float* sin,
-                            bf16* to) {
+INLINE void assemble(const Shape& s, const number* own, const number* turning, const float* cos, const float* sin, number* to) {
   copy(to, own, s.nope);
   for (long j = 0; j < s.rope; j += 16) store(to + s.nope + j, turned(load(turning + j), cos + j, sin + j, false));
 }
 
 struct Inputs {
-  const bf16 *q, *kv, *k_rope;
+  const number *q, *kv, *k_rope;
   const float *cos, *sin;
   const int64_t* documents;  // [batch, seq] or nullptr
 };
 
-static Inputs inputs_of(const Shape& s, const bf16* q, const bf16* kv, const bf16* k_rope, const bf16* cos, const bf16* sin,
-                        const int64_t* documents) {
+Inputs inputs_of(const Shape& s, const number* q, const number* kv, const number* k_rope, const number* cos,
+                 const number* sin, const int64_t* documents) {
   float* cosines = scratch<0, float>(2 * s.seq * s.rope);
   float* sines = cosines + s.seq * s.rope;
   spread_angles(s, cos, sin, cosines, sines);
   return {q, kv, k_rope, cosines, sines, documents};
 }
 
-static void keys_of(const Shape& s, const Inputs& in, long b, long h, long held, bf16* keys) {
+void keys_of(const Shape& s, const Inputs& in, long b, long h, number* keys) {
   for (long t = 0; t < s.seq; ++t)
     assemble(s, in.kv + ((b * s.seq + t) * s.heads + h) * (s.nope + s.value), in.k_rope + (b * s.seq + t) * s.latent_width,
              in.cos + t * s.rope, in.sin + t * s.rope, keys + t * s.qk());
-  std::memset(keys + s.seq * s.qk(), 0, (held - s.seq) * s.qk() * sizeof(bf16));
+  std::memset(keys + s.seq * s.qk(), 0, (s.held() - s.seq) * s.qk() * sizeof(number));
 }
 
-static void queries_of(const Shape& s, const Inputs& in, long b, long h, long start, long count, bf16* queries) {
+void queries_of(const Shape& s, const Inputs& in, long b, long h, long start, long count, number* queries) {
   for (long r = 0; r < count; ++r) {
-    const bf16* q = in.q + ((b * s.seq + start + r) * s.heads + h) * s.qk();
+    const number* q = in.q + ((b * s.seq + start + r) * s.heads + h) * s.qk();
     assemble(s, q, q + s.nope, in.cos + (start + r) * s.rope, in.sin + (start + r) * s.rope, queries + r * s.qk());
   }
-  std::memset(queries + count * s.qk(), 0, (QUERIES - count) * s.qk() * sizeof(bf16));
+  std::memset(queries + count * s.qk(), 0, (QUERIES - count) * s.qk() * sizeof(number));
+}
+
+// Documents of one row in 32 bits, filled up to whole sixteens; nullptr where there are none.
+const int32_t* documents_of(const Shape& s, const Inputs& in, long b) {
+  if (in.documents == nullptr) return nullptr;
+  int32_t* own = scratch<18, int32_t>(s.held());
+  for (long t = 0; t < s.held(); ++t) own[t] = (int32_t)in.documents[b * s.seq + least(t, s.seq - 1)];
+  return own;
 }
 
 // Which of keys j … j + 15 query t sees.
-static inline __mmask16 seen(const int64_t* documents, long t, long j) {
-  const long most = t - j + 1;
-  __mmask16 mask = most >= 16 ? 0xffff : most <= 0 ? 0 : (1u << most) - 1;
-  if (documents == nullptr || mask == 0) return mask;
-  const __m512i own = _mm512_set1_epi64(documents[t]);
-  const auto same = [&](int at) {
-    return _mm512_cmpeq_epi64_mask(own, _mm512_maskz_loadu_epi64((__mmask8)(mask >> at), documents + j + at));
-  };
-  return mask & (__mmask16)(same(0) | same(8) << 8);
+INLINE mask seen(const int32_t* documents, long t, long j) {
+  const mask before = first_lanes(t - j + 1);
+  return documents ? both(before, equal(documents + j, documents[t])) : before;
 }
 
-extern "C" void attention_forward(long batch, long seq, long heads, long nope, long rope, long value, long latent_width,
-                                  float scale, const bf16* q, const bf16* kv, const bf16* k_rope, const bf16* cos,
-                                  const bf16* sin, const int64_t* documents, bf16* out, float* logs) {
+}  // namespace
+
+KERNEL(attention_forward)(long batch, long seq, long heads, long nope, long rope, long value, long latent_width, float scale,
+                          const number* q, const number* kv, const number* k_rope, const number* cos, const number* sin,
+                          const int64_t* documents, number* out, float* logs) {
   const Shape s{batch, seq, heads, nope, rope, value, latent_width, scale};
-  const long held = up_to(seq, QUERIES), width = s.qk();
+  const long held = s.held(), apart = s.apart(), width = s.qk();
   const Inputs in = inputs_of(s, q, kv, k_rope, cos, sin, documents);
 #pragma omp parallel for schedule(dynamic)
   for (long item = 0; item < batch * heads; ++item) {
     const long b = item / heads, h = item % heads;
-    bf16* keys = scratch<1, bf16>(held * width);
-    pair* keys_right = scratch<2, pair>(held * width / 2);
-    pair* values_right = scratch<3, pair>(held / 2 * value);
-    bf16* queries = scratch<4, bf16>(QUERIES * width);
-    float* scores = scratch<5, float>(QUERIES * held);
-    bf16* probabilities = scratch<6, bf16>(QUERIES * held);
+    number* keys = scratch<1, number>(held * width);
+    unit* keys_right = scratch<2, unit>(held * width / DEPTH);
+    unit* values_right = scratch<3, unit>(held * value / DEPTH);
+    number* queries = scratch<4, number>(QUERIES * width);
+    float* scores = scratch<5, float>(QUERIES * apart);
+    number* probabilities = DEPTH == 1 ? (number*)scores : scratch<6, number>(QUERIES * apart);
     float* mixed = scratch<7, float>(QUERIES * value);
-    keys_of(s, in, b, h, held, keys);
-    for (long j = 0; j < held; j += 16) pack_right_transposed(keys_right, held, width / 2, j, keys, width, width, held);
-    for (long p = 0; p < held / 2; ++p) {
-      const bf16* v = kv + ((b * seq + std::min(2 * p, seq - 1)) * heads + h) * (nope + value) + nope;
-      pack_right(values_right, value, held / 2, p, v, 2 * p + 1 < seq ? v + heads * (nope + value) : nullptr);
-    }
-    const int64_t* own = documents ? documents + b * seq : nullptr;
+    keys_of(s, in, b, h, keys);
+    for (long j = 0; j < held; j += 16) pack_right_transposed(keys_right, held, width / DEPTH, j, keys, width, width, held);
+    const number* values = kv + (b * seq * heads + h) * (nope + value) + nope;
+    pack_right(values_right, value, held / DEPTH, [&](long t) { return values + t * heads * (nope + value); }, seq);
+    for (long p = (seq + DEPTH - 1) / DEPTH; p < held / DEPTH; ++p)
+      for (long j = 0; j < value; j += 16) store(in_panels(values_right, value, held / DEPTH, p, j), units16{});
+    const int32_t* own = documents_of(s, in, b);
     for (long start = 0; start < seq; start += QUERIES) {
-      const long count = std::min(QUERIES, seq - start), end = start + QUERIES;
+      const long count = least(QUERIES, seq - start), end = start + QUERIES;
       queries_of(s, in, b, h, start, count, queries);
-      multiply(QUERIES, end, width / 2, rows_of(queries, width), keys_right, width / 2, scores, held, false);
+      multiply(count, end, width / DEPTH, rows_of(queries, width), keys_right, width / DEPTH, scores, apart, false);
       float sums[QUERIES], largest[QUERIES];
-      for (long r = 0; r < QUERIES; ++r) {
-        float* row = scores + r * held;
-        bf16* to = probabilities + r * held;
-        const long t = std::min(start + r, seq - 1);
+      for (long r = 0; r < count; ++r) {
+        float* row = scores + r * apart;
+        number* to = probabilities + r * apart;
+        const long t = start + r;
         const long plain = own ? 0 : (t + 1) / 16 * 16;  // keys that are all seen
-        __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        vec top = splat(-INFINITY), sum = splat(0);
         long j = 0;
-        for (; j < plain; j += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(row + j));
-        for (; j <= t; j += 16) top = _mm512_mask_max_ps(top, seen(own, t, j), top, _mm512_loadu_ps(row + j));
-        largest[r] = _mm512_reduce_max_ps(top) * scale;
-        const __m512 by = _mm512_set1_ps(scale * LOG2_E), less = _mm512_set1_ps(largest[r] * LOG2_E);
+        for (; j < plain; j += 16) top = larger(top, load(row + j));
+        for (; j <= t; j += 16) top = larger(top, chosen(seen(own, t, j), load(row + j), splat(-INFINITY)));
+        largest[r] = largest_of(top) * scale;
+        const vec by = splat(scale * LOG2_E), less = splat(-largest[r] * LOG2_E);
         for (j = 0; j < plain; j += 16) {
-          const __m512 e = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), by, less));
-          sum = _mm512_add_ps(sum, e);
+          const vec e = exp2(fma(load(row + j), by, less));
+          sum = sum + e;
           store(to + j, e);
         }
         for (; j <= t; j += 16) {
-          const __m512 e = _mm512_maskz_mov_ps(seen(own, t, j), exp2(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), by, less)));
-          sum = _mm512_add_ps(sum, e);
+          const vec e = chosen(seen(own, t, j), exp2(fma(load(row + j), by, less)), splat(0));
+          sum = sum + e;
           store(to + j, e);
         }
-        if (j < end) std::memset(to + j, 0, (end - j) * sizeof(bf16));
-        sums[r] = _mm512_reduce_add_ps(sum);
+        if (j < end) std::memset(to + j, 0, (end - j) * sizeof(number));
+        sums[r] = sum_of(sum);
       }
-      multiply(QUERIES, value, end / 2, rows_of(probabilities, held), values_right, held / 2, mixed, value, false);
+      multiply(count, value, end / DEPTH, rows_of(probabilities, apart), values_right, held / DEPTH, mixed, value, false);
       for (long r = 0; r < count; ++r) {
-        const __m512 by = _mm512_set1_ps(1.0f / sums[r]);
-        bf16* to = out + ((b * seq + start + r) * heads + h) * value;
-        for (long j = 0; j < value; j += 16) store(to + j, _mm512_mul_ps(_mm512_loadu_ps(mixed + r * value + j), by));
+        const vec by = splat(1.0f / sums[r]);
+        number* to = out + ((b * seq + start + r) * heads + h) * value;
+        for (long j = 0; j < value; j += 16) store(to + j, load(mixed + r * value + j) * by);
         logs[(b * heads + h) * seq + start + r] = largest[r] + std::log(sums[r]);
       }
     }
@@ -148,104 +167,103 @@ extern "C" void attention_forward(long batch, long seq, long heads, long nope, l
 }
 
 // grad_rope_by_head: fp32 [batch, heads, seq, rope], room.
-extern "C" void attention_backward(long batch, long seq, long heads, long nope, long rope, long value, long latent_width,
-                                   float scale, const bf16* q, const bf16* kv, const bf16* k_rope, const bf16* cos,
-                                   const bf16* sin, const int64_t* documents, const bf16* out, const float* logs,
-                                   const bf16* grad, bf16* grad_q, bf16* grad_kv, bf16* grad_k_rope,
-                                   float* grad_rope_by_head) {
+KERNEL(attention_backward)(long batch, long seq, long heads, long nope, long rope, long value, long latent_width, float scale,
+                           const number* q, const number* kv, const number* k_rope, const number* cos, const number* sin,
+                           const int64_t* documents, const number* out, const float* logs, const number* grad,
+                           number* grad_q, number* grad_kv, number* grad_k_rope, float* grad_rope_by_head) {
   const Shape s{batch, seq, heads, nope, rope, value, latent_width, scale};
-  const long held = up_to(seq, QUERIES), width = s.qk();
+  const long held = s.held(), apart = s.apart(), width = s.qk();
   const Inputs in = inputs_of(s, q, kv, k_rope, cos, sin, documents);
 #pragma omp parallel for schedule(dynamic)
   for (long item = 0; item < batch * heads; ++item) {
     const long b = item / heads, h = item % heads;
-    bf16* keys = scratch<1, bf16>(held * width);
-    pair* keys_columns = scratch<2, pair>(held * width / 2);  // K^T
-    pair* keys_rows = scratch<3, pair>(held * width / 2);     // K
-    pair* values_columns = scratch<4, pair>(held * value / 2);
-    bf16* values = scratch<5, bf16>(held * value);
-    bf16* queries = scratch<6, bf16>(QUERIES * width);
-    pair* queries_right = scratch<7, pair>(QUERIES / 2 * width);
-    bf16* upstream = scratch<8, bf16>(QUERIES * value);
-    pair* upstream_right = scratch<9, pair>(QUERIES / 2 * value);
-    float* scores = scratch<10, float>(QUERIES * held);
-    float* grad_p = scratch<11, float>(QUERIES * held);
-    bf16* grad_s = scratch<12, bf16>(QUERIES * held);
-    pair* p_left = scratch<13, pair>(PAIRS * held);
-    pair* s_left = scratch<14, pair>(PAIRS * held);
+    number* keys = scratch<1, number>(held * width);
+    unit* keys_columns = scratch<2, unit>(held * width / DEPTH);  // K^T
+    unit* keys_rows = scratch<3, unit>(held * width / DEPTH);     // K
+    unit* values_columns = scratch<4, unit>(held * value / DEPTH);
+    number* queries = scratch<6, number>(QUERIES * width);
+    unit* queries_right = scratch<7, unit>(QUERIES / DEPTH * width);
+    number* upstream = scratch<8, number>(QUERIES * value);
+    unit* upstream_right = scratch<9, unit>(QUERIES / DEPTH * value);
+    float* scores = scratch<10, float>(QUERIES * apart);  // fp32: then P
+    float* grad_p = scratch<11, float>(QUERIES * apart);  // fp32: then dS
+    number* grad_s = DEPTH == 1 ? (number*)grad_p : scratch<12, number>(QUERIES * apart);
+    unit* p_left = scratch<13, unit>(DEPTH == 1 ? 0 : UNITS * held);
+    unit* s_left = scratch<14, unit>(DEPTH == 1 ? 0 : UNITS * held);
     float* grad_queries = scratch<15, float>(QUERIES * width);
     float* grad_keys = scratch<16, float>(held * width);
     float* grad_values = scratch<17, float>(held * value);
-    keys_of(s, in, b, h, held, keys);
-    for (long t = 0; t < held; ++t)
-      if (t < seq)
-        copy(values + t * value, kv + ((b * seq + t) * heads + h) * (nope + value) + nope, value);
-      else
-        std::memset(values + t * value, 0, value * sizeof(bf16));
+    keys_of(s, in, b, h, keys);
+    const number* values = kv + (b * seq * heads + h) * (nope + value) + nope;
     for (long j = 0; j < held; j += 16) {
-      pack_right_transposed(keys_columns, held, width / 2, j, keys, width, width, held);
-      pack_right_transposed(values_columns, held, value / 2, j, values, value, value, held);
+      pack_right_transposed(keys_columns, held, width / DEPTH, j, keys, width, width, held);
+      pack_right_transposed(values_columns, held, value / DEPTH, j, values, heads * (nope + value), value, seq);
     }
-    for (long p = 0; p < held / 2; ++p)
-      pack_right(keys_rows, width, held / 2, p, keys + 2 * p * width, keys + (2 * p + 1) * width);
+    pack_right(keys_rows, width, held / DEPTH, [&](long t) { return keys + t * width; }, held);
     std::memset(grad_keys, 0, held * width * sizeof(float));
     std::memset(grad_values, 0, held * value * sizeof(float));
-    const int64_t* own = documents ? documents + b * seq : nullptr;
+    const int32_t* own = documents_of(s, in, b);
     for (long start = 0; start < seq; start += QUERIES) {
-      const long count = std::min(QUERIES, seq - start), end = start + QUERIES;
+      const long count = least(QUERIES, seq - start), end = start + QUERIES;
       queries_of(s, in, b, h, start, count, queries);
       float along[QUERIES], log[QUERIES];
       for (long r = 0; r < QUERIES; ++r) {
         along[r] = log[r] = 0;
         if (r >= count) {
-          std::memset(upstream + r * value, 0, value * sizeof(bf16));
+          std::memset(upstream + r * value, 0, value * sizeof(number));
           continue;
         }
         const long at = ((b * seq + start + r) * heads + h) * value;
         copy(upstream + r * value, grad + at, value);
-        __m512 sum = _mm512_setzero_ps();
-        for (long j = 0; j < value; j += 16) sum = _mm512_fmadd_ps(load(grad + at + j), load(out + at + j), sum);
-        along[r] = _mm512_reduce_add_ps(sum);
+        vec sum = splat(0);
+        for (long j = 0; j < value; j += 16) sum = fma(load(grad + at + j), load(out + at + j), sum);
+        along[r] = sum_of(sum);
         log[r] = logs[(b * heads + h) * seq + start + r] * LOG2_E;
       }
-      for (long p = 0; p < QUERIES / 2; ++p) {
-        pack_right(queries_right, width, QUERIES / 2, p, queries + 2 * p * width, queries + (2 * p + 1) * width);
-        pack_right(upstream_right, value, QUERIES / 2, p, upstream + 2 * p * value, upstream + (2 * p + 1) * value);
-      }
-      multiply(QUERIES, end, width / 2, rows_of(queries, width), keys_columns, width / 2, scores, held, false);
-      multiply(QUERIES, end, value / 2, rows_of(upstream, value), values_columns, value / 2, grad_p, held, false);
-      const __m512 by = _mm512_set1_ps(scale), by2 = _mm512_set1_ps(scale * LOG2_E);
-      for (long r = 0; r < QUERIES; r += 2)
+      pack_right(queries_right, width, QUERIES / DEPTH, [&](long r) { return queries + r * width; }, QUERIES);
+      pack_right(upstream_right, value, QUERIES / DEPTH, [&](long r) { return upstream + r * value; }, QUERIES);
+      multiply(QUERIES, end, width / DEPTH, rows_of(queries, width), keys_columns, width / DEPTH, scores, apart, false);
+      multiply(QUERIES, end, value / DEPTH, rows_of(upstream, value), values_columns, value / DEPTH, grad_p, apart, false);
+      const vec by = splat(scale), by2 = splat(scale * LOG2_E);
+      const auto slopes = [&](long r, long j, vec* p, vec* ds) {
+        const long t = start + r;
+        *p = exp2(fma(load(scores + r * apart + j), by2, splat(-log[r])));
+        if (own || j + 16 > t + 1) *p = chosen(seen(own, t, j), *p, splat(0));
+        *ds = *p * by * (load(grad_p + r * apart + j) - splat(along[r]));
+      };
+      for (long r = 0; r < QUERIES; r += DEPTH)
         for (long j = 0; j < end; j += 16) {
-          __m256i p16[2], s16[2];
-          for (long i = 0; i < 2; ++i) {
-            const long t = start + r + i;
-            const __mmask16 mask = t >= seq ? 0 : (own == nullptr && j + 16 <= t + 1) ? 0xffff : seen(own, t, j);
-            const __m512 logarithm = _mm512_fmsub_ps(_mm512_loadu_ps(scores + (r + i) * held + j), by2, _mm512_set1_ps(log[r + i]));
-            const __m512 p = _mm512_maskz_mov_ps(mask, exp2(logarithm));
-            const __m512 ds = _mm512_sub_ps(_mm512_loadu_ps(grad_p + (r + i) * held + j), _mm512_set1_ps(along[r + i]));
-            p16[i] = narrow(p);
-            s16[i] = narrow(_mm512_mul_ps(_mm512_mul_ps(p, by), ds));
-            _mm256_storeu_si256((__m256i*)(grad_s + (r + i) * held + j), s16[i]);
+          vec p[DEPTH], ds[DEPTH];
+          for (long i = 0; i < DEPTH; ++i)
+            if (start + r + i < seq)
+              slopes(r + i, j, p + i, ds + i);
+            else
+              p[i] = ds[i] = splat(0);
+          for (long i = 0; i < DEPTH; ++i) store(grad_s + (r + i) * apart + j, ds[i]);
+          if (DEPTH == 1) {
+            store(scores + r * apart + j, p[0]);
+          } else {
+            put_left(p_left, UNITS, r / 2, j, paired(bits(p[0]), bits(p[DEPTH - 1])));
+            put_left(s_left, UNITS, r / 2, j, paired(bits(ds[0]), bits(ds[DEPTH - 1])));
           }
-          put_left(p_left, PAIRS, r / 2, j, paired(p16[0], p16[1]));
-          put_left(s_left, PAIRS, r / 2, j, paired(s16[0], s16[1]));
         }
-      multiply(end, value, QUERIES / 2, panels_of(p_left, PAIRS), upstream_right, QUERIES / 2, grad_values, value, true);
-      multiply(end, width, QUERIES / 2, panels_of(s_left, PAIRS), queries_right, QUERIES / 2, grad_keys, width, true);
-      multiply(QUERIES, width, end / 2, rows_of(grad_s, held), keys_rows, held / 2, grad_queries, width, false);
+      const Left p_turned = DEPTH == 1 ? columns_of(scores, apart) : panels_of(p_left, UNITS);
+      const Left s_turned = DEPTH == 1 ? columns_of(grad_p, apart) : panels_of(s_left, UNITS);
+      multiply(end, value, QUERIES / DEPTH, p_turned, upstream_right, QUERIES / DEPTH, grad_values, value, true);
+      multiply(end, width, QUERIES / DEPTH, s_turned, queries_right, QUERIES / DEPTH, grad_keys, width, true);
+      multiply(count, width, end / DEPTH, rows_of(grad_s, apart), keys_rows, held / DEPTH, grad_queries, width, false);
       for (long r = 0; r < count; ++r) {
-        bf16* to = grad_q + ((b * seq + start + r) * heads + h) * width;
+        number* to = grad_q + ((b * seq + start + r) * heads + h) * width;
         const float *from = grad_queries + r * width, *c = in.cos + (start + r) * rope, *n = in.sin + (start + r) * rope;
-        for (long j = 0; j < nope; j += 16) store(to + j, _mm512_loadu_ps(from + j));
-        for (long j = 0; j < rope; j += 16) store(to + nope + j, turned(_mm512_loadu_ps(from + nope + j), c + j, n + j, true));
+        for (long j = 0; j < nope; j += 16) store(to + j, load(from + j));
+        for (long j = 0; j < rope; j += 16) store(to + nope + j, turned(load(from + nope + j), c + j, n + j, true));
       }
     }
     for (long t = 0; t < seq; ++t) {
-      bf16* to = grad_kv + ((b * seq + t) * heads + h) * (nope + value);
+      number* to = grad_kv + ((b * seq + t) * heads + h) * (nope + value);
       const float* from = grad_keys + t * width;
-      for (long j = 0; j < nope; j += 16) store(to + j, _mm512_loadu_ps(from + j));
-      for (long j = 0; j < value; j += 16) store(to + nope + j, _mm512_loadu_ps(grad_values + t * value + j));
+      for (long j = 0; j < nope; j += 16) store(to + j, load(from + j));
+      for (long j = 0; j < value; j += 16) store(to + nope + j, load(grad_values + t * value + j));
       std::memcpy(grad_rope_by_head + ((b * heads + h) * seq + t) * rope, from + nope, rope * sizeof(float));
     }
   }
@@ -253,9 +271,8 @@ extern "C" void attention_backward(long batch, long seq, long heads, long nope, 
   for (long row = 0; row < batch * seq; ++row) {
     const long b = row / seq, t = row % seq;
     for (long j = 0; j < rope; j += 16) {
-      __m512 sum = _mm512_setzero_ps();
-      for (long h = 0; h < heads; ++h)
-        sum = _mm512_add_ps(sum, _mm512_loadu_ps(grad_rope_by_head + ((b * heads + h) * seq + t) * rope + j));
+      vec sum = splat(0);
+      for (long h = 0; h < heads; ++h) sum = sum + load(grad_rope_by_head + ((b * heads + h) * seq + t) * rope + j);
       store(grad_k_rope + row * rope + j, turned(sum, in.cos + t * rope + j, in.sin + t * rope + j, true));
     }
   }
