@@ -21,6 +21,7 @@ from motley.model.cache import LatentState
 from motley.model.config import ModelConfig
 from motley.model.layers import Linear, RMSNorm
 from motley.model.native_attention import native_attention
+from motley.model.products import wide
 from motley.model.rotary import rotate, softmax_scale
 from motley.model.softmax_attention import attend
 from motley.model.where import Where
@@ -89,10 +90,12 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor) -> Tensor:
         """All heads against the latent itself; returns [batch, seq, heads, value]."""
-        up = self.kv_b_proj.weight.to(latent.dtype).view(self.heads, self.nope + self.value, self.rank)
+        dtype = latent.dtype
+        q_nope, q_rope, latent, k_rope = map(wide, (q_nope, q_rope, latent, k_rope))
+        up = wide(self.kv_b_proj.weight.to(dtype)).view(self.heads, self.nope + self.value, self.rank)
         q_latent = torch.einsum("bshn,hnr->bshr", q_nope, up[:, : self.nope])
         q = torch.cat((q_latent, q_rope), dim=-1).transpose(1, 2)
         k = torch.cat((latent, k_rope[:, :, 0]), dim=-1)[:, None].expand(-1, self.heads, -1, -1)
         v = latent[:, None].expand(-1, self.heads, -1, -1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale)
-        return torch.einsum("bhsr,hvr->bshv", mixed, up[:, self.nope :])
+        return torch.einsum("bhsr,hvr->bshv", mixed, up[:, self.nope :]).to(dtype)

@@ -13,6 +13,10 @@ from motley.model.native_mlp import native_mlp
 from motley.model.products import add_gradient, product, wide
 
 
+WORTH_PACKING = 64
+"""Rows from which on a dense MLP's kernel is faster than the plain path: it rearranges all weights first."""
+
+
 class Linear(nn.Linear):
     """A linear map that computes in the dtype of its input; the weight itself stays in its own (fp32 in training).
 
@@ -32,8 +36,6 @@ class Linear(nn.Linear):
             return y if self.bias is None else y + self.bias.to(y.dtype)
         if self.later is not None and self.bias is None and torch.is_grad_enabled():
             return _LaterLinear.apply(input, self.weight, self.later)  # pyright: ignore[reportReturnType]
-        if self.bias is None and native.fits_linear(input, self.weight):
-            return _NativeLinear.apply(input, self.weight)  # pyright: ignore[reportReturnType]
         bias = None if self.bias is None else wide(self.bias.to(input.dtype))
         return F.linear(wide(input), wide(self.weight.to(input.dtype)), bias).to(input.dtype)
 
@@ -43,32 +45,6 @@ def _plain(linear: Linear) -> bool:
     rounded, later = linear.fp8 and linear.training, linear.later is not None and torch.is_grad_enabled()
     weight = linear.weight
     return not (rounded or later) and linear.bias is None and weight.dtype == torch.float32 and weight.is_contiguous()
-
-
-class _NativeLinear(torch.autograd.Function):
-    """The same product by our own kernel (`native/linear.cpp`)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = x.contiguous(), weight.contiguous()
-        outputs, inputs = weight.shape
-        y = x.new_empty(*x.shape[:-1], outputs)
-        native.call("linear_forward", x.dtype, x.numel() // inputs, inputs, outputs, x, weight, y)
-        ctx.save_for_backward(x, weight)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        outputs, inputs = weight.shape
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight)
-        rows = x.numel() // inputs
-        native.call(
-            "linear_backward", x.dtype, rows, inputs, outputs, x, weight, grad.contiguous(), grad_x, grad_weight
-        )
-        return grad_x, grad_weight
 
 
 class _LaterLinear(torch.autograd.Function):
@@ -179,6 +155,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         maps = (self.gate_proj, self.up_proj, self.down_proj)
-        if all(map(_plain, maps)) and native.fits(x, *self.down_proj.weight.shape):
+        enough = x.numel() >= WORTH_PACKING * x.shape[-1]
+        if enough and all(map(_plain, maps)) and native.fits(x, *self.down_proj.weight.shape):
             return native_mlp(x, *(linear.weight for linear in maps))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

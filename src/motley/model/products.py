@@ -4,13 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from motley.model import native
+
 
 def wide(x: Tensor) -> Tensor:
-    """What a product is computed from: fp16 on a CPU goes through fp32, as its sums do inside a GPU.
+    """What a product is computed from: what a CPU does not multiply itself goes through fp32, as sums do inside a GPU.
 
-    PyTorch's own fp16 products for CPUs take fifty times as long as bf16's.
+    PyTorch's own products of fp16 on CPUs take fifty times as long as bf16's, and those of bf16 on a CPU without such
+    instructions some hundreds of times as long as fp32's. The result is rounded once, as theirs is.
     """
-    return x.float() if x.dtype == torch.float16 and x.device.type == "cpu" else x
+    if x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
+        return x
+    return x if x.dtype == torch.bfloat16 and native.multiplies_bf16() else x.float()
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | No
 
     Returns [batch, heads, seq, v_head_dim].
     """
-    if visible is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_BLOCKED:
+    narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and wide(q) is q
+    if visible is None and narrow and q.shape[2] <= LONGEST_BLOCKED:
         return _BlockedAttention.apply(q, k, v, scale, documents)  # pyright: ignore[reportReturnType]
     if visible is None and documents is not None:
         visible = causal_mask(documents)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from motley.model import native
+from motley.model.products import wide
 
 OptimizerName = Literal["muon", "adamw"]
 Moments = Literal["fp32", "bf16"]
@@ -33,11 +34,11 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = ITERAT
     The quintic's coefficients are Jordan's: they push small singular values up fast and need not converge to 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(dtype)
+    x = wide(matrices.to(dtype))
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (x.flatten(1).float().norm(dim=1)[:, None, None].to(dtype) + 1e-7)
+    x = x / (x.flatten(1).float().norm(dim=1)[:, None, None].to(x.dtype) + 1e-7)
     for _ in range(iterations):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -1,6 +1,6 @@
 """Our own kernels for CPUs, in C++: what is here, whether it was built, which of it this machine runs.
 
-    norm.cpp  attention.cpp  experts.cpp  linear.cpp  loss.cpp  muon.cpp      on top of products.h, simd.h
+    norm.cpp  attention.cpp  experts.cpp  loss.cpp  muon.cpp  sort.cpp      on top of products.h, simd.h
         └────────── hatch_build.py → build.py, c++ ──────────▶ kernels-….so, loaded by ctypes
 
     number format    best first
@@ -27,8 +27,6 @@ from motley.model.native import build
 from motley.model.native.build import library
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-SLOWER_LIBRARY = ("avx2",)
-"""Targets whose own fp32 products are faster than those of the library that PyTorch calls (docs/benchmarks.md)."""
 
 _allowed: tuple[str, ...] | None = None  # None: all
 
@@ -56,6 +54,15 @@ def runnable() -> tuple[str, ...]:
     return tuple(target.name for target in build.TARGETS if has.get(target.name))
 
 
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16."""
+    if build.machine() == "x86_64":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return build.machine() == "aarch64" and _arm_has_bf16()
+
+
+@cache
 def _arm_has_bf16() -> bool:
     if platform.system() == "Darwin":
         value, size = ctypes.c_int(0), ctypes.c_size_t(4)
@@ -133,16 +140,6 @@ def fits(x: Tensor, *sizes: int) -> bool:
 def runs(dtype: torch.dtype, *sizes: int) -> bool:
     """Whether there are kernels for a number format, and `sizes` are whole vectors of 16."""
     return not any(size % 16 for size in sizes) and chosen(dtype) is not None
-
-
-def fits_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether a plain product x weight^T is made by a kernel: where the library that PyTorch calls is slower."""
-    return (
-        weight.dtype == x.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and chosen(torch.float32) in SLOWER_LIBRARY
-        and fits(x, *weight.shape)
-    )
 
 
 def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | int | float | None) -> None:
