@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,6 +33,22 @@ def kernels() -> None:
     if (why_not := build.build()) is not None:
         pytest.skip(f"the kernels are not built: {why_not}")
     native.forget()
+
+
+@pytest.fixture(params=["avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16"])
+def dtype(request: pytest.FixtureRequest, kernels: None) -> Iterator[torch.dtype]:
+    """The number format of one target of our kernels after the other, of those that this machine runs; inside, no others
+    are used."""
+    from motley.model import native
+    from motley.model.native import build
+
+    target = next(target for target in build.TARGETS if target.name == request.param)
+    if target.name not in native.runnable():
+        pytest.skip(f"this CPU does not run the kernels for {target.name}")
+    with native.only(target.name):
+        found = next(found for found, name in native.DTYPES.items() if name == target.dtype)
+        assert native.chosen(found) == target.name
+        yield found
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,18 +24,6 @@ CONFIG = dataclasses.replace(
     SIZES["nano"], hidden_size=48, num_attention_heads=3, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16,
     v_head_dim=16,
 )  # fmt: skip
-
-
-@pytest.fixture(params=[target.name for target in build.targets_of(build.machine())])
-def dtype(request: pytest.FixtureRequest, kernels: None) -> Iterator[torch.dtype]:
-    """The number format of one target after the other, of those that this machine can run; its kernels alone are used."""
-    target = next(target for target in build.TARGETS if target.name == request.param)
-    if target.name not in native.runnable():
-        pytest.skip(f"this CPU does not run the kernels for {target.name}")
-    with native.only(target.name):
-        found = next(found for found, name in native.DTYPES.items() if name == target.dtype)
-        assert native.chosen(found) == target.name
-        yield found
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

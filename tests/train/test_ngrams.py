@@ -94,40 +94,24 @@ def expected_for(positions: int, vocab: int, generator: torch.Generator) -> Expe
     return Ngrams.of(text.numpy(), vocab).expected(text[None, 100 : 100 + positions])
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1])
-@pytest.mark.parametrize("positions", [1, 9, CHUNK + 3])
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16", "kernel"])
-def test_what_is_learned_is_the_blended_cross_entropy_in_fp64(
-    kind: str, positions: int, weight: float, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if kind == "kernel":
-        request.getfixturevalue("kernels")
-        monkeypatch.setattr("motley.train.loss.GROUP_LOGITS", 64 * VOCAB)  # several groups
+def check_against_fp64(dtype: torch.dtype, positions: int, weight: float) -> None:
+    """The blended cross-entropy and its gradients from `dtype` beside the same in fp64."""
     generator = torch.Generator().manual_seed(positions)
     expected = expected_for(positions, VOCAB, generator)
-    hidden = torch.randn(positions, 32, generator=generator)
-    hidden = hidden.to({"fp32": torch.float32, "fp16": torch.float16}.get(kind, torch.bfloat16))
+    hidden = torch.randn(positions, 32, generator=generator).to(dtype)
     head = 0.3 * torch.randn(VOCAB, 32, generator=generator)
     targets = torch.randint(VOCAB, (positions,), generator=generator)
     targets[3::7] = -100
     inputs = [tensor.clone().requires_grad_() for tensor in (hidden, head)]
     exact = [tensor.double().requires_grad_() for tensor in (hidden, head)]
-
-    def run() -> tuple[Tensor, Tensor]:
-        return blended_cross_entropy(*inputs, targets, expected, weight, 2.0**-6)
-
-    if kind == "kernel":
-        learned, seen = run()
-    else:
-        with native.switched_off():
-            learned, seen = run()
+    learned, seen = blended_cross_entropy(*inputs, targets, expected, weight, 2.0**-6)
     counted = targets >= 0
     logs = (exact[0] @ exact[1].t()).log_softmax(dim=1)[counted]
     hard = -logs.gather(1, targets[counted][:, None]).sum()
     wanted = (1 - weight) * hard - weight * (expected.dense()[counted].double() * logs).sum()
     (learned * 0.5).backward()
     (wanted * 0.5).backward()
-    tolerance = 1e-5 if kind == "fp32" else 2e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert not seen.requires_grad
     assert seen.item() == pytest.approx(hard.item(), rel=tolerance)
     assert learned.item() == pytest.approx(wanted.item(), rel=tolerance)
@@ -135,6 +119,25 @@ def test_what_is_learned_is_the_blended_cross_entropy_in_fp64(
         assert one.grad is not None
         assert other.grad is not None
         assert float((one.grad.double() - other.grad).norm() / other.grad.norm()) < tolerance
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1])
+@pytest.mark.parametrize("positions", [1, 9, CHUNK + 3])
+@pytest.mark.parametrize("plain", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_learned_is_the_blended_cross_entropy_in_fp64(
+    plain: torch.dtype, positions: int, weight: float
+) -> None:
+    with native.switched_off():
+        check_against_fp64(plain, positions, weight)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1])
+@pytest.mark.parametrize("positions", [1, 9, CHUNK + 3])
+def test_the_kernel_learns_the_blended_cross_entropy_in_fp64(
+    dtype: torch.dtype, positions: int, weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("motley.train.loss.GROUP_LOGITS", 64 * VOCAB)  # several groups
+    check_against_fp64(dtype, positions, weight)
 
 
 def test_a_new_model_learns_a_small_language_sooner() -> None:

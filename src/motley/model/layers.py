@@ -12,7 +12,6 @@ from motley.model.fp8 import fp8_product
 from motley.model.native_mlp import native_mlp
 from motley.model.products import add_gradient, product, wide
 
-
 WORTH_PACKING = 64
 """Rows from which on a dense MLP's kernel is faster than the plain path: it rearranges all weights first."""
 

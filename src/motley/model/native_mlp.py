@@ -35,7 +35,19 @@ class _Experts(torch.autograd.Function):
         ctx.sizes = (tokens, k, experts, hidden, inner)
         up = gate_up[:, inner:]  # where it begins
         native.call(
-            "experts_forward", x.dtype, *ctx.sizes, x, weights, gate_up, up, down, starts, slot_of_row, row_of_slot, kept, y
+            "experts_forward",
+            x.dtype,
+            *ctx.sizes,
+            x,
+            weights,
+            gate_up,
+            up,
+            down,
+            starts,
+            slot_of_row,
+            row_of_slot,
+            kept,
+            y,
         )
         ctx.save_for_backward(x, weights, gate_up, down, starts, slot_of_row, row_of_slot, kept)
         return y

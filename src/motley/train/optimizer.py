@@ -173,7 +173,9 @@ class Optimizer:
             return False
         assert weight.grad is not None
         wide = weight.dtype == weight.grad.dtype == torch.float32
-        return wide and all(t.is_contiguous() for t in (weight, weight.grad, momentum)) and native.runs(self.dtype, *shape)
+        return (
+            wide and all(t.is_contiguous() for t in (weight, weight.grad, momentum)) and native.runs(self.dtype, *shape)
+        )
 
     def _native_muon(self, names: list[str], learning_rate: float) -> None:
         """All matrices in one kernel, each by one thread, the largest first (`motley/model/native/muon.cpp`)."""

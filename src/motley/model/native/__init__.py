@@ -8,9 +8,9 @@
     bf16             amx, avx512bf16            neonbf16
 
 The library holds the kernels of every target of its architecture (`build.TARGETS`); the best that this machine has is
-chosen when it starts. A kernel takes pointers and sizes, knows nothing of PyTorch, and shares PyTorch's threads. Beside each
-stands the plain path, which runs wherever a kernel does not fit; tests hold the two equal. Results do not depend on the
-number of threads.
+chosen when it starts. A kernel takes pointers and sizes, knows nothing of PyTorch, and shares PyTorch's threads. Beside
+each stands the plain path, which runs wherever a kernel does not fit; tests hold the two equal. Results do not depend on
+the number of threads.
 """
 
 import ctypes
@@ -111,8 +111,8 @@ def missing() -> str | None:
     if not lacking or (_built() and not set(lacking) - set(runnable()[:-1])):
         return None
     return (
-        f"motley's own kernels for this CPU ({', '.join(lacking)}) are not built, so steps take about a third longer: see "
-        f"that there is a C++ compiler (c++) that knows them, then run `python {build.__file__}`"
+        f"motley's own kernels for this CPU ({', '.join(lacking)}) are not built, so steps take about a third longer: "
+        f"see that there is a C++ compiler (c++) that knows them, then run `python {build.__file__}`"
     )
 
 

@@ -105,9 +105,7 @@ def build() -> str | None:
         return None
     wanted = targets_of(machine())
     if platform.system() not in ("Linux", "Darwin") or not wanted:
-        return (
-            f"there are kernels for Linux and macOS on x86_64 and 64-bit Arm, this is {platform.system()} on {machine()}"
-        )
+        return f"there are kernels for Linux and macOS on x86_64 and 64-bit Arm, this is {platform.system()} on {machine()}"
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         return "there is no C++ compiler (c++) on this machine"
