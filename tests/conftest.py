@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from motley.model import native
+from motley.model.native import build
+
 if not torch.cuda.is_available():  # read when Triton is imported: kernels for GPUs then run on the CPU, step by step
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -25,9 +28,6 @@ def chromium() -> str:
 @pytest.fixture
 def kernels() -> None:
     """Our own kernels for this CPU, built; a test that asks for them is skipped where they cannot be."""
-    from motley.model import native
-    from motley.model.native import build
-
     if not native.runnable():
         pytest.skip("there are no kernels for this CPU")
     if (why_not := build.build()) is not None:
@@ -35,14 +35,13 @@ def kernels() -> None:
     native.forget()
 
 
-@pytest.fixture(params=["avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16"])
+@pytest.fixture(params=build.targets_of(build.machine()), ids=lambda target: target.name)
 def dtype(request: pytest.FixtureRequest, kernels: None) -> Iterator[torch.dtype]:
-    """The number format of one target of our kernels after the other, of those that this machine runs; inside, no others
-    are used."""
-    from motley.model import native
-    from motley.model.native import build
+    """The number format of one target of our kernels after the other, of those that this machine runs.
 
-    target = next(target for target in build.TARGETS if target.name == request.param)
+    Inside, no others are used.
+    """
+    target = request.param
     if target.name not in native.runnable():
         pytest.skip(f"this CPU does not run the kernels for {target.name}")
     with native.only(target.name):

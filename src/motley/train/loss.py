@@ -137,8 +137,8 @@ class _NativeCrossEntropy(_SummedCrossEntropy):
             table, parts = expected.ngrams, (expected.floor, expected.begins, expected.ends, expected.factors)
             hints = [table.vocabulary, table.tokens, table.shares, *(part.contiguous() for part in parts)]
         native.call(
-            "loss_forward", hidden.dtype, positions, size, vocab, group, hidden, head, targets, ORDERS, float(weight), *hints, slope,
-            learned, seen, *grads,
+            "loss_forward", hidden.dtype, positions, size, vocab, group, hidden, head, targets, ORDERS, float(weight),
+            *hints, slope, learned, seen, *grads,
         )  # fmt: skip
         if wanted:
             ctx.save_for_backward(*grads)

@@ -196,7 +196,8 @@ class Optimizer:
         kept = 1 - learning_rate * self.weight_decay
         narrow = int(self.moments == torch.bfloat16)
         native.call(
-            "muon_step", self.dtype, len(rows), sizes, *pointers, torch.tensor(rates), self.MOMENTUM, kept, ITERATIONS, narrow
+            "muon_step", self.dtype, len(rows), sizes, *pointers, torch.tensor(rates), self.MOMENTUM, kept, ITERATIONS,
+            narrow,
         )  # fmt: skip
 
     def _adamw_of_narrow_moments(self) -> None:

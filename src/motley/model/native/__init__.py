@@ -9,8 +9,8 @@
 
 The library holds the kernels of every target of its architecture (`build.TARGETS`); the best that this machine has is
 chosen when it starts. A kernel takes pointers and sizes, knows nothing of PyTorch, and shares PyTorch's threads. Beside
-each stands the plain path, which runs wherever a kernel does not fit; tests hold the two equal. Results do not depend on
-the number of threads.
+each stands the plain path, which runs wherever a kernel does not fit; tests hold the two equal. Results do not depend
+on the number of threads.
 """
 
 import ctypes

@@ -2,8 +2,8 @@
 
     python src/motley/model/native/build.py      does it in place; installing motley has done it already
 
-The library's name holds a digest of its sources and flags, so that one made otherwise is never loaded. A target whose flags
-the compiler does not know is left out, and that is said.
+The library's name holds a digest of its sources and flags, so that one made otherwise is never loaded. A target whose
+flags the compiler does not know is left out, and that is said.
 """
 
 import hashlib
@@ -48,11 +48,11 @@ TARGETS = (
 )
 """Of one number format the later is the better."""
 
-# Contracted: a b + c is one instruction everywhere. Hidden and without exceptions: nothing of one target may be taken for
-# another's by the linker.
+# Contracted: a b + c is one instruction everywhere. Hidden and without exceptions: nothing of one target may be taken
+# for another's by the linker.
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-exceptions", "-fvisibility=hidden", "-Wno-psabi")
-# Linked without an OpenMP of its own: PyTorch's is there already, and a second one would bring threads that wait in a busy
-# loop beside the first one's.
+# Linked without an OpenMP of its own: PyTorch's is there already, and a second one would bring threads that wait in a
+# busy loop beside the first one's.
 if platform.system() == "Darwin":
     THREADS, LINK = ("-Xclang", "-fopenmp"), ("-shared", "-undefined", "dynamic_lookup")
 else:
@@ -105,7 +105,8 @@ def build() -> str | None:
         return None
     wanted = targets_of(machine())
     if platform.system() not in ("Linux", "Darwin") or not wanted:
-        return f"there are kernels for Linux and macOS on x86_64 and 64-bit Arm, this is {platform.system()} on {machine()}"
+        here = f"{platform.system()} on {machine()}"
+        return f"there are kernels for Linux and macOS on x86_64 and 64-bit Arm, this is {here}"
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         return "there is no C++ compiler (c++) on this machine"
