@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from rich.console import Console
 
 from motley.errors import InputError
-from motley.fleet import Machine, MatmulRate, best_device, describe, probe
-from motley.fleet.probe import SKINNY, choose_dtype, cpu_quota, fp8_product, host_memory, usable_cores
+from motley.fleet import Machine, MatmulRate, best_device, describe, parse_fleet, probe
+from motley.fleet.probe import choose_dtype, cpu_quota, fp8_product, host_memory, usable_cores
 from motley.fleet.show import machine_table
+from motley.fleet.write import fleet_text
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +53,31 @@ def test_everything_measured_is_a_positive_number(machine: Machine):
     assert machine.name
 
 
-def test_large_and_skinny_products_are_measured_in_every_format(machine: Machine):
+def test_every_format_that_was_not_left_out_is_measured_where_fp32_is(machine: Machine):
     shapes = {}
     for rate in machine.matmul_rates:
         shapes.setdefault(rate.dtype, set()).add((rate.rows, rate.inner, rate.columns))
-    assert {"fp32", "bf16"} <= set(shapes)
-    for measured in shapes.values():
-        assert len(measured) == 2
-        assert SKINNY in measured
+    assert "fp32" in shapes
+    assert not set(shapes) & {name for name, _ in machine.left_out}
+    assert all(measured <= shapes["fp32"] for measured in shapes.values())
+
+
+def test_what_is_measured_is_said_before_also_where_nobody_watches(capsys: pytest.CaptureFixture[str]):
+    probe(seconds=0.05, device=torch.device("cpu"))
+    said = capsys.readouterr().err
+    assert "multiplies matrices in fp32, and tries bf16, copies memory; about 0.05 s, at most 0.1 s" in said
+    probe(seconds=0.05, device=torch.device("cpu"), shown=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_left_out_is_said_and_kept(machine: Machine):
+    without = replace(machine, left_out=(("bf16", 410.0), ("fp16", None)))
+    assert Machine.from_dict(json.loads(json.dumps(without.to_dict()))) == without
+    reason = "bf16 is emulated here (at least 410 times slower than fp32) and left out"
+    assert reason in describe(without)
+    assert f"# {reason}" in fleet_text([without])
+    (pool,) = parse_fleet(fleet_text([replace(without, matmul_rates=rates(fp32_64=1))]), "kept").pools
+    assert pool.precisions == ("fp32",)
 
 
 def test_a_machine_survives_json(machine: Machine):
@@ -67,8 +86,9 @@ def test_a_machine_survives_json(machine: Machine):
 
 def test_a_machine_from_before_free_memory_was_kept_is_read(machine: Machine):
     value = machine.to_dict()
-    del value["device_free_bytes"]
+    del value["device_free_bytes"], value["left_out"]
     assert Machine.from_dict(value).device_free_bytes is None
+    assert Machine.from_dict(value).left_out == ()
 
 
 def test_products_in_fp8_are_those_of_the_rounded_matrices():

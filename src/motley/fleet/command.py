@@ -1,6 +1,7 @@
 """`motley fleet probe`, `show` and `chips`: what the command line asks of this room."""
 
 import io
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from motley.fleet.probe import Machine, describe, probe
 from motley.fleet.show import chip_table, fleet_table, machine_table
 from motley.fleet.write import fleet_text
 
-MOST_SECONDS = 50.0  # with the links, under a minute
+MOST_SECONDS = 50.0
 WIDTH = 150
 
 
@@ -62,7 +63,7 @@ def fleet_probe(config: ProbeConfig) -> dict[str, Any] | None:
         raise InputError(f"{config.out} exists and may hold your edits; give --overwrite or another --out")
 
     def measure() -> Machine:
-        return probe(config.seconds, grid=True)
+        return probe(config.seconds, grid=True, shown=os.environ.get("RANK", "0") == "0")
 
     if under_torchrun():
         gathered = measure_together(measure)

@@ -1,18 +1,12 @@
 """Measure this machine: how many cores are really ours, how fast it multiplies and how fast it moves memory.
 
-    rounds until the time is up:   every product once, every copy once, in turn
-    result of each:                the median over the rounds
-
-Taking turns means that a busy moment of the machine slows all candidates alike, so that comparing them (is
-bf16 faster here?) stays fair; the median forgets the moment altogether.
+How products and copies are measured stands in `products`; here is what the system says, and what follows from both.
 """
 
 import math
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -21,20 +15,40 @@ import psutil
 import torch
 
 from motley.errors import InputError
+from motley.fleet.products import (
+    DTYPES,
+    GIGA,
+    GLANCE_SECONDS,
+    SKINNY,
+    flops,
+    formats_of,
+    fp8_product,
+    glance,
+    measure,
+    most_seconds,
+    wait_for,
+)
+from motley.progress import note
+
+__all__ = [
+    "GLANCE_SECONDS",
+    "PROBE_SECONDS",
+    "SKINNY",
+    "Machine",
+    "MatmulRate",
+    "formats_of",
+    "fp8_product",
+    "glance",
+    "most_seconds",
+    "probe",
+    "wait_for",
+]
 
 GAIN_WORTH_BF16 = 1.3  # below this, bf16's rounding costs more than its speed gives
-SKINNY = (
-    4096,
-    256,
-    1024,
-)  # a batch of tokens through one small layer: what training a small model consists of
 DECIDING = 4096 * 256 * 1024  # products smaller than SKINNY do not choose the number format
-LEAST_ROUNDS = 3
-BURST_SECONDS = 0.005  # a measurement shorter than this is repeated: clocks and kernel launches are not free
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
-FP8_CAPABILITY = (8, 9)  # of NVIDIA's chips, from which on they multiply in fp8
+EMULATED = 2.0  # times slower than fp32
+PROBE_SECONDS = 3.0
 CGROUPS = Path("/sys/fs/cgroup")
-GIGA = 1e9
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,7 @@ class Machine:
         compute_dtype: number format to train in: "bf16" where it is clearly faster than fp32, "fp16" where that is so
             and the chip has no bf16, else "fp32".
         device_free_bytes: what of the accelerator's memory a process could use when the probe began.
+        left_out: formats that were tried and are not faster than fp32, and how many times slower (None: they fail).
     """
 
     device: str
@@ -79,6 +94,7 @@ class Machine:
     bandwidth_gigabytes_per_second: float
     compute_dtype: str
     device_free_bytes: int | None = None
+    left_out: tuple[tuple[str, float | None], ...] = ()
 
     def peak_gflops(self, dtype: str | None = None) -> float:
         """The fastest product measured in `dtype` (default: the compute dtype), in GFLOP/s.
@@ -101,13 +117,14 @@ class Machine:
     def from_dict(cls, value: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises InputError where fields are missing or unknown."""
         names = {field.name for field in fields(cls)}
-        if wrong := (names ^ set(value)) - {"device_free_bytes"}:  # younger than some files
+        if wrong := (names ^ set(value)) - {"device_free_bytes", "left_out"}:  # younger than some files
             raise InputError(
                 f"not a machine as `motley fleet probe --json` writes it: fields missing or unknown: "
                 f"{', '.join(sorted(wrong))}"
             )
         rates = tuple(MatmulRate(**rate) for rate in value["matmul_rates"])
-        return cls(**{**value, "matmul_rates": rates})
+        left_out = tuple((name, slower) for name, slower in value.get("left_out", ()))
+        return cls(**{**value, "matmul_rates": rates, "left_out": left_out})
 
 
 def best_device() -> torch.device:
@@ -116,24 +133,49 @@ def best_device() -> torch.device:
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
-def probe(seconds: float = 3.0, device: torch.device | None = None, grid: bool = False) -> Machine:
-    """Measure this machine for about `seconds` (very slow ones take longer: three rounds are the least).
+def probe(
+    seconds: float = PROBE_SECONDS, device: torch.device | None = None, grid: bool = False, shown: bool = True
+) -> Machine:
+    """Measure this machine for about `seconds`, and never for twice as long: slow ones in fewer and smaller sizes.
 
     Args:
         seconds: time for all measurements together.
         device: what to measure; default the accelerator, or the CPU where there is none.
-        grid: measure curves (small to large, skinny, grouped) instead of one large and one skinny product.
+        grid: measure curves (small to large, skinny, grouped) instead of squares and one skinny product.
+        shown: say what is being done (one of many workers speaks).
     """
+    started = time.perf_counter()
     device = device or best_device()
+    formats = formats_of(device)
+    if shown:
+        others = f", and tries {' and '.join(formats[1:])}" if formats[1:] else ""
+        note(
+            f"measuring {device_name(device)}: multiplies matrices in fp32{others}, copies memory; "
+            f"about {seconds:g} s, at most {most_seconds(seconds):g} s"
+        )
     cores = usable_cores()
     threads_before = torch.get_num_threads()
     threads = min(threads_before, cores)  # PyTorch does not know of container quotas
     torch.set_num_threads(threads)
-    free, own = device_memory(device)
     try:
-        rates, bandwidth = _measure(device, seconds, grid)
+        free, own = device_memory(device)
+        measured = measure(device, formats, seconds, grid, started)
     finally:
         torch.set_num_threads(threads_before)
+    left_out = tuple(
+        (name, round(slower, 1) if math.isfinite(slower) else None) for name, slower in measured.left_out.items()
+    )
+    if shown:
+        for one in left_out:
+            note(why_left_out(*one))
+    rates = tuple(
+        MatmulRate(name, rows, inner, columns, _four_digits(flops(shape) / spent / GIGA), groups)
+        for name in formats
+        for (other, shape), spent in measured.seconds().items()
+        for groups, rows, inner, columns in [shape]
+        if other == name
+    )
+    ((copied, spent),) = [(shape[3], spent) for (name, shape), spent in measured.seconds().items() if name == "copy"]
     total, available = host_memory()
     return Machine(
         device=device.type,
@@ -144,10 +186,24 @@ def probe(seconds: float = 3.0, device: torch.device | None = None, grid: bool =
         available_memory_bytes=available,
         device_memory_bytes=own,
         matmul_rates=rates,
-        bandwidth_gigabytes_per_second=round(bandwidth, 1),
+        bandwidth_gigabytes_per_second=_four_digits(2 * copied / spent / GIGA),
         compute_dtype=choose_dtype(rates),
         device_free_bytes=free,
+        left_out=left_out,
     )
+
+
+def _four_digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def why_left_out(name: str, slower: float | None) -> str:
+    """`"bf16", 49.2` → `bf16 is emulated here (at least 49 times slower than fp32) and left out`."""
+    if slower is None:
+        return f"{name} cannot be multiplied here and is left out"
+    if slower < EMULATED:
+        return f"{name} is no faster than fp32 here and left out"
+    return f"{name} is emulated here (at least {slower:,.0f} times slower than fp32) and left out"
 
 
 def describe(machine: Machine) -> str:
@@ -158,9 +214,10 @@ def describe(machine: Machine) -> str:
         size = f"{machine.cores} CPU core{'s' if machine.cores != 1 else ''}"
     else:
         size = f"{machine.device}, {in_gigabytes(machine.device_memory_bytes)} of its own memory"
+    without = "".join(f"{why_left_out(*one)}; " for one in machine.left_out)
     return (
         f"{machine.name} ({size}, {in_gigabytes(machine.memory_bytes)} of host memory) multiplies matrices "
-        f"at {rates} and moves {machine.bandwidth_gigabytes_per_second:,.0f} GB/s; "
+        f"at {rates} and moves {machine.bandwidth_gigabytes_per_second:,.0f} GB/s; {without}"
         f"it computes in {machine.compute_dtype}."
     )
 
@@ -191,127 +248,6 @@ def choose_dtype(rates: tuple[MatmulRate, ...]) -> str:
         if dtype == half and ("fp32", rows, inner, columns) in speed
     ]
     return half if gains and min(gains) > GAIN_WORTH_BF16 else "fp32"
-
-
-# ---------------------------------------------------------------------------------------------- measuring
-
-
-def _measure(device: torch.device, seconds: float, grid: bool) -> tuple[tuple[MatmulRate, ...], float]:
-    """Rates of all products, and the copy bandwidth in GB/s."""
-    on_cpu = device.type == "cpu"
-    side = 2048 if on_cpu else 8192
-    formats = formats_of(device)
-    shapes = [(1, side, side, side), (1, *SKINNY)]
-    if grid:
-        shapes += [shape for shape in _grid(side) if shape not in shapes]
-    keys = [(dtype, *shape) for dtype in formats for shape in shapes]
-    actions = [_product(device, *key) for key in keys]
-    copy_bytes = 2**28 if on_cpu else 2**30  # larger than any cache
-    actions.append(_copy(device, copy_bytes))
-    times = _take_turns(actions, device, seconds)
-    rates = tuple(
-        MatmulRate(dtype, rows, inner, columns, round(2 * groups * rows * inner * columns / taken / GIGA, 1), groups)
-        for (dtype, groups, rows, inner, columns), taken in zip(keys, times, strict=False)
-    )
-    return rates, 2 * copy_bytes / times[-1] / GIGA
-
-
-def formats_of(device: torch.device) -> list[str]:
-    """Number formats whose products the device computes itself; emulated ones are left out."""
-    if device.type == "cpu":
-        return ["fp32", "bf16"]
-    if device.type != "cuda":
-        return ["fp32", "bf16", "fp16"]
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    fp8 = torch.version.hip is None and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
-    return ["fp32", *["bf16"] * bf16, "fp16", *["fp8"] * fp8]
-
-
-def _grid(side: int) -> list[tuple[int, int, int, int]]:
-    """(groups, rows, inner, columns): squares from small to large, layers of small models, stacks of experts."""
-    squares = [(1, edge, edge, edge) for edge in (side // 16, side // 8, side // 4, side // 2)]
-    skinny = [(1, 2 * side, inner, columns) for inner, columns in ((64, 256), (128, 512), (256, 256), (512, 2048))]
-    few_rows = [(1, rows, 1024, 1024) for rows in (16, 128, 512)]
-    grouped = [(8, side // 4, 192, 256), (16, side // 8, 256, 256), (16, side // 4, 512, 1024)]
-    return squares + skinny + few_rows + grouped
-
-
-def _take_turns(actions: list[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
-    """Median seconds of one run of each action, all run in turn until `seconds` are over."""
-    start = time.perf_counter()
-    bursts = []
-    for action in actions:
-        action()  # the first run plans kernels and touches fresh memory
-        bursts.append(min(100, math.ceil(BURST_SECONDS / max(_seconds_of(action, 1, device), 1e-7))))
-    samples: list[list[float]] = [[] for _ in actions]
-    rounds = 0
-    while rounds < LEAST_ROUNDS or time.perf_counter() - start < seconds:
-        for action, burst, sample in zip(actions, bursts, samples, strict=True):
-            sample.append(_seconds_of(action, burst, device))
-        rounds += 1
-    return [statistics.median(sample) for sample in samples]
-
-
-def _seconds_of(action: Callable[[], object], times: int, device: torch.device) -> float:
-    wait_for(device)
-    start = time.perf_counter()
-    for _ in range(times):
-        action()
-    wait_for(device)
-    return (time.perf_counter() - start) / times
-
-
-def glance(device: torch.device, dtype: str, seconds: float = 0.1) -> float:
-    """GFLOP/s of one large matrix product, measured for about so long: enough to tell workers apart at a start.
-
-    dtype: number format; where the device only emulates it, fp32 is measured.
-    """
-    dtype = dtype if dtype in formats_of(device) else "fp32"
-    side = 512 if device.type == "cpu" else 4096
-    (spent,) = _take_turns([_product(device, dtype, 1, side, side, side)], device, seconds)
-    return 2e-9 * side**3 / spent
-
-
-def wait_for(device: torch.device) -> None:
-    """Accelerators compute behind our back: wait until the queue is empty."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _product(
-    device: torch.device, dtype: str, groups: int, rows: int, inner: int, columns: int
-) -> Callable[[], object]:
-    if dtype == "fp8":
-        return fp8_product(device, groups, rows, inner, columns)
-    left = torch.randn(groups, rows, inner, device=device).to(DTYPES[dtype])
-    right = torch.randn(groups, inner, columns, device=device).to(DTYPES[dtype])
-    result = torch.empty(groups, rows, columns, device=device, dtype=DTYPES[dtype])
-    if groups == 1:
-        return lambda: torch.mm(left[0], right[0], out=result[0])
-    return lambda: torch.bmm(left, right, out=result)
-
-
-def fp8_product(
-    device: torch.device, groups: int, rows: int, inner: int, columns: int
-) -> Callable[[], list[torch.Tensor]]:
-    """With one scale for each matrix and sums in fp32; the right one lies by columns, as the hardware wants it."""
-    scale = torch.ones((), device=device)
-    left = torch.randn(groups, rows, inner, device=device).to(DTYPES["fp8"])
-    right = torch.randn(groups, columns, inner, device=device).to(DTYPES["fp8"]).transpose(1, 2)
-
-    def multiply() -> list[torch.Tensor]:
-        return [
-            torch._scaled_mm(one, other, scale, scale, out_dtype=torch.bfloat16)  # type: ignore[attr-defined]
-            for one, other in zip(left, right, strict=True)
-        ]
-
-    return multiply
-
-
-def _copy(device: torch.device, size: int) -> Callable[[], object]:
-    source = torch.zeros(size // 4, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
 
 
 # -------------------------------------------------------------------------------- what the system says

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from motley.fleet.chips import ESTIMATE, PRECISIONS, Chip
 from motley.fleet.inventory import Fleet
-from motley.fleet.probe import Machine, in_flops, in_gigabytes
+from motley.fleet.probe import Machine, in_flops, in_gigabytes, why_left_out
 from motley.fleet.units import rate_text, size_text
 
 
@@ -27,6 +27,8 @@ def machine_table(machine: Machine) -> Table:
     for rate in machine.matmul_rates:
         shape = (f"{rate.groups} x " if rate.groups > 1 else "") + f"{rate.rows} x {rate.inner} x {rate.columns}"
         table.add_row(f"product, {rate.dtype}, {shape}", in_flops(rate.gflops))
+    for name, slower in machine.left_out:
+        table.add_row(f"left out, {name}", why_left_out(name, slower))
     table.add_row("memory bandwidth", f"{machine.bandwidth_gigabytes_per_second:,.0f} GB/s", end_section=True)
     table.add_row("trains in", Text(machine.compute_dtype, style="bold"))
     return table

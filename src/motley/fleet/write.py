@@ -7,7 +7,7 @@ from datetime import date
 from motley.fleet.chips import Chip, chip_sheet
 from motley.fleet.inventory import Measured, beyond_the_sheet
 from motley.fleet.links import Links
-from motley.fleet.probe import Machine
+from motley.fleet.probe import Machine, why_left_out
 from motley.fleet.units import rate_text, size_text
 
 RESERVED = 0.06  # of an accelerator's memory where nobody looked what is free: its context and what fragments
@@ -56,6 +56,7 @@ def fleet_text(machines: Sequence[Machine], links: Links | None = None) -> str:
                 if rate.dtype == dtype:
                     point = f"{rate.groups}, {rate.rows}, {rate.inner}, {rate.columns}, {rate.gflops:g}"
                     lines.append(f"          - [{point}]")
+        lines += [f"        # {why_left_out(name, slower)}" for name, slower in machine.left_out]
     if links:
         lines.append("# collectives over all ranks, as measured:")
         for collective in links.collectives:

@@ -16,7 +16,7 @@ import torch
 
 from motley.errors import InputError
 from motley.fleet.device import ACTIVATIONS, Format, Precision, number_format
-from motley.fleet.probe import Machine, device_name, formats_of, probe
+from motley.fleet.probe import PROBE_SECONDS, Machine, device_name, formats_of, most_seconds, probe
 from motley.model import fp8, native
 from motley.progress import note
 from motley.train.crew import PREPARING_SECONDS, Crew
@@ -79,8 +79,10 @@ def number_formats(asked: Precision, crew: Crew, run: Run, machine: Callable[[],
     open_chips = {name for wish, name in everyone if wish == "auto"} - set(known)
     own: dict[str, Format] = {}
     if chip in open_chips and everyone.index(("auto", chip)) == crew.rank:  # one measures for all of its kind
-        own = {chip: number_format("auto", machine if crew.leads else lambda: probe(device=crew.device))}
-    for chosen in crew.all_values(own):
+        own = {chip: number_format("auto", machine if crew.leads else lambda: probe(device=crew.device, shown=False))}
+    with crew.waiting(crew.patience + most_seconds(PROBE_SECONDS)):  # for those who measure
+        gathered = crew.all_values(own)
+    for chosen in gathered:
         known |= chosen
     crew.led(lambda: run.keep_formats(known))
     formats: list[Format] = [known[name] if wish == "auto" else wish for wish, name in everyone]

@@ -18,7 +18,7 @@ from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.device import Format, choose_device
 from motley.fleet.inventory import Emulated
-from motley.fleet.probe import Machine, device_name, glance
+from motley.fleet.probe import GLANCE_SECONDS, Machine, device_name, glance, most_seconds
 from motley.model import ModelConfig, Transformer, native
 from motley.plan.known import trainable
 from motley.progress import note
@@ -206,7 +206,9 @@ def employ(
     programs = crew.all_values(held_already(crew.device))
     if pretended or not crew.alone:
         if plan is None:
-            glances = crew.all_values(emulated.speed * glance(crew.device, everyone[crew.rank]))
+            speed = emulated.speed * glance(crew.device, everyone[crew.rank])
+            with crew.waiting(crew.patience + most_seconds(GLANCE_SECONDS)):
+                glances = crew.all_values(speed)
             islands = dealt(islands, shape, config, budgets, glances)
         planned = plan is not None
         if planned:

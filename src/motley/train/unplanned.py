@@ -19,7 +19,7 @@ from motley.files import write_text
 from motley.fleet.device import Format
 from motley.fleet.inventory import Emulated, parse_fleet
 from motley.fleet.links import Links, links_between
-from motley.fleet.probe import Machine, probe
+from motley.fleet.probe import Machine, most_seconds, probe
 from motley.fleet.units import rate_text
 from motley.fleet.write import fleet_text
 from motley.model import ModelConfig
@@ -97,8 +97,9 @@ def planned_from_probe(
     short = str(why).partition(";")[0]
     if crew.leads:
         note(f"{short}; so a plan is made from a probe of these workers")
-    own = Chip(socket.gethostname(), probe(PROBE_SECONDS, crew.device, grid=True), memory, precision, emulated)
-    with crew.waiting(max(crew.patience, PREPARING_SECONDS)):
+    machine = probe(PROBE_SECONDS, crew.device, grid=True, shown=crew.leads)
+    own = Chip(socket.gethostname(), machine, memory, precision, emulated)
+    with crew.waiting(max(crew.patience, PREPARING_SECONDS) + most_seconds(PROBE_SECONDS)):
         chips: list[Chip] = crew.all_values(own)
         hosts = [chip.host for chip in chips]
         # Messages between two workers go by way of the host, in training too.
