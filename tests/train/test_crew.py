@@ -166,7 +166,7 @@ def test_cpus_and_gpus_and_those_who_share_a_gpu_meet_in_the_hosts_memory(kinds:
 
 
 def of_makes(crew: Crew, makes: list[str], zero: int) -> str:
-    start.device_name = lambda device: makes[crew.rank]  # type: ignore[assignment]
+    start.kind_of_chip = lambda device: makes[crew.rank]  # type: ignore[assignment]
     try:
         start.check_devices(islands_side_by_side("1", crew.size, 2, 1, zero), crew)  # type: ignore[arg-type]
     except InputError as error:
@@ -174,12 +174,12 @@ def of_makes(crew: Crew, makes: list[str], zero: int) -> str:
     return ""
 
 
-def test_copies_of_the_model_on_chips_of_several_makes_are_refused_on_all():
-    first, second = on_crew(2, of_makes, ["one make", "another"], 0)
+def test_copies_of_the_model_on_chips_of_several_kinds_are_refused_on_all():
+    first, second = on_crew(2, of_makes, ["one kind", "another"], 0)
     assert first == second
-    assert "another and one make round differently" in first
+    assert "workers 0 (one kind) and 1 (another) round differently" in first
     assert "choose --zero 1" in first
-    assert on_crew(2, of_makes, ["one make", "another"], 1) == on_crew(2, of_makes, ["one", "one"], 0) == ["", ""]
+    assert on_crew(2, of_makes, ["one kind", "another"], 1) == on_crew(2, of_makes, ["one", "one"], 0) == ["", ""]
 
 
 def test_a_worker_that_is_gone_ends_the_others_with_a_sentence():

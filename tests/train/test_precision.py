@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -362,7 +363,8 @@ def decide(crew: Crew, folder: Path, layout: Layout, asked: list[Any], chips: li
         measuring.append(chips[crew.rank])
         return measured(chips[crew.rank], fp32=1, **({"bf16": 2} if chips[crew.rank] == chips[0] else {"fp16": 2}))
 
-    precision.device_name = lambda device: chips[crew.rank]  # type: ignore[assignment]
+    precision.kind_of_chip = lambda device: chips[crew.rank]  # type: ignore[assignment]
+    precision.device_name = lambda device: "the name of them all"  # type: ignore[assignment]
     precision.probe = measure  # type: ignore[assignment]
     wish = asked_format(asked[crew.rank], None, layout, crew.rank)
     return number_formats(wish, crew, Run(folder, None), measure), measuring
@@ -375,6 +377,36 @@ def test_each_kind_of_chip_decides_once_for_itself_unless_told(tmp_path: Path) -
     assert [who for _, who in found] == [["A100"], ["V100"], [], []]
     later = on_crew(2, decide, tmp_path, side_by_side(2, 4, 2), ["auto"] * 2, ["V100", "A100"])
     assert later == [(["fp16", "bf16"], [])] * 2, "what was chosen stays, whatever is measured now"
+
+
+def test_what_a_run_kept_by_the_name_of_a_chip_is_honoured_where_the_chip_can_do_it(tmp_path: Path) -> None:
+    """As runs did before; now one name stands for chips with bf16 and for others without."""
+    layout, chips = side_by_side(2, 4, 2), ["with bf16", "without"]
+    for kept, formats in (("bf16", ["bf16", "fp16"]), ("fp32", ["fp32", "fp32"])):
+        folder = tmp_path / kept
+        folder.mkdir()
+        (folder / "formats.json").write_text(json.dumps({"the name of them all": kept}))
+        found = on_crew(2, decide, folder, layout, ["auto"] * 2, chips)
+        assert [chosen for chosen, _ in found] == [formats] * 2
+        again = on_crew(2, decide, folder, layout, ["auto"] * 2, chips)
+        assert again == [(formats, [])] * 2, "kept by what they are now"
+
+
+def wait_for_measuring(crew: Crew, folder: Path) -> list[Format]:
+    """Worker 1's chip is measured for longer than workers are patient otherwise."""
+
+    def measure(**_: Any) -> Machine:
+        time.sleep(4)
+        return measured("slow", fp32=1)
+
+    precision.kind_of_chip = lambda device: str(crew.rank)  # type: ignore[assignment]
+    precision.probe = measure  # type: ignore[assignment]
+    crew = dataclasses.replace(crew, patience=2.0).acquainted()
+    return number_formats("auto", crew, Run(folder, None), lambda: measured("quick", fp32=1))
+
+
+def test_workers_wait_for_one_that_measures_as_long_as_that_may_take(tmp_path: Path) -> None:
+    assert on_crew(2, wait_for_measuring, tmp_path) == [["fp32", "fp32"]] * 2
 
 
 def test_a_plan_says_what_its_chips_compute_in_unless_told(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from motley.errors import InputError
+from motley.fleet.capabilities import capabilities
 from motley.fleet.products import (
     DTYPES,
     GIGA,
@@ -81,6 +82,7 @@ class Machine:
             and the chip has no bf16, else "fp32".
         device_free_bytes: what of the accelerator's memory a process could use when the probe began.
         left_out: formats that were tried and are not faster than fp32, and how many times slower (None: they fail).
+        chip: what decides how it computes (`capabilities`); None in files from before it was kept.
     """
 
     device: str
@@ -95,6 +97,7 @@ class Machine:
     compute_dtype: str
     device_free_bytes: int | None = None
     left_out: tuple[tuple[str, float | None], ...] = ()
+    chip: str | None = None
 
     def peak_gflops(self, dtype: str | None = None) -> float:
         """The fastest product measured in `dtype` (default: the compute dtype), in GFLOP/s.
@@ -117,7 +120,7 @@ class Machine:
     def from_dict(cls, value: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises InputError where fields are missing or unknown."""
         names = {field.name for field in fields(cls)}
-        if wrong := (names ^ set(value)) - {"device_free_bytes", "left_out"}:  # younger than some files
+        if wrong := (names ^ set(value)) - {"device_free_bytes", "left_out", "chip"}:  # younger than some files
             raise InputError(
                 f"not a machine as `motley fleet probe --json` writes it: fields missing or unknown: "
                 f"{', '.join(sorted(wrong))}"
@@ -190,6 +193,7 @@ def probe(
         compute_dtype=choose_dtype(rates),
         device_free_bytes=free,
         left_out=left_out,
+        chip=capabilities(device),
     )
 
 

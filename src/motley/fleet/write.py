@@ -16,9 +16,9 @@ RESERVED = 0.06  # of an accelerator's memory where nobody looked what is free: 
 def fleet_text(machines: Sequence[Machine], links: Links | None = None) -> str:
     """The fleet file: one pool for each kind of machine; each rank is one chip."""
     hosts = links.hosts if links else ("this machine",) * len(machines)
-    kinds: dict[tuple[str, str], list[int]] = {}
+    kinds: dict[tuple[str | None, ...], list[int]] = {}
     for rank, machine in enumerate(machines):
-        kinds.setdefault((machine.device, machine.name), []).append(rank)
+        kinds.setdefault((machine.device, machine.name, machine.chip), []).append(rank)
     lines = [
         f"# Written by `motley fleet probe` on {date.today().isoformat()}; edit it freely.",
         "# A chip is what one process trains on: an accelerator, or all CPU cores the process may use.",

@@ -305,7 +305,8 @@ def compare(one: str, facts: Mapping[str, Any], other: str, expected: Mapping[st
         if facts.get(name) != value:
             raise InputError(
                 f"{one} has {name} {facts.get(name)}, {other} has {value}; "
-                "every worker needs the same code, data and settings, and with --live the same make of processor"
+                "every worker needs the same code, data and settings, and with --live the same kind of processor; "
+                "without --live workers of any kind train together"
             )
 
 

@@ -26,6 +26,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from motley.errors import CrewError, InputError
 from motley.fleet.device import choose_device
 from motley.progress import note
+from motley.train.chip import kind_of_chip
 from motley.train.config import TrainingConfig
 from motley.train.crew import LAST_LOOK_SECONDS, OTHERS, Crew, compare
 from motley.train.islands import Island
@@ -34,7 +35,7 @@ from motley.train.membership import Door, entered
 from motley.train.ngrams import Ngrams
 from motley.train.run import claimed
 from motley.train.shares import Shares
-from motley.train.start import facts, rounding
+from motley.train.start import facts
 
 Result = TypeVar("Result")
 Own = Callable[[Any, Path], Mapping[str, str]]
@@ -177,7 +178,7 @@ def _own_facts(config: TrainingConfig, data: Path, device: torch.device, inputs:
     knows it by that.
     """
     path = {"path of --model": str(getattr(config, "model", ""))}
-    return {**facts(config, data), "the processor": rounding(device), **inputs, **path}
+    return {**facts(config, data), "the processor": kind_of_chip(device), **inputs, **path}
 
 
 def live(config: TrainingConfig, own: Own, work: Callable[[Crew, Memory], Result]) -> Result:

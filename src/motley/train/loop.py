@@ -32,6 +32,7 @@ from motley.data.tokenizer import Tokenizer
 from motley.errors import CrewError, InputError
 from motley.progress import Progress, note
 from motley.train.config import TrainingConfig
+from motley.train.copies import COMPARE_EVERY
 from motley.train.exchange import Exchange
 from motley.train.guard import Guard
 from motley.train.islands import Island, Meeting
@@ -193,6 +194,7 @@ def train(
             if ended and not proven:
                 raise _stuck(run, at.step, reason or "another island's loss or gradient is broken")
             if settling and proven and at.step:
+                worker.compare_copies(at.step)  # a checkpoint holds one of them
                 metrics.flush()  # what stands in a checkpoint's past must never be missing from the metrics
                 save_checkpoint(run, island, facts, own_facts, tokenizer)
                 prune(run, island, config.keep_last, at.best_step)
@@ -208,7 +210,8 @@ def train(
                 worker.update(losses, norm, _learning_rate(config, at.step))
             lost = None
             try:
-                worker.share_again()
+                compared = _passes(at.step, at.step + 1, COMPARE_EVERY)
+                worker.share_again(at.step + 1 if compared else None)
             except CrewError as error:  # the step is learned: it is counted and written down before all part
                 lost = error
             elapsed = time.perf_counter() - started - paused

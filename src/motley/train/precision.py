@@ -19,6 +19,7 @@ from motley.fleet.device import ACTIVATIONS, Format, Precision, number_format
 from motley.fleet.probe import PROBE_SECONDS, Machine, device_name, formats_of, most_seconds, probe
 from motley.model import fp8, native
 from motley.progress import note
+from motley.train.chip import kind_of_chip
 from motley.train.crew import PREPARING_SECONDS, Crew
 from motley.train.layout import Layout, place_of
 from motley.train.run import Run
@@ -67,19 +68,22 @@ def number_formats(asked: Precision, crew: Crew, run: Run, machine: Callable[[],
     Args:
         asked: what this worker was told (`asked_format`).
         crew: all workers.
-        run: keeps what `auto` chose for each kind of chip, so that going on exactly does not hang on the noise of
-            another measurement.
+        run: keeps what `auto` chose for each kind of chip (`kind_of_chip`), so that going on exactly does not hang on
+            the noise of another measurement.
         machine: measures worker 0's.
 
     Raises InputError for a format that the device lacks.
     """
-    chip = device_name(crew.device)
+    chip, name = kind_of_chip(crew.device), device_name(crew.device)
     everyone: list[tuple[Precision, str]] = crew.all_values((asked, chip))
     known: dict[str, Format] = crew.led(run.formats)
     open_chips = {name for wish, name in everyone if wish == "auto"} - set(known)
     own: dict[str, Format] = {}
     if chip in open_chips and everyone.index(("auto", chip)) == crew.rank:  # one measures for all of its kind
-        own = {chip: number_format("auto", machine if crew.leads else lambda: probe(device=crew.device, shown=False))}
+        measured = machine() if crew.leads else probe(device=crew.device, shown=False)
+        before = known.get(name)  # in the file of a run from when chips went by their names, which may mean another
+        able = before in {rate.dtype for rate in measured.matmul_rates}
+        own = {chip: before if before is not None and able else number_format("auto", lambda: measured)}
     with crew.waiting(crew.patience + most_seconds(PROBE_SECONDS)):  # for those who measure
         gathered = crew.all_values(own)
     for chosen in gathered:
@@ -89,10 +93,12 @@ def number_formats(asked: Precision, crew: Crew, run: Run, machine: Callable[[],
     if "fp8" in formats:
         with crew.waiting(max(crew.patience, PREPARING_SECONDS)):  # for kernels to be compiled
             reasons = crew.all_values(why_no_fp8(crew.device) if formats[crew.rank] == "fp8" else None)
+        names = crew.all_values(name)
         for rank, reason in enumerate(reasons):
             if reason:
-                chip = everyone[rank][1]
-                raise InputError(f"worker {rank} ({chip}) cannot train in fp8: {reason}; choose --precision bf16 there")
+                raise InputError(
+                    f"worker {rank} ({names[rank]}) cannot train in fp8: {reason}; choose --precision bf16 there"
+                )
     if crew.device.type == "cpu" and formats[crew.rank] in ("fp8", "fp16"):
         name = formats[crew.rank]
         note(f"worker {crew.rank} computes in {name}, which CPUs do through fp32: slower than fp32, for trying it only")

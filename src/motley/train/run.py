@@ -18,6 +18,7 @@ import torch
 
 from motley.errors import InputError
 from motley.files import read_json, remove_unfinished, write_json
+from motley.fleet.capabilities import capabilities
 from motley.fleet.device import Format
 from motley.fleet.probe import Machine, device_name, probe
 from motley.progress import in_words, note
@@ -53,14 +54,15 @@ class Run:
         file = self.folder / MACHINE_FILE
         if file.is_file():
             kept = Machine.from_dict(read_json(file))
-            if (kept.device, kept.name) == (device.type, device_name(device)):
+            same = kept.chip == capabilities(device) if kept.chip else kept.name == device_name(device)
+            if kept.device == device.type and same:
                 return kept
         machine = measured if measured is not None and measured.device == device.type else probe(device=device)
         write_json(file, dataclasses.asdict(machine))
         return machine
 
     def formats(self) -> dict[str, Format]:
-        """What --precision auto chose so far, by the names of chips."""
+        """What --precision auto chose so far, by kinds of chips (in old files by their names)."""
         file = self.folder / FORMATS_FILE
         return read_json(file) if file.is_file() else {}
 

@@ -18,11 +18,12 @@ from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.device import Format, choose_device
 from motley.fleet.inventory import Emulated
-from motley.fleet.probe import GLANCE_SECONDS, Machine, device_name, glance, most_seconds
-from motley.model import ModelConfig, Transformer, native
+from motley.fleet.probe import GLANCE_SECONDS, Machine, glance, most_seconds
+from motley.model import ModelConfig, Transformer
 from motley.plan.known import trainable
 from motley.progress import note
 from motley.train.cast import parts_of
+from motley.train.chip import kind_of_chip
 from motley.train.config import TrainingConfig
 from motley.train.crew import Crew, join_crew
 from motley.train.emulate import links_of, play
@@ -140,25 +141,20 @@ def islands_for(
     return islands, config.sync_every or plan.get("inner_steps") or USUAL_ROUND
 
 
-def rounding(device: torch.device) -> str:
-    """What decides how a worker rounds: the make of its chip and, on a CPU, whether kernels of our own were built."""
-    plain = device.type == "cpu" and native.missing() is not None
-    return device_name(device) + (" without motley's kernels" if plain else "")
-
-
 def check_devices(islands: Sequence[IslandLayout], crew: Crew) -> None:
-    """Raises InputError, on every worker, where copies of a model would drift apart: each make rounds in its own way.
+    """Raises InputError, on every worker, where copies of a model would drift apart: each kind rounds in its own way.
 
     What has never run is said aloud.
     """
-    names: list[str] = crew.all_values(rounding(crew.device))
+    kinds: list[str] = crew.all_values(kind_of_chip(crew.device))
     for island in islands:
-        makes = sorted({names[rank] for rank in island.ranks})
-        if island.layout.zero == 0 and len(island.layout.lanes) > 1 and len(makes) > 1:
+        first = island.ranks[0]
+        other = next((rank for rank in island.ranks if kinds[rank] != kinds[first]), None)
+        if island.layout.zero == 0 and len(island.layout.lanes) > 1 and other is not None:
             raise InputError(
-                f"with ZeRO 0 every worker updates its own copy of the model, and {' and '.join(makes)} round "
-                "differently, so that copies would drift apart; choose --zero 1, where each weight is updated once, "
-                "without --live"
+                f"with ZeRO 0 every worker updates its own copy of the model, and workers {first} ({kinds[first]}) and "
+                f"{other} ({kinds[other]}) round differently, so that copies would drift apart; choose --zero 1, where "
+                "each weight is updated once and sent to the others, without --live"
             )
     piped = any(team.stages > 1 for island in islands for team in island.layout.teams)
     if crew.leads and (crew.by_host or (piped and crew.device.type != "cpu")):

@@ -62,7 +62,14 @@ class Chip:
     def kind(self) -> tuple[Any, ...]:
         """Workers alike in this, and with as many like them on their host, are chips of one pool."""
         pretended = (self.emulated.speed, self.emulated.link.bandwidth, self.emulated.link.latency)
-        return (self.machine.device, self.machine.name, round(self.memory / 1e6), self.precision, *pretended)
+        return (
+            self.machine.device,
+            self.machine.name,
+            self.machine.chip,
+            round(self.memory / 1e6),
+            self.precision,
+            *pretended,
+        )
 
 
 def may_be_planned(config: TrainingConfig) -> bool:

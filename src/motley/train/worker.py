@@ -20,6 +20,7 @@ from motley.fleet.device import ACTIVATIONS, Format
 from motley.model import ModelConfig, Transformer
 from motley.plan.partition import apportion
 from motley.train.config import TrainingConfig
+from motley.train.copies import Copies
 from motley.train.crew import Crew
 from motley.train.gather import State, gather, scatter
 from motley.train.layout import Layout, place_of
@@ -78,6 +79,7 @@ class Worker:
         self.shards = Shards(
             self.model, config, layout, crew, lambda name: trained(name, bool(self.depths)), settings.optimizer
         )
+        self.copies = Copies(self.model, self.shards, crew)
         # Where several workers update the same weights, they must do it alike.
         products = torch.bfloat16 if torch.bfloat16 in ((dtype,) if self.shards.zero else (wire,)) else torch.float32
         named = [(part.label, self.shards.view(part)) for part in self.shards.kept]
@@ -145,14 +147,20 @@ class Worker:
             if layer < len(losses.expert_counts):
                 gate.rebalance(losses.expert_counts[layer].to(self.model.device), self.settings.bias_speed)
 
-    def share_again(self) -> None:
+    def share_again(self, compared_after: int | None = None) -> None:
         """Tell everyone what this worker did and how long it took, and follow that in the next step's shares.
 
         Rows balance what lies between two waits for everyone. Owners (ZeRO) wait for each other's updates anyway; where
         each updates all by itself, that is part of what its rows must leave time for.
+
+        compared_after: the step after which copies of weights are compared; None: not now.
         """
         span = self.lane.span_seconds + (0.0 if self.layout.zero else self.crew.watch.seconds["optimizer"])
-        numbers = self.crew.everyone([span, *measured_here(self.crew)])
+        own = [] if compared_after is None else self.copies.fingerprints()
+        numbers = self.crew.everyone([*own, span, *measured_here(self.crew)])
+        if compared_after is not None:
+            self.copies.check(numbers, compared_after)
+            numbers = [row[len(own) :] for row in numbers]
         spans = [row[0] for row in numbers]
         lanes = [max(spans[rank] for rank in self.layout.teams[team].lanes[lane]) for team, lane in self.layout.lanes]
         self.timing = Timing.of(self._rows, self.layout, self.settings.seq_len, [row[1:] for row in numbers])
@@ -178,6 +186,11 @@ class Worker:
         return float(self.crew.sum(self.crew.outgoing(torch.tensor(nats, dtype=torch.float64))))
 
     # ----------------------------------------------------------------------------------------------- state
+
+    def compare_copies(self, step: int) -> None:
+        """Raises InputError, on every worker, where copies of weights differ after `step`."""
+        if self.copies.groups:
+            self.copies.check(self.crew.everyone(self.copies.fingerprints()), step)
 
     def whole_state(self) -> tuple[State, State] | None:
         """(weights, optimizer state) of the whole model at worker 0, None elsewhere."""

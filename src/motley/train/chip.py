@@ -1,0 +1,16 @@
+"""Which worker's chip is of the same kind as another's: number formats and copies of weights go by that."""
+
+import torch
+
+from motley.fleet.capabilities import capabilities
+from motley.model import native
+
+
+def kind_of_chip(device: torch.device) -> str:
+    """What a chip can do, and on a CPU which kernels of ours compute there: the same for two that round alike."""
+    return capabilities(device, kernels() if device.type == "cpu" else "")
+
+
+def kernels() -> str:
+    """Our own kernels that this process has loaded, in words."""
+    return f"motley's {native.library().stem}" if native.runs() else "none of motley's kernels"
