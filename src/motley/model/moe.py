@@ -84,8 +84,9 @@ class Gate(nn.Module):
     def rebalance(self, counts: Tensor, gamma: float) -> None:
         """Move the bias by gamma towards balance, given the step's global `counts` [experts]."""
         if self.config.topk_method == "noaux_tc":
-            load = counts.to(self.e_score_correction_bias)
-            self.e_score_correction_bias += gamma * torch.sign(load.mean() - load)
+            load = counts.long()  # exact: every worker moves its own copy, and none may round another way
+            below_mean = torch.sign(load.sum() - len(load) * load)
+            self.e_score_correction_bias += gamma * below_mean.to(self.e_score_correction_bias)
 
 
 class MoE(nn.Module):
