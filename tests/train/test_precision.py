@@ -17,8 +17,9 @@ from test_gradients import SHAPE, random_batch, random_model
 from test_layouts import DEEP, FEW, ROWS, Rows, error, random_layout, settings
 
 from motley.errors import InputError
+from motley.fleet.capabilities import capabilities
 from motley.fleet.device import ACTIVATIONS, Format
-from motley.fleet.probe import Machine, MatmulRate, choose_dtype
+from motley.fleet.probe import Machine, MatmulRate, choose_dtype, device_name
 from motley.model import ModelConfig, experts
 from motley.train import precision, scale
 from motley.train.crew import Crew
@@ -390,6 +391,17 @@ def test_what_a_run_kept_by_the_name_of_a_chip_is_honoured_where_the_chip_can_do
         assert [chosen for chosen, _ in found] == [formats] * 2
         again = on_crew(2, decide, folder, layout, ["auto"] * 2, chips)
         assert again == [(formats, [])] * 2, "kept by what they are now"
+
+
+def test_a_run_that_goes_on_with_another_chip_of_the_same_name_measures_again(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    now = dataclasses.replace(measured(device_name(cpu), fp32=1), chip=capabilities(cpu))
+    other = dataclasses.replace(now, chip="with bf16", compute_dtype="bf16")
+    named = dataclasses.replace(now, chip=None, cores=7)
+    run = Run(tmp_path, None)
+    for kept, found in ((other, now), (now, now), (named, named)):
+        (tmp_path / "machine.json").write_text(json.dumps(kept.to_dict()))
+        assert run.machine(cpu, now) == found
 
 
 def wait_for_measuring(crew: Crew, folder: Path) -> list[Format]:
