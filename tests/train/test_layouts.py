@@ -182,6 +182,58 @@ def test_odd_shapes_in_two_stages_too(name: str):
     assert set(first[4]) == set(model.state_dict()) - tied
 
 
+STARVED = 2  # the expert that no token goes to
+APART = ((0,), (1,))  # two lanes of one worker each
+SHARING_OUT = {
+    **{f"ZeRO {level}": Layout((Team(APART, (4,), micro_batch=2),), zero=level) for level in (0, 1, 2, 3)},
+    "spread experts": Layout((Team(APART, (4,), experts=(3, 1), micro_batch=2),), zero=1),
+    "two stages": TWO_STAGES,
+}
+
+
+def starve(model: Any) -> None:
+    for gate in model.gates():
+        gate.e_score_correction_bias[STARVED] = -100.0
+
+
+def starved_steps(crew: Crew) -> Any:
+    """Weights of the whole model after two steps in which an expert gets no token, by layout."""
+    experts.PAD, traffic.MESSAGE_BYTES = FEW, 1 << 14
+    found = {}
+    for name, layout in SHARING_OUT.items():
+        worker = Worker(DEEP, settings(), layout, crew)
+        model = random_model(4, DEEP)
+        starve(model)
+        worker.take_state((dict(model.state_dict()), {}) if crew.leads else None)
+        for step in range(STEPS):
+            losses, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
+            worker.update(losses, norm, 0.01)
+        found[name] = worker.whole_state()
+    return found
+
+
+def test_an_expert_without_tokens_stays_as_it_is_whoever_updates_it():
+    (found, _), config = on_crew(2, starved_steps), settings()
+    model = random_model(4, DEEP)
+    starve(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = Optimizer(model.named_parameters(), config.optimizer, config.weight_decay, torch.float32)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        losses = accumulate(model, Rows().rows(step * ROWS, ROWS), 2, LossWeights(0.3, 0.05), confined=True)
+        assert all(int(counts[STARVED]) == 0 for counts in losses.expert_counts)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step(0.01)
+        for gate, counts in zip(model.gates(), losses.expert_counts, strict=True):
+            gate.rebalance(counts, config.bias_speed)
+    for layout, (weights, _) in found.items():
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{layout}: {name}")
+            if ".mlp.experts." in name:
+                assert torch.equal(weights[name][STARVED], before[name][STARVED]), (layout, name)
+                assert not torch.equal(weights[name][0], before[name][0])
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
 def test_an_order_does_everything_once_and_never_holds_more_than_its_place_allows(schedule):
     for stages in range(1, 6):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from motley.train.guard import PATIENCE, WINDOW, Guard
-from motley.train.optimizer import MOMENTS, Optimizer, as_matrices, by_muon, orthogonalize
+from motley.train.optimizer import MOMENTS, Optimizer, as_matrices, by_muon, learning, orthogonalize
 from motley.train.schedule import factor
 
 
@@ -168,6 +168,71 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int,
     singular = torch.linalg.svdvals(orthogonalize(matrices, dtype).float())
     assert float(singular.min()) > 0.3
     assert float(singular.max()) < 1.3
+
+
+EXPERTS = ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("at_once", [1 << 22, 100, 4])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_an_expert_without_tokens_stays_while_its_momentum_decays_and_the_others_do_not_notice(
+    at_once: int, moments: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("motley.train.optimizer.NUMBERS_AT_ONCE", at_once)
+    starved, fed = parameters(), parameters()
+    one, other = (Optimizer(named.items(), "muon", 0.1, torch.float32, moments=moments) for named in (starved, fed))  # type: ignore[arg-type]
+    for step in range(4):
+        for named in (starved, fed):
+            give_gradients(named, step)
+        before = {name: starved[name].detach().clone() for name in EXPERTS}
+        kept = {name: one.momentum[name].float().clone() for name in EXPERTS}
+        for name in EXPERTS if step else []:
+            starved[name].grad[1] = 0.0  # type: ignore[index]
+        one.step(0.02)
+        other.step(0.02)
+        for name in EXPERTS if step else []:
+            assert torch.equal(starved[name][1], before[name][1])
+            torch.testing.assert_close(one.momentum[name][1].float(), 0.95 * kept[name][1], rtol=2**-7, atol=0)
+    for name, parameter in starved.items():
+        same = [0, 2] if name in EXPERTS else slice(None)
+        assert torch.equal(parameter[same], fed[name][same]), name
+
+
+def test_a_gate_without_a_gradient_stays_beside_its_up_projection_that_learns() -> None:
+    named, name = parameters(), EXPERTS[0]
+    optimizer = Optimizer(named.items(), "muon", 0.1, torch.float32)
+    for step in range(2):
+        give_gradients(named, step)
+        before = named[name].detach().clone()
+        named[name].grad[2, :5] *= 1 - step  # type: ignore[index]
+        optimizer.step(0.02)
+    assert torch.equal(named[name][2, :5], before[2, :5])
+    assert not torch.equal(named[name][2, 5:], before[2, 5:])
+
+
+def test_a_gradient_that_is_no_number_is_not_taken_for_none() -> None:
+    grads = torch.zeros(4, 3, 5)
+    grads[0, 1, 2], grads[1, 2, 4], grads[3, 0, 0] = math.nan, 1e-30, math.inf
+    assert learning(grads).flatten().tolist() == [True, True, False, True]
+
+
+def test_an_expert_that_gets_tokens_again_goes_on_as_after_gradients_of_zero() -> None:
+    """Against Muon by hand, with the update and the decay of the empty steps left out."""
+    named, name = parameters(), EXPERTS[1]
+    optimizer = Optimizer(named.items(), "muon", 0.1, torch.float32)
+    weight = named[name][1].detach().double().clone()
+    momentum = torch.zeros_like(weight)
+    for step, empty in enumerate([False, True, True, False, True, False]):
+        give_gradients(named, step)
+        if empty:
+            named[name].grad[1] = 0.0  # type: ignore[index]
+        grad = named[name].grad[1].double().clone()  # type: ignore[index]
+        momentum = 0.95 * momentum + 0.05 * grad
+        if not empty:
+            ahead = (0.05 * grad + 0.95 * momentum).T
+            weight = weight * (1 - 0.02 * 0.1) - 0.02 * 0.2 * math.sqrt(8) * newton_schulz(ahead).T
+        optimizer.step(0.02)
+    torch.testing.assert_close(named[name][1].double(), weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_parameter_without_a_gradient_stays() -> None:

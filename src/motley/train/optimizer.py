@@ -3,6 +3,10 @@
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a few Newton-Schulz
 steps. Its update is scaled to the size AdamW's would have, 0.2 sqrt(max(rows, columns)) (Moonlight, arXiv 2502.16982,
 2.2), so both take the same learning rate and weight decay.
+
+That makes any gradient, however small, a full step. A matrix whose gradient is exactly zero, as of an expert to which no
+token went, would go on at full length in the direction of its momentum. It has nothing to learn from and stays as it is,
+without weight decay, which is there to balance updates; only its momentum decays, as with any gradient of zero.
 """
 
 from collections import defaultdict
@@ -43,6 +47,11 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = ITERAT
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def learning(grads: Tensor) -> Tensor:
+    """Which of the matrices [n, rows, columns] of a gradient are not all zero (NaN is not zero): bool [n, 1, 1]."""
+    return grads.abs().amax(dim=(1, 2), keepdim=True) != 0
 
 
 def update_scale(shape: Sequence[int]) -> float:
@@ -156,15 +165,21 @@ class Optimizer:
             most = max(1, NUMBERS_AT_ONCE // stacks[0][0].numel())
             pieces += zip(*(stack.split(most) for stack in stacks), strict=True)
         for group in _groups(pieces):
-            looking_ahead = []
-            for _, grad, momentum in group:
-                now = momentum.float().lerp_(grad, 1 - self.MOMENTUM)  # itself, where it is fp32
-                momentum.copy_(now)
-                looking_ahead.append(torch.lerp(grad, now, self.MOMENTUM).to(self.dtype))
+            looking_ahead = [
+                torch.lerp(grad, self._remember(grad, momentum), self.MOMENTUM).to(self.dtype)
+                for _, grad, momentum in group
+            ]
             updates = orthogonalize(torch.cat(looking_ahead), self.dtype)
-            for (weight, *_), update in zip(group, updates.split([len(m) for m in looking_ahead]), strict=True):
-                weight.mul_(1 - learning_rate * self.weight_decay)
-                weight.add_(update, alpha=-learning_rate * scale)
+            for (weight, grad, _), update in zip(group, updates.split([len(m) for m in looking_ahead]), strict=True):
+                learns = learning(grad)
+                weight.mul_(torch.where(learns, 1 - learning_rate * self.weight_decay, 1.0))
+                weight.add_(update.masked_fill(~learns, 0.0), alpha=-learning_rate * scale)
+
+    def _remember(self, grad: Tensor, momentum: Tensor) -> Tensor:
+        """Move a momentum towards a gradient; returns it in fp32."""
+        now = momentum.float().lerp_(grad, 1 - self.MOMENTUM)  # itself, where it is fp32
+        momentum.copy_(now)
+        return now
 
     def _fits_kernel(self, name: str) -> bool:
         weight, momentum = self.matrices[name], self.momentum[name]
@@ -184,12 +199,18 @@ class Optimizer:
         for name in sorted(names, key=lambda name: -as_matrices(name, self.matrices[name]).shape[1:].numel()):
             weight, momentum = self.matrices[name], self.momentum[name]
             assert weight.grad is not None
-            count, *shape = as_matrices(name, weight).shape
-            for index in range(count):
+            grads, momenta = as_matrices(name, weight.grad), as_matrices(name, momentum)
+            _, *shape = grads.shape
+            for index, learns in enumerate(learning(grads).flatten().tolist()):
+                if not learns:
+                    self._remember(grads[index], momenta[index])
+                    continue
                 first = index * shape[0] * shape[1]
                 tensors = (weight.grad, momentum, weight)
                 rows.append((*shape, *(tensor.data_ptr() + first * tensor.element_size() for tensor in tensors)))
                 rates.append(learning_rate * update_scale(shape))
+        if not rows:
+            return
         sizes, *pointers = (
             torch.tensor(column) for column in ([r[:2] for r in rows], *zip(*(r[2:] for r in rows), strict=True))
         )
