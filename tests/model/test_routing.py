@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from motley.errors import InputError
 from motley.model import SIZES, ModelConfig, Transformer
 from motley.model.moe import Gate, MoE
 
@@ -127,46 +128,82 @@ def test_balancing_evens_out_an_uneven_load() -> None:
 
 
 def random_moe(seed: int, rule: str = "V3") -> MoE:
+    """With a bias, where its rule knows one, that moves most choices."""
     moe = MoE(RULES[rule])
     generator = torch.Generator().manual_seed(seed)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    if RULES[rule].topk_method == "noaux_tc":
+        moe.gate.e_score_correction_bias.normal_(std=0.3, generator=generator)
     return moe
 
 
-def balance_by_the_report(moe: MoE, x: torch.Tensor, real: torch.Tensor) -> tuple[list[int], float]:
-    """Equations 17 to 20, with loops: counts of each expert, and the sum over sequences of T times their loss."""
+def balance_by_the_report(moe: MoE, x: torch.Tensor, weight: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Equations 17 to 20 in float64, with loops: the sum over sequences of T times their loss.
+
+    V3 counts the highest scores themselves (eq. 18), V2 the experts that were chosen (V2 report, eq. 24).
+    """
     experts, k = moe.gate.experts, moe.gate.config.num_experts_per_tok
-    counts, total = [0] * experts, 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for row, kept in zip(x, real, strict=True):
-        tokens = row[kept]
-        length = len(tokens)
-        if not length:
-            continue
-        frequency, share = [0.0] * experts, [0.0] * experts
-        for token in tokens:
-            chosen, _, scores = moe.gate(token[None])
-            for expert in chosen[0].tolist():
-                counts[expert] += 1
+        length = int(kept.sum())
+        frequency, share = [0.0] * experts, [torch.zeros((), dtype=torch.float64)] * experts
+        for token in row[kept]:
+            logits = weight @ token.double()
+            scores = logits.sigmoid() if moe.gate.config.scoring_func == "sigmoid" else logits.softmax(dim=0)
+            if moe.gate.config.topk_method == "noaux_tc":
+                counted = sorted(range(experts), key=lambda expert: -float(scores[expert].detach()))[:k]
+            else:
+                counted = list(route_by_the_report(moe.gate, token.tolist()))
+            for expert in counted:
                 frequency[expert] += experts / (k * length)
-            for expert, score in enumerate((scores[0] / scores[0].sum()).tolist()):
-                share[expert] += score / length
-        total += length * sum(f * p for f, p in zip(frequency, share, strict=True))
-    return counts, total
+            for expert in range(experts):
+                share[expert] = share[expert] + scores[expert] / scores.sum() / length
+        total = total + length * sum(f * p for f, p in zip(frequency, share, strict=True))
+    return total
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_counts_and_balance_loss_are_the_reports_and_padding_is_in_neither(seed: int) -> None:
-    moe = random_moe(seed)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", range(2))
+def test_the_balance_loss_and_its_gradient_are_the_reports_whatever_the_bias_chooses(rule: str, seed: int) -> None:
+    moe = random_moe(seed, rule)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4, 7, 16, generator=generator)
     real = torch.rand(4, 7, generator=generator) < 0.7
     real[3] = False
     _, routing = moe(x, real)
-    counts, balance = balance_by_the_report(moe, x, real)
+    routing.balance.backward()
+    weight = moe.gate.weight.detach().double().requires_grad_()
+    expected = balance_by_the_report(moe, x, weight, real)
+    expected.backward()
+    assert routing.balance.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert moe.gate.weight.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(moe.gate.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_loads_count_the_experts_that_tokens_really_went_to_and_no_padding(rule: str) -> None:
+    moe = random_moe(0, rule)
+    x = torch.randn(4, 7, 16, generator=torch.Generator().manual_seed(0))
+    real = torch.rand(4, 7, generator=torch.Generator().manual_seed(1)) < 0.7
+    _, routing = moe(x, real)
+    counts = [0] * moe.gate.experts
+    for token in x[real].double().tolist():
+        for expert in route_by_the_report(moe.gate, token):
+            counts[expert] += 1
     assert routing.counts.tolist() == counts
-    assert routing.balance.item() == pytest.approx(balance, rel=1e-5)
     assert int(routing.tokens) == int(real.sum())
+
+
+def test_a_bias_moves_loads_and_leaves_the_balance_loss_as_it_is() -> None:
+    moe = random_moe(0)
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(2))
+    biased = moe(x)[1]
+    moe.gate.e_score_correction_bias.zero_()
+    plain = moe(x)[1]
+    assert not torch.equal(biased.counts, plain.counts)
+    assert biased.balance.item() == plain.balance.item()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -207,9 +244,53 @@ def test_padding_is_not_counted_by_any_router() -> None:
     model = tiny_model()
     ids = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(6))
     documents = torch.tensor([[0, 0, 0, 0, -1, -1], [0, 0, -1, -1, -1, -1]])
-    for routing in model.hidden(ids, documents).routings:
+    *main, further = model.hidden(ids, documents).routings
+    for routing in main:
         assert int(routing.counts.sum()) == 6 * 2
         assert int(routing.tokens) == 6
+    assert int(further.counts.sum()) == 4 * 2, "the last token of each row has none behind it"
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_mtp_routers_count_only_positions_whose_further_token_is_in_their_document(confined: bool) -> None:
+    model = tiny_model(num_nextn_predict_layers=3)
+    ids = torch.randint(50, (3, 8), generator=torch.Generator().manual_seed(7))
+    documents = torch.tensor([[0] * 8, [0, 0, 0, 1, 1, 1, 1, 2], [0, 0, 0, 0, 0, -1, -1, -1]])
+    attended = documents if confined else documents.clamp(max=0)
+    routings = model.hidden(ids, attended, packed=documents).routings[-3:]
+    for depth, routing in enumerate(routings, start=1):
+        expected = sum(
+            1
+            for row in documents.tolist()
+            for place in range(8 - depth)
+            if row[place] == row[place + depth] and row[place] >= 0
+        )
+        assert int(routing.tokens) == expected, depth
+        assert int(routing.counts.sum()) == 2 * expected
+
+
+def test_what_wraps_around_the_row_reaches_no_load_and_no_balance_loss() -> None:
+    """The last position stands beside the first token: another one there changes that position alone."""
+    model = tiny_model(num_nextn_predict_layers=1)
+    model.mtp[0].block.mlp.gate.weight.data.mul_(20)  # so that another token means other experts
+    ids = torch.randint(50, (64, 6), generator=torch.Generator().manual_seed(8))
+    main = torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(9))
+    other = ids.clone()
+    other[:, 0] = (other[:, 0] + 11) % 50
+    (states, (one,)), (moved, (two,)) = (model.further(main, tokens, None) for tokens in (ids, other))
+    assert not torch.allclose(states[0][:, -1], moved[0][:, -1])
+    assert torch.equal(one.counts, two.counts)
+    assert one.balance.item() == two.balance.item()
+    assert int(one.tokens) == 64 * 5
+
+
+def test_a_token_outside_of_the_vocabulary_is_named_before_it_is_looked_up() -> None:
+    model = tiny_model()
+    for token in (50, -1):
+        ids = torch.full((2, 4), 7)
+        ids[1, 2] = token
+        with pytest.raises(InputError, match=rf"token {token} at position 6 is outside .* vocabulary of 50 tokens"):
+            model(ids)
 
 
 def test_a_new_model_is_drawn_as_the_report_says_and_the_seed_decides_it() -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from motley.data.stream import Batch
+from motley.errors import InputError
 from motley.model import SIZES, ModelConfig, Transformer
 from motley.train.loss import CHUNK, summed_cross_entropy
 from motley.train.step import LossWeights, StepLosses, accumulate, mtp_targets
@@ -178,6 +179,17 @@ def test_chunked_cross_entropy_is_the_whole_one(positions: int, dtype: torch.dty
     assert weight.grad is not None
     assert relative(hidden.grad, plain.grad) < tolerance
     assert relative(head.grad, weight.grad) < tolerance
+
+
+@pytest.mark.parametrize("target", [VOCAB, 1 << 40, -1, -5, -101])
+def test_a_target_outside_of_the_vocabulary_is_named_and_only_minus_100_is_none(target: int) -> None:
+    hidden, head = torch.randn(9, 16), torch.randn(VOCAB, 16)
+    targets = torch.full((9,), 3)
+    targets[:4] = -100
+    assert torch.isfinite(summed_cross_entropy(hidden, head, targets))
+    targets[6] = target
+    with pytest.raises(InputError, match=rf"target {target} at position 6 is outside .* vocabulary of {VOCAB} tokens"):
+        summed_cross_entropy(hidden, head, targets)
 
 
 def test_huge_logits_do_not_overflow() -> None:

@@ -67,7 +67,7 @@ class LatentAttention(nn.Module):
         if state is None:
             return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, documents=where.documents).flatten(2))
         state.append(where.positions, latent, k_rope[:, :, 0])
-        held = int(where.positions[:, -1].max()) + 1
+        held = where.held
         latent, k_rope = state.latent[:, :held].to(x.dtype), state.rope_key[:, :held, None].to(x.dtype)
         visible = torch.arange(held, device=x.device) <= where.positions[:, :, None]  # [batch, seq, held]
         form = self._absorbed if x.shape[1] <= ABSORB_UP_TO else self._expanded

@@ -37,7 +37,7 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), where, state)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(normed, None if where.documents is None else where.documents >= 0)
+            y, routing = self.mlp(normed, where.routed)
             return x + y, routing
         return x + self.mlp(normed), None
 

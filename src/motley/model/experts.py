@@ -59,7 +59,8 @@ class Layout:
         """Lay out chosen [tokens, k], each expert filled up to a multiple of `pad` rows."""
         slots, k = chosen.numel(), chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=experts)
+        ones = torch.ones_like(order)
+        counts = order.new_zeros(experts).scatter_add_(0, chosen.flatten(), ones)  # bincount would wait for a GPU
         padded = (counts + pad - 1) // pad * pad
         ends = padded.cumsum(0)
         shift = (ends - padded) - (counts.cumsum(0) - counts)  # how far an expert's rows moved to make room

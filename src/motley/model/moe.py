@@ -25,7 +25,7 @@ from motley.model.layers import MLP
 class Routing:
     """What the router of one layer did with one call's tokens.
 
-    counts: int64 [experts], tokens sent to each expert (padding not counted).
+    counts: int64 [experts], tokens sent to each expert (padding not counted): what the bias follows.
     balance: scalar, sum over the sequences of their balance loss (V3 report, eq. 17-20) weighted by the number of
         tokens; divide by the global number of tokens.
     tokens: scalar, how many tokens were routed.
@@ -68,6 +68,15 @@ class Gate(nn.Module):
             closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
             choice = grouped.masked_fill(closed[..., None], -torch.inf).flatten(-2)
         return choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    def favoured(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """Indices [tokens, num_experts_per_tok] of the experts that the balance loss counts for each token.
+
+        V3 (eq. 18): the highest of all scores, whatever bias and groups made of them. V2 (its eq. 24): those chosen.
+        """
+        if self.config.topk_method != "noaux_tc":
+            return chosen
+        return scores.detach().topk(chosen.shape[-1], dim=-1, sorted=False).indices
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [tokens, hidden] → chosen [tokens, k], their weights [tokens, k] (fp32), all scores [tokens, experts]."""
@@ -113,16 +122,19 @@ class MoE(nn.Module):
         """Loads and the sequence-wise balance loss: per sequence, sum over experts of f_i P_i."""
         experts, k = scores.shape[-1], chosen.shape[-1]
         share = (scores / scores.sum(dim=-1, keepdim=True)).unflatten(0, (batch, -1))  # [batch, seq, experts]
-        chosen = chosen.unflatten(0, (batch, -1))
-        if real is None:
-            tokens = torch.full((batch,), share.shape[1], device=share.device)
-            ones = torch.ones_like(chosen)
-        else:
-            tokens = real.sum(dim=1)
-            ones = real[..., None].expand_as(chosen).long()
+        ones = chosen.new_ones(*share.shape[:2], 1)
+        if real is not None:
+            ones = ones * real[..., None]
             share = share * real[..., None]
-        counts = ones.new_zeros(batch, experts).scatter_add_(1, chosen.flatten(1), ones.flatten(1))
+        tokens = ones.sum(dim=(1, 2))
+
+        def counted(indices: Tensor) -> Tensor:
+            """How often each expert is among `indices` [tokens, k] of what counts, int64 [batch, experts]."""
+            indices = indices.unflatten(0, (batch, -1))
+            once = ones.expand_as(indices).flatten(1)
+            return ones.new_zeros(batch, experts).scatter_add_(1, indices.flatten(1), once)
+
         held = tokens.clamp(min=1)[:, None]
-        frequency = counts * (experts / k) / held
+        frequency = counted(self.gate.favoured(scores, chosen)) * (experts / k) / held
         per_sequence = (frequency * (share.sum(dim=1) / held)).sum(dim=-1)
-        return Routing(counts.sum(dim=0), (per_sequence * tokens).sum(), tokens.sum())
+        return Routing(counted(chosen).sum(dim=0), (per_sequence * tokens).sum(), tokens.sum())

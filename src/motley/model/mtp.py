@@ -15,6 +15,19 @@ from motley.model.moe import Routing
 from motley.model.where import Where
 
 
+def has_further(input_ids: Tensor, documents: Tensor | None, depth: int) -> Tensor:
+    """bool [batch, seq]: whether the token `depth` further stands in the row, in the same document, and is no padding.
+
+    documents [batch, seq] or None: the whole row is one.
+    """
+    found = torch.zeros_like(input_ids, dtype=torch.bool)
+    if documents is None:
+        found[:, : max(0, input_ids.shape[1] - depth)] = True
+    elif depth < input_ids.shape[1]:
+        found[:, :-depth] = (documents[:, depth:] == documents[:, :-depth]) & (documents[:, depth:] >= 0)
+    return found
+
+
 class MTPModule(nn.Module):
     """One further depth of prediction; embedding and head are the main model's."""
 

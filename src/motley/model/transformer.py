@@ -1,6 +1,6 @@
 """The whole network: embedding, blocks, final norm, head, MTP modules."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,12 +8,13 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from motley.model.block import make_block
+from motley.model.bounds import check_tokens
 from motley.model.cache import Cache
 from motley.model.config import ModelConfig
 from motley.model.experts import Experts
 from motley.model.layers import Linear, RMSNorm
 from motley.model.moe import Gate, Routing
-from motley.model.mtp import MTPModule
+from motley.model.mtp import MTPModule, has_further
 from motley.model.rotary import Rotary
 from motley.model.where import Where
 
@@ -25,7 +26,7 @@ class Hidden:
     main: [batch, seq, hidden], normed, predicts the next token through the head.
     further: one tensor [batch, seq, hidden] for each MTP depth k: position i predicts token i + k + 1. The last k
         positions have no such token within the row and must not be counted.
-    routings: what each MoE layer's router did, MTP's last.
+    routings: what each MoE layer's router did, MTP's last, which count only positions that have a token k further.
     """
 
     main: Tensor
@@ -132,16 +133,36 @@ class Transformer(nn.Module):
             cache.advance(input_ids.shape[1], counts)
         return self.lm_head(hidden)
 
-    def hidden(self, input_ids: Tensor, documents: Tensor | None = None, mtp: bool = True) -> Hidden:
-        """Everything a training step needs short of the head; `mtp=False` leaves the MTP modules out."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        documents: Tensor | None = None,
+        mtp: bool = True,
+        packed: Tensor | None = None,
+    ) -> Hidden:
+        """Everything a training step needs short of the head.
+
+        Args:
+            input_ids: int64 [batch, seq].
+            documents: as in `forward`.
+            mtp: False leaves the MTP modules out.
+            packed: as in `further`.
+        """
         main, routings = self._trunk(input_ids, documents, None)
         if not mtp:
             return Hidden(main, [], routings)
-        further, more = self.further(main, input_ids, documents)
+        further, more = self.further(main, input_ids, documents, packed)
         return Hidden(main, further, routings + more)
 
-    def further(self, main: Tensor, input_ids: Tensor, documents: Tensor | None) -> tuple[list[Tensor], list[Routing]]:
-        """What the MTP modules make of `main`, and what their routers did."""
+    def further(
+        self, main: Tensor, input_ids: Tensor, documents: Tensor | None, packed: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Routing]]:
+        """What the MTP modules make of `main`, and what their routers did.
+
+        packed: [batch, seq] or None, the document of the row that each token belongs to, -1 is padding, where attention
+            is not confined to it; None: `documents`. Routers of depth k count a position only if token i + k is in its
+            document: what else stands beside it predicts nothing.
+        """
         further: list[Tensor] = []
         routings: list[Routing] = []
         where = self.where(input_ids, documents)
@@ -149,13 +170,20 @@ class Transformer(nn.Module):
         for depth, module in enumerate(self.mtp, start=1):
             # Token i + depth beside position i; what rolls around the end of the row only reaches the last positions.
             shifted = torch.roll(input_ids, -depth, dims=1)
+            where = replace(where, routed=has_further(input_ids, documents if packed is None else packed, depth))
             state, routing = self.run(module, self.embed(shifted), state, where)
             further.append(state)
             routings += [] if routing is None else [routing]
         return further, routings
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[batch, seq] → [batch, seq, hidden] in the dtype of the activations."""
+        """[batch, seq] → [batch, seq, hidden] in the dtype of the activations.
+
+        On a CPU, raises InputError for a token outside of the vocabulary; a GPU, which would have to be waited for,
+        refuses it by itself.
+        """
+        if input_ids.device.type == "cpu":
+            check_tokens(input_ids, self.config.vocab_size, "token")
         return self.model.embed_tokens(input_ids).to(self.dtype)
 
     def where(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None = None) -> Where:
@@ -163,7 +191,8 @@ class Transformer(nn.Module):
         seq = input_ids.shape[1]
         positions = torch.arange(seq, device=input_ids.device)[None] if cache is None else cache.positions(seq)
         cos, sin = self.rotary(positions, self.dtype)
-        return Where(positions, cos, sin, documents)
+        routed = None if documents is None else documents >= 0
+        return Where(positions, cos, sin, documents, routed, 0 if cache is None else cache.longest + seq)
 
     def run(self, module: nn.Module, *inputs: Any) -> tuple[Tensor, Routing | None]:
         """A block or an MTP module, keeping its activations or only its input."""

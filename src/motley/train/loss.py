@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from motley.data.stream import NO_LOSS
 from motley.model import native
+from motley.model.bounds import check_tokens
 from motley.model.products import product, wide
 from motley.train.ngrams import ORDERS, Expected
 
@@ -18,7 +20,8 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, slope: f
     Args:
         hidden: [positions, hidden_size] in the compute dtype.
         head: [vocab, hidden_size], the output projection in its own dtype.
-        targets: int64 [positions]; positions with -100 do not count.
+        targets: int64 [positions]; positions with -100 do not count. InputError for anything else outside of the
+            vocabulary.
         slope: about what the gradient that comes back will be, a power of two: derivatives by the logits are rounded
             to the compute dtype in that size, which in fp16 decides whether small ones survive.
 
@@ -48,10 +51,11 @@ def blended_cross_entropy(
 def _cross_entropy(
     hidden: Tensor, head: Tensor, targets: Tensor, expected: Expected | None, weight: float, slope: float
 ) -> tuple[Tensor, Tensor]:
-    counted = (targets >= 0).nonzero().squeeze(1)
+    counted = (targets != NO_LOSS).nonzero().squeeze(1)
     if counted.numel() < targets.numel():
         hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)
         expected = None if expected is None else expected[counted]
+    check_tokens(targets, len(head), "target", counted)  # neither a kernel nor a GPU looks where it reads
     here = native.fits(hidden, *head.shape) and head.dtype == torch.float32
     function = _NativeCrossEntropy if here else _SummedCrossEntropy
     return function.apply(hidden, head, targets, expected, weight, slope)  # pyright: ignore[reportReturnType]

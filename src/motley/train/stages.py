@@ -250,7 +250,7 @@ class Lane:
         sent = None
         if self.place.last:
             main = model.model.norm(x)
-            further, more = model.further(main, part.input_ids, documents) if depths else ([], [])
+            further, more = model.further(main, part.input_ids, documents, part.documents) if depths else ([], [])
             if self.turns is None:
                 loss = predicted_loss(model, main, further, part, counts, weights, tally, scale)
             else:

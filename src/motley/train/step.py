@@ -5,7 +5,9 @@
          + balance_weight * sum over MoE layers of (sum over sequences of balance * tokens) / all tokens
 
 Each micro-batch adds its share of every sum, already divided by the whole step's counts, so accumulating gradients
-over any split of the rows gives the same sum. Router loads are counted over the whole step.
+over any split of the rows gives the same sum. Router loads are counted over the whole step. Routers of MTP modules
+count only positions that have a token so much further; their balance is divided by all tokens too, so that its weight
+means the same in every layer.
 """
 
 import math
@@ -181,7 +183,7 @@ def accumulate(
     for rows in micro_batches(batch, micro_batch):
         part = batch_rows(batch, rows, model.device)
         documents = attended_documents(part, confined)
-        hidden = model.hidden(part.input_ids, documents, mtp=bool(depths))
+        hidden = model.hidden(part.input_ids, documents, mtp=bool(depths), packed=part.documents)
         total = predicted_loss(model, hidden.main, hidden.further, part, counts, weights, tally)
         total = total + tally.add_routings(hidden.routings, counts, weights.balance, max(1, len(hidden.routings)))
         total.backward()
