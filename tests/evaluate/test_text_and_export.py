@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from motley.data.pack import DataConfig, prepare
 from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
+from motley.evaluate.command import EvalConfig, evaluate, summary
 from motley.evaluate.export import ExportConfig, export
 from motley.evaluate.text import SEQ_LEN, bits_per_byte
+from motley.files import write_json
 from motley.infer.opening import open_engine
 from motley.infer.sampler import SamplingParams
 from motley.model import SIZES, Transformer, load, save
@@ -32,6 +35,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = " ".join(f"word{(number * 7 + place) % 50} ümläut" for place in range(120))
         (folder / f"{number}.txt").write_text(words)
     return prepare(DataConfig(data=(str(folder),), vocab_size=400), folder / "prepared").folder
+
+
+@pytest.fixture(scope="module")
+def short_documents(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many in each row, in tokens of the same tokenizer."""
+    folder = tmp_path_factory.mktemp("short")
+    for number in range(60):
+        words = " ".join(f"word{(number * 3 + place) % 50}" for place in range(12))
+        (folder / f"{number}.txt").write_text(words)
+    config = DataConfig(data=(str(folder),), tokenizer=data, valid_share=0.5)
+    return prepare(config, folder / "prepared").folder
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +81,56 @@ def test_bits_per_byte_are_those_of_whole_logits_row_by_row(data: Path, model_fo
         size += sum(int(spelled[target]) for target in batch.targets[0].tolist() if target >= 0)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert result["bytes"] == size
+
+
+@torch.no_grad()
+def test_within_documents_each_is_read_as_if_it_stood_alone(short_documents: Path, model_folder: Path) -> None:
+    model = load(model_folder)
+    result = bits_per_byte(model, short_documents, rows=3, confined=True)
+    stream = TokenStream(short_documents, "valid", SEQ_LEN, shuffle=False)
+    nats, documents = 0.0, 0
+    for row in range(min(3, stream.rows_per_epoch)):
+        batch = stream.rows(row, 1)
+        for document in range(int(batch.documents.max()) + 1):
+            own = batch.documents[0] == document
+            documents += 1
+            logits = model(batch.input_ids[:, own])[0].double()
+            nats += F.cross_entropy(logits, batch.targets[0, own], ignore_index=-100, reduction="sum").item()
+    assert documents > 3
+    assert result["nats_per_token"] == pytest.approx(nats / result["tokens"], rel=1e-5)
+    assert result["attention"] == "within documents"
+    across = bits_per_byte(model, short_documents, rows=3)
+    assert across["attention"] == "across documents"
+    assert across["nats_per_token"] != pytest.approx(result["nats_per_token"], rel=1e-6)
+
+
+@pytest.mark.parametrize("where", ["model", "checkpoints/step-00000002"])
+def test_text_is_measured_as_the_run_was_trained_unless_told_otherwise(
+    where: str, short_documents: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    def measured(asked: Path, confined: bool | None = None) -> tuple[float, str]:
+        config = EvalConfig(asked, data=short_documents, families=(), device="cpu", confine_to_document=confined)
+        result = evaluate(config)
+        assert result["text"]["attention"] in summary(result)
+        return result["text"]["nats_per_token"], result["text"]["attention"]
+
+    model = load(model_folder)
+    within, across = (bits_per_byte(model, short_documents, confined=way)["nats_per_token"] for way in (True, False))
+    assert within != across
+    assert measured(model_folder) == (across, "across documents"), "it belongs to no run"
+    assert measured(model_folder, True) == (within, "within documents")
+    settings = {
+        "within": ({"stage": "pretrain", "confine_to_document": True}, within),
+        "across": ({"stage": "pretrain", "confine_to_document": False}, across),
+        "older": ({"stage": "pretrain"}, across),
+        "older-sft": ({"stage": "sft"}, within),
+    }
+    for name, (values, expected) in settings.items():
+        run = tmp_path / name
+        shutil.copytree(model_folder, run / where)
+        write_json(run / "config.json", values)
+        assert measured(run)[0] == measured(run / where)[0] == expected, name
+        assert measured(run, expected == across)[0] == (across if expected == within else within), name
 
 
 def test_what_is_exported_says_the_same_greedy_text_in_transformers(model_folder: Path, tmp_path: Path) -> None:

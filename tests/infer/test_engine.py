@@ -2,17 +2,19 @@
 
 import dataclasses
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from motley.data.tokenizer import Tokenizer, train_tokenizer
 from motley.errors import InputError
 from motley.infer.engine import PREFILL_AT_ONCE, Engine
 from motley.infer.opening import open_engine
-from motley.infer.sampler import SamplingParams
+from motley.infer.sampler import Sampler, SamplingParams
 from motley.model import SIZES, Transformer, save
 from motley.progress import Progress
 
@@ -159,3 +161,63 @@ def test_a_tokenizer_of_another_model_is_refused(engine: Engine, tokenizer: Toke
     train_tokenizer(["many other words in here, more than before " * 9], vocab_size=320).save(tmp_path / "model")
     with pytest.raises(InputError, match="do not belong together"):
         open_engine(tmp_path / "model", "cpu")
+
+
+class Questions(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers read back, and shapes that depend on values."""
+
+    ASKED = ("item", "_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "is_nonzero", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func._overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            index is not None and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], list | tuple) else ())
+        )
+        if (
+            name.startswith(self.ASKED)
+            or by_mask
+            or ("repeat_interleave" in name and (kwargs or {}).get("output_size") is None)
+        ):
+            self.seen[name] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_decoding_asks_the_device_as_often_with_many_layers_as_with_few(
+    engine: Engine, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per token and not per layer: each question stops the host until the device has caught up."""
+    monkeypatch.setattr("motley.model.transformer.check_tokens", lambda *_: None)  # asked on a CPU only
+    seen = []
+    for layers in (2, 6):
+        model = Transformer(dataclasses.replace(engine.model.config, num_hidden_layers=layers))
+        model.initialize(0)
+        cache = model.eval().new_cache(rows, 40)
+        sampler, questions = Sampler(SamplingParams(temperature=0)), Questions()
+        with torch.no_grad():  # inference mode hides some of what a tensor is asked
+            logits = model(torch.full((rows, 7), 5), cache=cache)[:, -1]
+            with questions:
+                for _ in range(4):
+                    tokens = sampler.draw(logits)
+                    tokens.tolist()
+                    logits = model(tokens[:, None], cache=cache)[:, 0]
+        seen.append(questions.seen)
+    assert seen[0] == seen[1]
+    assert sum(seen[0].values()) <= 4 * 2, "whether the logits are finite; in a GPU's case the tokens themselves"
+
+
+def test_a_prompt_of_unequal_rows_asks_once_for_the_longest(engine: Engine) -> None:
+    ids, counts = torch.full((3, 9), 5), torch.tensor([4, 9, 2])
+    for layers in (2, 5):
+        model = Transformer(dataclasses.replace(engine.model.config, num_hidden_layers=layers)).eval()
+        model.initialize(0)
+        cache = model.new_cache(3, 20)
+        with torch.no_grad(), Questions() as questions:
+            model(ids, cache=cache, counts=counts)
+        assert cache.longest == 9
+        assert sum(questions.seen.values()) <= 3, questions.seen

@@ -19,6 +19,7 @@ from motley.infer.opening import open_engine
 from motley.model import load
 from motley.model.find import find_model
 from motley.train.checks import check_data
+from motley.train.run import trained_within_documents
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class EvalConfig:
     """A folder made by `motley data`; its held-out part is the text. None: no text is measured."""
     text_model: Path | None = None
     """The run whose model reads the text, if it is another one (before fine-tuning, say)."""
+    confine_to_document: bool | None = None
+    """Whether attention stays within each document while text is measured. None: as the run of the model trained, and
+    across documents where its folder belongs to no run."""
     families: tuple[str, ...] = tuple(FAMILIES)
     """Families of problems; none: no problems."""
     count: int = 500
@@ -54,10 +58,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.data is not None:
         reader = find_model(config.text_model or config.model)
         check_data(config.data, TEXT, reader)
-        result["text"] = {
-            "model": str(reader),
-            **bits_per_byte(load(reader, device=choose_device(config.device)), config.data),
-        }
+        confined = config.confine_to_document
+        if confined is None:
+            confined = bool(trained_within_documents(reader))
+        model = load(reader, device=choose_device(config.device))
+        result["text"] = {"model": str(reader), **bits_per_byte(model, config.data, confined=confined)}
     if config.families:
         engine = open_engine(config.model, config.device)
         seen = seen_questions(config.seen)
@@ -72,7 +77,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def summary(result: dict[str, Any]) -> str:
     lines = []
     if text := result.get("text"):
-        lines.append(f"text      {text['bits_per_byte']:.3f} bits per byte over {text['bytes']:,} bytes")
+        lines.append(
+            f"text      {text['bits_per_byte']:.3f} bits per byte over {text['bytes']:,} bytes, "
+            f"attention {text['attention']}"
+        )
     if problems := result.get("problems"):
         rows = [("all problems", problems), *problems["families"].items()]
         lines += [

@@ -1,6 +1,8 @@
 """Generation with the latent cache: many prompts at once, or one conversation token by token.
 
 prompts, padded on the right ──▶ one call fills the cache ──▶ one token a row and call ──▶ rows that end leave
+
+A token waits for the device twice, however many layers the model has: whether its logits are finite, and which it is.
 """
 
 import threading
@@ -127,7 +129,8 @@ class Engine:
                 return
         for _ in range(room):
             token = sampler.draw(self.model(last, cache=cache)[:, -1])
-            yield int(token)
-            if int(token) == self.tokenizer.eos_id or (cancelled is not None and cancelled.is_set()):
+            said = int(token)  # waits for the device
+            yield said
+            if said == self.tokenizer.eos_id or (cancelled is not None and cancelled.is_set()):
                 return
             last = token[:, None]

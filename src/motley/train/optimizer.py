@@ -4,9 +4,9 @@ Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal
 steps. Its update is scaled to the size AdamW's would have, 0.2 sqrt(max(rows, columns)) (Moonlight, arXiv 2502.16982,
 2.2), so both take the same learning rate and weight decay.
 
-That makes any gradient, however small, a full step. A matrix whose gradient is exactly zero, as of an expert to which no
-token went, would go on at full length in the direction of its momentum. It has nothing to learn from and stays as it is,
-without weight decay, which is there to balance updates; only its momentum decays, as with any gradient of zero.
+That makes any gradient, however small, a full step. A matrix whose gradient is exactly zero, as of an expert to which
+no token went, would go on at full length in the direction of its momentum. It has nothing to learn from and stays as it
+is, without weight decay, which is there to balance updates; only its momentum decays, as with any gradient of zero.
 """
 
 from collections import defaultdict

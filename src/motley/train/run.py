@@ -123,6 +123,18 @@ def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str,
     return Run(folder, read_json(result) if result.is_file() else None)
 
 
+def trained_within_documents(model: Path) -> bool | None:
+    """Whether attention stayed within documents in the run that a model folder lies in.
+
+    None where there is no such run: an export, a download, a folder copied elsewhere.
+    """
+    for folder in model.resolve().parents[:2]:  # RUN/model, RUN/checkpoints/step-…
+        file = folder / CONFIG_FILE
+        if file.is_file() and isinstance(settings := read_json(file), dict) and "stage" in settings:
+            return bool(settings.get("confine_to_document", settings["stage"] == "sft"))  # older runs: the default
+    return None
+
+
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """JSON's own types, so that what is read back compares equal."""
     return {
