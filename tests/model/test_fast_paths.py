@@ -85,6 +85,32 @@ def test_stacked_experts_equal_one_after_another(tokens: int, dtype: torch.dtype
     assert not experts.gate_up_proj.grad[3].any(), "an expert without tokens has no gradient"
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_experts_copied_beside_few_tokens_equal_one_after_another(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    module = Experts(8, 16, 24)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    x = torch.randn(tokens, 16, generator=generator)
+    chosen = torch.rand(tokens, 8, generator=generator).topk(2).indices
+    weights = torch.rand(tokens, 2, generator=generator)
+    with torch.no_grad():
+        found = module._gathered(x, chosen, weights)
+    assert close(found, moe_reference(x, chosen, weights, module.gate_up_proj, module.down_proj), 1e-5)
+
+
+@torch.no_grad()
+def test_a_token_is_decoded_without_asking_the_device_for_anything() -> None:
+    """A meta tensor has no values: whoever asks for one fails. In fp32, which GPUs have no grouped products of."""
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(SIZES["nano"], num_nextn_predict_layers=0)).eval()
+    cache = model.new_cache(2, 10)
+    for _ in range(3):
+        logits = model(torch.empty(2, 1, dtype=torch.long, device="meta"), cache=cache)
+    assert logits.shape == (2, 1, 4096)
+    assert cache.longest == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_rms_norm_equals_the_papers_words(dtype: torch.dtype, scale: float) -> None:

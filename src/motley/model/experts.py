@@ -91,6 +91,8 @@ class Experts(nn.Module):
         """x [tokens, hidden], chosen [tokens, k], weights fp32 [tokens, k] → [tokens, hidden]."""
         if self._native(x):
             return native_experts(x, chosen, weights, self.gate_up_proj, self.down_proj)
+        if self._few(x, chosen):
+            return self._gathered(x, chosen, weights)
         layout, k = Layout.of(chosen, len(self.gate_up_proj), self._pad(chosen)), chosen.shape[1]
         rows = _Dispatch.apply(x, layout.token_of_row, layout.row_of_slot, k)
         gate_up = self._grouped(rows, self.gate_up_proj, layout.ends)  # pyright: ignore[reportArgumentType]
@@ -106,6 +108,21 @@ class Experts(nn.Module):
         if (self.fp8 and self.training) or (self.later is not None and torch.is_grad_enabled()):
             return False
         return native.fits(x, *self.down_proj.shape[1:]) and self.down_proj.dtype == torch.float32
+
+    def _few(self, x: Tensor, chosen: Tensor) -> bool:
+        """Whether a GPU decodes few tokens in a format whose grouped products PyTorch computes in a loop of the host:
+        that would wait for the device in each layer. With more slots than experts too much would be copied.
+        """
+        waits = x.device.type != "cpu" and x.dtype != torch.bfloat16
+        return waits and not torch.is_grad_enabled() and chosen.numel() <= len(self.gate_up_proj)
+
+    def _gathered(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Each slot beside a copy of its expert, all in one product."""
+        slots, k = chosen.flatten(), chosen.shape[1]
+        rows = x.repeat_interleave(k, dim=0)[..., None]
+        gate, up = torch.bmm(self.gate_up_proj[slots].to(x.dtype), rows).chunk(2, dim=1)
+        out = torch.bmm(self.down_proj[slots].to(x.dtype), F.silu(gate) * up)[..., 0]
+        return (out * weights.flatten()[:, None].to(x.dtype)).unflatten(0, (-1, k)).sum(dim=1)
 
     def _pad(self, chosen: Tensor) -> int:
         """To what multiple of rows each expert is filled up."""
