@@ -272,7 +272,7 @@ def test_mtp_routers_count_only_positions_whose_further_token_is_in_their_docume
 def test_what_wraps_around_the_row_reaches_no_load_and_no_balance_loss() -> None:
     """The last position stands beside the first token: another one there changes that position alone."""
     model = tiny_model(num_nextn_predict_layers=1)
-    model.mtp[0].block.mlp.gate.weight.data.mul_(20)  # so that another token means other experts
+    model.gates()[-1].weight.data.mul_(20)  # so that another token means other experts
     ids = torch.randint(50, (64, 6), generator=torch.Generator().manual_seed(8))
     main = torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(9))
     other = ids.clone()

@@ -42,7 +42,7 @@ def stage_section(stage: Stage) -> Html:
         bits = Curve("", _column(valid, field, unit), _column(valid, "bits_per_byte"), THIRD, markers=True)
         large += _chart(f"Held-out bits per byte against {against}", [bits], label, "bits per byte")
     if experts:
-        large += _expert_charts(experts)
+        large += _expert_charts(experts, train)
 
     small = []
     for title, field, unit, label in (
@@ -73,8 +73,8 @@ def _loss_curves(train: list[dict[str, Any]], valid: list[dict[str, Any]], field
     return [*curves, held_out] if any(held_out.y) else curves
 
 
-def _expert_charts(experts: list[dict[str, Any]]) -> list[Html]:
-    """Who was busy at the end, and how uneven it was on the way."""
+def _expert_charts(experts: list[dict[str, Any]], train: list[dict[str, Any]]) -> list[Html]:
+    """Who was busy at the end, and how uneven it was on the way: at every step, in older runs at validations."""
     load = experts[-1]["load"]
     if not load:
         return []
@@ -83,15 +83,19 @@ def _expert_charts(experts: list[dict[str, Any]]) -> list[Html]:
         heat_map(load, "expert", "MoE layer"),
         "Share of the routed tokens against an even share.",
     )
-    uneven = [imbalances(record["load"]) for record in experts]
-    x = _column(experts, "tokens")
+    steps = [record for record in train if len(record.get("imbalance", ())) == len(load)] or experts
+    uneven = [record.get("imbalance") or imbalances(record["load"]) for record in steps]
+    x = _column(steps, "step")
     layers = [
-        Curve("each MoE layer" if layer == 0 else "", x, [row[layer] for row in uneven], FIRST, faint=True)
+        Curve("each MoE layer" if layer == 0 else "", x, smoothed([row[layer] for row in uneven]), FIRST, faint=True)
         for layer in range(len(load))
     ]
-    mean = Curve("mean", x, [sum(row) / len(row) for row in uneven], FIRST)
-    chart = line_chart([*layers, mean], "tokens", "busiest expert / even share")
-    return [heat, figure("Imbalance on the way", chart, "1 is perfect balance.")]
+    worst = Curve("the most uneven layer", x, smoothed([max(row) for row in uneven]), SECOND)
+    mean = Curve("mean", x, smoothed([sum(row) / len(row) for row in uneven]), FIRST)
+    chart = line_chart([*layers, mean, worst], "step", "busiest expert / even share")
+    experts = len(load[0])
+    said = f"1 is perfect balance; the busiest of {experts} experts took {max(uneven[-1]) / experts:.0%} at the end."
+    return [heat, figure("Imbalance on the way", chart, said)]
 
 
 def _chart(title: str, curves: Sequence[Curve], x_label: str, y_label: str, small: bool = False) -> list[Html]:

@@ -10,6 +10,7 @@ import tyro
 
 from motley.errors import InputError
 from motley.fleet.device import Precision
+from motley.train.balance import SLOWEST, ByLength
 from motley.train.cast import LinksBy
 from motley.train.crew import PATIENCE_SECONDS
 from motley.train.handicap import Way
@@ -52,8 +53,11 @@ class TrainingConfig:
     """Weight of the multi-token-prediction loss; 0 leaves its modules out of the step."""
     balance_weight: float = 1e-4
     """Weight (alpha) of the sequence-wise balance loss."""
-    bias_speed: float = 1e-3
-    """How far (gamma) the router's bias moves towards balance after each step."""
+    bias_speed: Annotated[float, tyro.conf.arg(help_behavior_hint="(default: by the number of steps)")] = ByLength(
+        SLOWEST
+    )
+    """How far (gamma) the router's bias moves towards balance after each step. Not given: 3 / steps, at least 0.001
+    (DeepSeek-V3's) and at most 0.01, so that the bias comes far enough in short runs too."""
     confine_to_document: bool = False
     """Attention stays within each document of a packed sequence (DeepSeek-V3 pretrained without)."""
     precision: Precision = "auto"
@@ -112,6 +116,8 @@ class TrainingConfig:
     """Checkpoints kept besides the best."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.bias_speed, ByLength) and self.steps >= 1:
+            object.__setattr__(self, "bias_speed", ByLength.of(self.steps))
         positive = ("steps", "batch_rows", "micro_batch", "seq_len", "valid_every", "valid_rows", "checkpoint_every",
                     "keep_last", "fragments")  # fmt: skip
         for name in positive:

@@ -33,7 +33,7 @@ from motley.train.islands import Island
 from motley.train.loop import Course, begin
 from motley.train.membership import Door, entered
 from motley.train.ngrams import Ngrams
-from motley.train.run import claimed
+from motley.train.run import as_begun, claimed, kept_speed
 from motley.train.shares import Shares
 from motley.train.start import facts
 
@@ -199,7 +199,8 @@ def live(config: TrainingConfig, own: Own, work: Callable[[Crew, Memory], Result
 
     def check(theirs: Mapping[str, str]) -> None:
         data = Path(theirs[DATA])
-        mine = _own_facts(config, data, device, own(config, data))
+        begun = as_begun(config, kept_speed(config.out))
+        mine = _own_facts(begun, data, device, own(config, data))
         compare("this worker", mine, "the crew at work", {name: theirs[name] for name in theirs if name != DATA})
 
     memory = Memory(own)

@@ -21,7 +21,7 @@ from motley.train.config import FinetuneConfig
 from motley.train.crew import Crew
 from motley.train.elastic import Memory
 from motley.train.own import own_data, own_model, prepared_folder
-from motley.train.run import Run, open_run
+from motley.train.run import Run, as_begun, kept_speed, open_run
 from motley.train.start import as_planned, plan_of
 
 
@@ -63,6 +63,7 @@ def _finetune(config: FinetuneConfig, crew: Crew, machine: Machine | None, memor
     source = find_model(config.model)
     tokenizer = Tokenizer.load(source)
     shape = ModelConfig.from_hf(read_json(source / "config.json"))
+    config = as_begun(config, crew.led(lambda: kept_speed(config.out)))
     config = as_planned(config, crew.led(lambda: plan_of(config)), crew.leads, shape)
 
     def prepare_run() -> tuple[Path, Run]:

@@ -31,6 +31,7 @@ from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.errors import CrewError, InputError
 from motley.progress import Progress, note
+from motley.train.balance import Balance, imbalance
 from motley.train.config import TrainingConfig
 from motley.train.copies import COMPARE_EVERY
 from motley.train.exchange import Exchange
@@ -75,6 +76,7 @@ class Course:
         recent: records of the last steps.
         news: what the metrics are to say before the next step.
         exchange: whether messages take most of the steps.
+        balance: whether the experts are used.
         asked: this worker was asked to stop; kept from one crew to the next.
     """
 
@@ -87,6 +89,7 @@ class Course:
     recent: list[dict[str, Any]] = field(default_factory=list)
     news: list[str] = field(default_factory=list)
     exchange: Exchange = field(default_factory=Exchange)
+    balance: Balance = field(default_factory=Balance)
     asked: bool = False
 
     @property
@@ -102,7 +105,8 @@ def begin(island: Island) -> Course:
     island.worker.scales.restore(known[1]["scales"])
     at = Position(**known[0]["position"])
     recent = records_of(island.settings.out, at.step) if island.settings.live else []
-    return Course(at, Guard(**known[1]["guard"]), recent=recent)
+    balance = Balance(**known[1].get("balance", {}))  # checkpoints from before there was one
+    return Course(at, Guard(**known[1]["guard"]), recent=recent, balance=balance)
 
 
 @contextmanager
@@ -167,7 +171,9 @@ def train(
                 if at.step == config.steps and not math.isfinite(held_out):
                     raise _stuck(run, at.step, f"held-out loss {held_out:g} is not finite")
                 began = time.perf_counter()
-            own_facts = {"guard": asdict(course.guard), "scales": asdict(worker.scales)}
+            own_facts = {
+                "guard": asdict(course.guard), "scales": asdict(worker.scales), "balance": asdict(course.balance),
+            }  # fmt: skip
             facts = {"step": at.step, "position": asdict(at)}
             stop = island.between_rounds and world.stopping(asked.is_set())
             started, rows = time.perf_counter(), island.rows
@@ -229,6 +235,9 @@ def train(
             numbers = _numbers(losses, norm, learning_rate, rate, crew.device)
             if (length := config.length(before)) < config.seq_len:
                 numbers["sequence_length"] = length
+            uneven = [imbalance(counts) for counts in losses.expert_counts]
+            if uneven:
+                numbers["imbalance"] = [round(value, 3) for value in uneven]
             if crew.alone and worker.scales.workers:
                 numbers["loss_scale"] = worker.scales.values[0]
             metrics.write("train", **where, **numbers)
@@ -250,6 +259,7 @@ def train(
                 metrics.write("event", **where, message=message)
                 if crew.leads:
                     note(message)
+            remarks += course.balance.complaint(uneven, worker.config, config.steps, config.bias_speed)
             remarks.append(pace.remark("step", took, "worker", () if crew.alone else worker.timing.own_seconds))
             if meeting:
                 _write_round(metrics, where, island, meeting)
@@ -264,7 +274,8 @@ def train(
                     note(message)
             if guard.exhausted:
                 raise _stuck(run, at.step, f"{reason}, {guard.skipped_in_a_row} steps in a row")
-            bar.advance((at.step - before) * step_tokens, loss=losses.main)
+            experts = {"busiest expert": f"{max(uneven) / worker.config.n_routed_experts:.0%}"} if uneven else {}
+            bar.advance((at.step - before) * step_tokens, loss=losses.main, **experts)
     worker.model.eval()
     save_model(run / "model", island, tokenizer)
     return at

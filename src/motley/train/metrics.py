@@ -2,7 +2,8 @@
 
     kind      written                 values beside step, tokens, seconds
     train     every step              loss, mtp_loss, balance_loss (nats per token), learning_rate, grad_norm,
-                                      tokens_per_second, memory_bytes
+                                      tokens_per_second, memory_bytes; imbalance: per MoE layer, MTP's last, load of the
+                                      busiest expert over the mean (1: all alike; minus 1 it is called MaxVio)
     valid     at each validation      loss, bits_per_byte
     experts   with it                 load: share of the routed tokens per expert, one list per MoE layer
                                       (with fp16 on one process: loss_scale)

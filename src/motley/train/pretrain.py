@@ -22,7 +22,7 @@ from motley.train.config import PretrainConfig
 from motley.train.crew import Crew
 from motley.train.elastic import Memory
 from motley.train.own import own_data, own_model, prepared_folder
-from motley.train.run import Run, open_run
+from motley.train.run import Run, as_begun, kept_speed, open_run
 from motley.train.schedule import check_stages
 from motley.train.start import as_planned, plan_of
 
@@ -82,6 +82,7 @@ def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str
 
 
 def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None, memory: Memory) -> dict[str, Any] | None:
+    config = as_begun(config, crew.led(lambda: kept_speed(config.out)))
     config = as_planned(config, crew.led(lambda: plan_of(config)), crew.leads)
     source = _source(config)
 

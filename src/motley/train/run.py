@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from motley.fleet.capabilities import capabilities
 from motley.fleet.device import Format
 from motley.fleet.probe import Machine, device_name, probe
 from motley.progress import in_words, note
+from motley.train.balance import SLOWEST, ByLength
 from motley.train.config import TrainingConfig
 
 try:
@@ -35,6 +36,9 @@ FREE_TO_CHANGE = {  # these do not change what is learned, beyond how each worke
     "out", "micro_batch", "precision", "moments", "recompute", "device", "plan", "zero", "emulate", "emulate_by",
     "emulate_links", "islands", "live", "patience", "valid_every", "valid_rows", "checkpoint_every", "keep_last",
 }  # fmt: skip
+
+
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,21 @@ def claimed(folder: Path, shared: bool = False) -> Iterator[None]:
         except OSError as error:
             note(f"{folder} cannot be locked ({error.strerror or error}): make sure nothing else writes to it")
         yield
+
+
+def kept_speed(folder: Path) -> float | None:
+    """How fast the router's bias moves in the run of a folder, None where there is no run yet."""
+    file = folder / CONFIG_FILE
+    if not file.is_file() or not isinstance(kept := read_json(file), dict) or "stage" not in kept:
+        return None
+    return float(kept.get("bias_speed", SLOWEST))
+
+
+def as_begun(config: Config, kept: float | None) -> Config:
+    """`config`, with `kept_speed` of its folder unless another was asked for: a run goes on as it began."""
+    if kept is None or not isinstance(config.bias_speed, ByLength):
+        return config
+    return dataclasses.replace(config, bias_speed=kept)
 
 
 def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str, Any]) -> Run:
