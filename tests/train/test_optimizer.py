@@ -1,12 +1,14 @@
 """Muon, AdamW, schedules and the guard do what they say, against versions written out plainly."""
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
+from motley.model import native
 from motley.train.guard import PATIENCE, WINDOW, Guard
 from motley.train.optimizer import MOMENTS, Optimizer, as_matrices, by_muon, learning, orthogonalize
 from motley.train.schedule import factor
@@ -233,6 +235,38 @@ def test_an_expert_that_gets_tokens_again_goes_on_as_after_gradients_of_zero() -
             weight = weight * (1 - 0.02 * 0.1) - 0.02 * 0.2 * math.sqrt(8) * newton_schulz(ahead).T
         optimizer.step(0.02)
     torch.testing.assert_close(named[name][1].double(), weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_the_kernel_leaves_out_the_same_matrices_as_the_plain_path(moments: str) -> None:
+    """Where there is no kernel, both are the plain path."""
+    name, found = "model.layers.1.mlp.experts.gate_up_proj", []
+    for path in (nullcontext(), native.switched_off()):
+        generator = torch.Generator().manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 2 * 16, 32, generator=generator))
+        before, optimizer = (
+            weight.detach().clone(),
+            Optimizer([(name, weight)], "muon", 0.1, torch.float32, 1.0, moments),
+        )  # type: ignore[arg-type]
+        with path:
+            for step in range(3):
+                weight.grad = torch.randn(weight.shape, generator=generator)
+                if step:
+                    weight.grad[2] = 0.0  # an expert without tokens
+                    weight.grad[3, :16] = 0.0  # a gate
+                else:
+                    weight.grad[1] = 0.0  # never had any
+                    weight.grad[0] = 0.0
+                optimizer.step(0.02)
+                if not step:
+                    begun = weight.detach().clone()
+        assert torch.equal(begun[:2], before[:2])
+        assert torch.equal(weight[2], begun[2])
+        assert torch.equal(weight[3, :16], begun[3, :16])
+        assert not torch.equal(weight[3, 16:], begun[3, 16:])
+        found.append((weight.detach(), optimizer.momentum[name].float()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-4)
 
 
 def test_a_parameter_without_a_gradient_stays() -> None:
