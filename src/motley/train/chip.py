@@ -12,5 +12,5 @@ def kind_of_chip(device: torch.device) -> str:
 
 
 def kernels() -> str:
-    """Our own kernels that this process has loaded, in words."""
-    return f"motley's {native.library().stem}" if native.runs() else "none of motley's kernels"
+    """Our own kernels that this process computes with, in words."""
+    return f"{native.library().stem}, {native.describe()}"

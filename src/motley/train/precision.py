@@ -102,6 +102,10 @@ def number_formats(asked: Precision, crew: Crew, run: Run, machine: Callable[[],
     if crew.device.type == "cpu" and formats[crew.rank] in ("fp8", "fp16"):
         name = formats[crew.rank]
         note(f"worker {crew.rank} computes in {name}, which CPUs do through fp32: slower than fp32, for trying it only")
-    if crew.device.type == "cpu" and formats[crew.rank] == "bf16" and (missing := native.missing()):
+    if crew.device.type == "cpu" and (missing := native.missing()):
         note(f"worker {crew.rank}: {missing}")
+    elif crew.device.type == "cpu" and crew.leads:
+        target = native.chosen(ACTIVATIONS[formats[crew.rank]])
+        kernels = f"motley's own kernels for {target}" if target else "PyTorch's operators alone"
+        note(f"computing in {formats[crew.rank]} with {kernels}")
     return formats
