@@ -176,6 +176,30 @@ def test_a_product_that_never_ends_is_left_to_itself() -> None:
     assert {name for name, _ in found.seconds()} == {"fp32"}
 
 
+def test_a_format_that_was_only_disturbed_in_a_later_run_is_kept() -> None:
+    release, calls = threading.Event(), 0
+
+    def make(device: torch.device, name: str, *shape: int) -> Callable[[], object]:
+        def run() -> None:
+            nonlocal calls
+            calls += name == "bf16"
+            if calls > 1000:
+                release.wait(60)
+
+        return run
+
+    climb = Climb(CPU, 1.0, 256, make)
+    shapes: list[Shape] = [(1, 256, 256, 256)]
+    climb.found.samples["fp32", shapes[0]] = climb.found.samples["bf16", shapes[0]] = [1.0]
+    climb._best = dict.fromkeys(climb.found.samples, 1e-4)
+    climb._kept = {key: make(CPU, *key[:1]) for key in climb._best}
+    found = within_deadline(climb, climb.turns)
+    release.set()
+    assert calls > 1000
+    assert {name for name, _ in found.seconds()} == {"fp32", "bf16"}
+    assert found.left_out == {}
+
+
 def test_an_error_in_measuring_is_raised() -> None:
     def make(device: torch.device, name: str, *shape: int) -> Callable[[], object]:
         raise RuntimeError("no such device")

@@ -248,7 +248,7 @@ class Climb:
         self.abandoned = True
         found, (key, begun) = self.found.copied(), self._running
         name, shape = key
-        if name not in (self._first, "copy"):
+        if name not in (self._first, "copy") and key not in found.samples:  # a later run of it was only disturbed
             found.left_out[name] = (self.now() - begun) / self._best[self._first, shape]
         kept = {self._first, "copy", *self._tried()} - set(found.left_out)
         found.samples = {key: samples for key, samples in found.samples.items() if key[0] in kept}
