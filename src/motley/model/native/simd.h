@@ -215,7 +215,7 @@ INLINE void store(bf16* to, vec x) {
 // 2^x to fp32's precision, for x in -126 … 127 (what lies beyond counts as the bound): the integer part by the exponent,
 // the rest by six terms of the series.
 INLINE floats power_of_two(floats x) {
-  x = smaller(larger(x, all_of(-126.0f)), all_of(127.0f));
+  x = smaller(all_of(127.0f), larger(all_of(-126.0f), x));  // in this order: x86 gives the second where one is no number
   const floats whole = (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the nearest integer
   const floats f = x - whole;
   floats y = all_of(1.5403530393e-4f);
