@@ -14,6 +14,7 @@ if not torch.cuda.is_available():  # read when Triton is imported: kernels for G
     os.environ["TRITON_INTERPRET"] = "1"
 
 NO_BROWSER = "BROWSER TESTS DID NOT RUN: Chromium is absent"
+NO_TOOLS = "KERNELS WERE NOT CHECKED"
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +53,11 @@ def dtype(request: pytest.FixtureRequest, kernels: None) -> Iterator[torch.dtype
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.getreports("skipped")
-    count = sum(NO_BROWSER in str(report.longrepr) for report in skipped)
-    if count:
-        terminalreporter.section("browser", sep="!", red=True, bold=True)
-        terminalreporter.line(f"{NO_BROWSER} ({count} skipped; on Debian: apt-get install chromium)", red=True)
+    for title, words, packages in (
+        ("browser", NO_BROWSER, "chromium"),
+        ("kernels", NO_TOOLS, "g++-aarch64-linux-gnu qemu-user binutils"),
+    ):
+        count = sum(words in str(report.longrepr) for report in skipped)
+        if count:
+            terminalreporter.section(title, sep="!", red=True, bold=True)
+            terminalreporter.line(f"{words} ({count} skipped; on Debian: apt-get install {packages})", red=True)
