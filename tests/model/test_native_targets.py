@@ -21,6 +21,7 @@ from motley.model.native import build
 from motley.model.native.build import Target
 
 CHECK = Path(__file__).parent / "native" / "check.cpp"
+EMULATED = CHECK.with_name("emulated.h")
 OPTIMISED = ("-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fopenmp")
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -99,6 +100,24 @@ def test_sanitizers_find_nothing(target: Target, tmp_path: Path) -> None:
     objects = make_objects(compiler(), target, SANITIZED, tmp_path)
     check = make_check(compiler(), target, objects, SANITIZED, tmp_path)
     run(check, "2", "16", OMP_NUM_THREADS="2")
+
+
+WIDE = [target for target in build.TARGETS if "-mavx512f" in target.flags]
+
+
+@pytest.mark.parametrize("target", WIDE, ids=name_of)
+def test_kernels_for_avx512_and_amx_equal_the_papers_equations_with_plain_functions_for_instructions(
+    target: Target, tmp_path: Path
+) -> None:
+    """Not the instructions, but all that is done with them, on any CPU with AVX2, and sanitized."""
+    if "avx2" not in native.runnable():
+        pytest.skip("this CPU has no AVX2")
+    if target.name in native.runnable():
+        pytest.skip("the other tests ran them on this CPU itself")
+    defines = tuple(flag for flag in target.flags if flag.startswith("-D"))
+    here = replace(target, flags=("-mavx2", "-mfma", *defines, "-include", str(EMULATED)))
+    objects = make_objects(compiler(), here, SANITIZED, tmp_path)
+    run(make_check(compiler(), here, objects, SANITIZED, tmp_path), "4", "10", OMP_NUM_THREADS="2")
 
 
 @pytest.mark.parametrize("target", ARM, ids=name_of)

@@ -29,6 +29,9 @@
 #define NAME_(kernel, dtype, target) NAME__(kernel, dtype, target)
 #define KERNEL(kernel) NAME_(kernel, DTYPE, TARGET)
 
+// What is allowed, of a tensor's length and of one number, is a few times what was found over hundreds of cases. fp32 is
+// rounded by 2^-24 and summed over up to some hundred terms; bf16 by 2^-9 at each of three or four steps between inputs and
+// results, so that a tensor of 10,000 numbers has one that is ten times as wrong as the usual.
 struct fp32 {
   using type = float;
   static constexpr double LENGTH = 5e-6, ELEMENT = 5e-5;
@@ -552,7 +555,8 @@ static void check_muon() {
       update[j] = x[tall ? j % columns * rows + j / columns : j];
       weights[i][j] = (float)((before[i][j] * (double)kept - weights[i][j]) / rates[i]);
     }
-    compare("muon_step update", weights[i], update, std::sqrt((double)m));
+    // five iterations make small singular values, and what rounding put there, up to 3.4445^5 times as large
+    compare("muon_step update", weights[i], update, std::sqrt((double)m), 3);
     if (narrow)
       compare("muon_step momentum in bf16", narrow_momenta[i], now, 0, bf16::LENGTH / DTYPE::LENGTH);
     else
