@@ -48,6 +48,8 @@ def test_attention_equals_the_plain_one_in_fp64(seq: int, packed: bool, dtype: t
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     documents = torch.randint(0, 4, (2, seq), generator=generator).sort(dim=1).values if packed else None
+    if documents is not None:
+        documents = documents * 2**32 + 7  # numbers that differ in their upper halves only
     x, upstream = (torch.randn(2, seq, 48, generator=generator).to(dtype) for _ in range(2))
     names = [name for name, _ in layer.named_parameters()]
     positions = torch.arange(seq)[None]

@@ -87,18 +87,26 @@ void queries_of(const Shape& s, const Inputs& in, long b, long h, long start, lo
   std::memset(queries + count * s.qk(), 0, (QUERIES - count) * s.qk() * sizeof(number));
 }
 
-// Documents of one row in 32 bits, filled up to whole sixteens; nullptr where there are none.
-const int32_t* documents_of(const Shape& s, const Inputs& in, long b) {
-  if (in.documents == nullptr) return nullptr;
-  int32_t* own = scratch<18, int32_t>(s.held());
-  for (long t = 0; t < s.held(); ++t) own[t] = (int32_t)in.documents[b * s.seq + least(t, s.seq - 1)];
-  return own;
+// The documents of one row, filled up to whole sixteens: both halves of their numbers; nullptr where there are none.
+struct Documents {
+  const int32_t *low, *high;
+  explicit operator bool() const { return low != nullptr; }
+};
+Documents documents_of(const Shape& s, const Inputs& in, long b) {
+  if (in.documents == nullptr) return {nullptr, nullptr};
+  int32_t *low = scratch<18, int32_t>(2 * s.held()), *high = low + s.held();
+  for (long t = 0; t < s.held(); ++t) {
+    const int64_t number_of = in.documents[b * s.seq + least(t, s.seq - 1)];
+    low[t] = (int32_t)number_of, high[t] = (int32_t)(number_of >> 32);
+  }
+  return {low, high};
 }
 
 // Which of keys j … j + 15 query t sees.
-INLINE mask seen(const int32_t* documents, long t, long j) {
+INLINE mask seen(const Documents& documents, long t, long j) {
   const mask before = first_lanes(t - j + 1);
-  return documents ? both(before, equal(documents + j, documents[t])) : before;
+  if (!documents) return before;
+  return both(before, both(equal(documents.low + j, documents.low[t]), equal(documents.high + j, documents.high[t])));
 }
 
 }  // namespace
@@ -125,7 +133,7 @@ KERNEL(attention_forward)(long batch, long seq, long heads, long nope, long rope
     pack_right(values_right, value, held / DEPTH, [&](long t) { return values + t * heads * (nope + value); }, seq);
     for (long p = (seq + DEPTH - 1) / DEPTH; p < held / DEPTH; ++p)
       for (long j = 0; j < value; j += 16) store(in_panels(values_right, value, held / DEPTH, p, j), units16{});
-    const int32_t* own = documents_of(s, in, b);
+    const Documents own = documents_of(s, in, b);
     for (long start = 0; start < seq; start += QUERIES) {
       const long count = least(QUERIES, seq - start), end = start + QUERIES;
       queries_of(s, in, b, h, start, count, queries);
@@ -202,7 +210,7 @@ KERNEL(attention_backward)(long batch, long seq, long heads, long nope, long rop
     pack_right(keys_rows, width, held / DEPTH, [&](long t) { return keys + t * width; }, held);
     std::memset(grad_keys, 0, held * width * sizeof(float));
     std::memset(grad_values, 0, held * value * sizeof(float));
-    const int32_t* own = documents_of(s, in, b);
+    const Documents own = documents_of(s, in, b);
     for (long start = 0; start < seq; start += QUERIES) {
       const long count = least(QUERIES, seq - start), end = start + QUERIES;
       queries_of(s, in, b, h, start, count, queries);
