@@ -5,7 +5,10 @@
 One thing at a time is doubled from a base (4 layers, hidden 192, 8 experts of which a token meets 2, 8 rows of 512
 tokens), everything else held: `hidden` takes heads and inner widths along, `context` takes rows away, so that tokens
 stay (8,192). Every case is a new process: median of the steps' seconds, the most bytes that the process took for it.
-The exponent is the slope of a line through the logarithms: 1 means twice as much for twice the size.
+The exponent is the slope of a line through the logarithms: 1 means twice as much for twice the size. All of it in the
+format that `motley pretrain` would choose here.
+
+--quick ends within 50 seconds: one axis, short rows, one step a case, and as many cases as there is time for.
 """
 
 import argparse
@@ -16,21 +19,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from crews import spawned
+from budget import QUICK_SECONDS, Budget, kept
+from crews import TookTooLong, spawned
+from machine import cpu_flags
 from memory import PATIENCE_SECONDS
 from memory_by_zero import forget_peak, peak, random_batch
 from thrift import ours
 from train_throughput import Ours, our_step
 
-from motley.fleet.device import choose_device
-from motley.fleet.probe import describe, probe, wait_for
+from motley.fleet.device import Format, choose_device, number_format
+from motley.fleet.probe import describe, probe
+from motley.fleet.products import wait_for
 from motley.model import ModelConfig
 from motley.plan.cost import training_flops_per_token
 from motley.progress import note
 from motley.train.kept import keep_freed_memory
 
 WARM_UP, STEPS = 2, 7
+QUICK_SEQ_LEN = 128
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,12 @@ CASES = (
 )
 
 
-def measure(rank: int, case: Case, steps: int, results: Any) -> None:
+def measure(rank: int, case: Case, format_: Format, steps: int, results: Any) -> None:
     """A case's process: (median seconds of a step, peak bytes)."""
     device = choose_device("auto")
     keep_freed_memory()
     before = forget_peak(device)
-    step = our_step(case.shape, device, torch.bfloat16, Ours("muon"))
+    step = our_step(case.shape, device, Ours("muon", format=format_))
     taken = []
     for number in range(WARM_UP + steps):
         batch = random_batch(case.shape.vocab_size, case.rows, case.seq_len, seed=number)
@@ -77,13 +83,20 @@ def exponent(sizes: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def measured(axes: list[str], steps: int) -> dict[str, Any]:
+def quick(case: Case) -> Case:
+    """The same with shorter rows."""
+    return replace(case, seq_len=QUICK_SEQ_LEN)
+
+
+def measured(axes: list[str], steps: int, format_: Format, budget: Budget) -> dict[str, Any]:
+    """By axis; of each at least two sizes. Raises TookTooLong."""
     found: dict[str, Any] = {}
     for axis in axes:
         cases = [case for case in CASES if case.axis == axis]
         rows = []
-        for case in cases:
-            ((seconds, most),) = spawned(measure, 1, case, steps, patience=PATIENCE_SECONDS)
+        for case in budget.each(map(quick, cases) if budget.seconds else cases, least=2):
+            patience = budget.patience(PATIENCE_SECONDS)
+            ((seconds, most),) = spawned(measure, 1, case, format_, steps, patience=patience)
             flops = training_flops_per_token(case.shape, case.seq_len) * case.rows * case.seq_len
             rows.append({"size": case.size, "seconds": seconds, "bytes": most, "flops": flops})
             note(f"{axis:8} {case.size:6,}  {1e3 * seconds:9,.1f} ms  {most / 1e6:8,.0f} MB  {flops / 1e9:9,.1f} GFLOP")
@@ -114,8 +127,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one axis, one step a case")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    found = measured(["batch"] if arguments.quick else arguments.axes, 1 if arguments.quick else STEPS)
-    print(json.dumps(found) if arguments.json else f"{describe(probe(2.0))}\n{told(found)}")
+    budget = Budget(QUICK_SECONDS if arguments.quick else None)
+    axes, steps = (["batch"], 1) if arguments.quick else (arguments.axes, STEPS)
+    try:
+        with kept(budget, "scaling"):
+            machine = probe(2.0)
+            found = measured(axes, steps, number_format("auto", lambda: machine), budget)
+    except TookTooLong as slow:
+        raise SystemExit(f"scaling: {slow}; this machine is too slow or too busy for it") from None
+    said = f"{describe(machine)} CPU flags: {', '.join(cpu_flags())}\n{told(found)}"
+    print(json.dumps(found) if arguments.json else said)
 
 
 if __name__ == "__main__":
