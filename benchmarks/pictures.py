@@ -18,7 +18,7 @@ SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "motley", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#dfdeda", "legend.frameon": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
-ORDINARY, OURS = "#d9720b", "#2f6fd6"
+ORDINARY, OURS, COUNTS, HORIZON = "#d9720b", "#2f6fd6", "#6b6a66", "#a3360a"
 
 
 @contextmanager
@@ -38,9 +38,12 @@ def drawn(file: Path, across: str) -> Iterator[Axes]:
 
 
 def draw_race(found: dict[str, Any], file: Path) -> None:
-    """What thrift.py found: each run a line, each side a colour."""
+    """What thrift.py found: each run a line, each side a colour; the counts alone, which take seconds, dotted."""
     runs = [("ordinary recipe", ORDINARY, found["ordinary"])]
     runs += [("motley, each a whole run", OURS, found["ours"][part]) for part in found["ours"]]
+    if "horizon" in found:
+        runs.append(("ordinary recipe, its horizon", HORIZON, [found["horizon"]]))
+    counts = found["counts"]
     named: set[str] = set()
     with drawn(file, "seconds of chip time") as axes:
         for name, colour, seeds in runs:
@@ -51,6 +54,9 @@ def draw_race(found: dict[str, Any], file: Path) -> None:
                 axes.plot(seconds[-1:], losses[-1:], "o", color=colour, markersize=5)
                 named.add(name)
         axes.axhline(found["loss"], color=ORDINARY, linewidth=0.8, linestyle="--")
+        alone = f"counts alone, {counts['seconds']:.1f} s"
+        axes.axhline(counts["loss"], color=COUNTS, linewidth=1.2, linestyle=":", label=alone)
+        axes.plot([counts["seconds"]], [counts["loss"]], "o", color=COUNTS, markersize=5)
         for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -59,6 +65,8 @@ def draw_laws(found: dict[str, Any], file: Path) -> None:
     """What scaling_law.py found: each run a dot, each size a line by its law, the best split of a budget dashed."""
     with drawn(file, "compute, 6 x parameters that multiply x tokens, FLOPs") as axes:
         for kind, colour in ((DENSE, ORDINARY), (SPARSE, OURS)):
+            if kind not in found:  # no time for it
+                continue
             law, runs = Law(**found[kind]["law"]), found[kind]["runs"]
             for size in sorted({run["parameters"] for run in runs}):
                 own = sorted(run["tokens"] for run in runs if run["parameters"] == size)

@@ -1,27 +1,20 @@
-"""What races in thrift.py: two networks, one way to train either, and the clock.
+"""What races in thrift.py: two networks, and one way to say how either is trained.
 
-    Recipe   everything that is chosen: network, optimizer, rates, schedule, batch, weights of losses, number format
-      │
-    Ours (motley's Transformer)  or  Ordinary (transformers' Llama)       step(batch, learning rate), held_out(rows)
-      │
-    trained(...)   begin the clock ─► build, compile, draw weights ─► steps ─► the clock says stop
-                                                                      └─ the clock stands still while loss is measured
-
-A schedule has to know when it ends, and here only the clock knows. So it is followed by the share of the time that is
-gone, counted from the end of the first step, in which compilers work: every run decays to its end exactly.
+Recipe   everything that is chosen: network, optimizer, rates, schedule, batch, weights of losses, number format
+  │
+Ours (motley's Transformer)  or  Ordinary (transformers' Llama)       step(batch, learning rate), held_out(rows)
+  │
+thrift_runs.trained(...)   the clock, and the loop
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import motley.model.layers
 import motley.model.softmax_attention
@@ -30,15 +23,13 @@ from motley.model import ModelConfig, Transformer, native
 from motley.model.experts import Experts, moe_reference
 from motley.model.layers import RMSNorm, rms_norm_reference
 from motley.train.loss import blended_cross_entropy
-from motley.train.ngrams import Hints, counts_of
+from motley.train.ngrams import Hints
 from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.schedule import Schedule, Stages, factor, sequence_length
 from motley.train.step import LossWeights, accumulate
 from motley.train.validate import SummedLoss, loss_of
 
 SEQ_LEN = 512
-HELD_OUT_ROWS = 128
-MARKS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the time at which the loss is measured
 FINE = 100_000  # steps in which a schedule is drawn
 
 
@@ -112,6 +103,15 @@ class Recipe:
 class Learner(Protocol):
     """A network with its optimizer."""
 
+    optimizer: Optimizer
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+
+    def gradient(self, batch: Batch) -> float:
+        """Leaves the gradient of a batch; returns its loss in nats per token."""
+        ...
+
     def step(self, batch: Batch, learning_rate: float) -> float:
         """One step; returns the batch's loss in nats per token."""
         ...
@@ -139,14 +139,19 @@ class Ours:
         )
         self.held_out = loss_of(self.model, confined=False)
 
-    def step(self, batch: Batch, learning_rate: float) -> float:
+    def gradient(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
         losses = accumulate(self.model, batch, len(batch.input_ids), self.weights, confined=False)
+        self.expert_counts = losses.expert_counts
+        return losses.main
+
+    def step(self, batch: Batch, learning_rate: float) -> float:
+        loss = self.gradient(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step(learning_rate)
-        for gate, counts in zip(self.model.gates(), losses.expert_counts, strict=False):
+        for gate, counts in zip(self.model.gates(), self.expert_counts, strict=False):
             gate.rebalance(counts, 1e-3)
-        return losses.main
+        return loss
 
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
@@ -159,8 +164,6 @@ class Ordinary:
     """
 
     def __init__(self, recipe: Recipe, shape: Llama, device: torch.device, seed: int, hints: Hints | None) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
@@ -191,7 +194,7 @@ class Ordinary:
         fast = self.recipe.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if fast else nullcontext()
 
-    def step(self, batch: Batch, learning_rate: float) -> float:
+    def gradient(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
         ids, targets = batch.input_ids.to(self.device), batch.targets.to(self.device)
         with self._products():
@@ -204,9 +207,13 @@ class Ordinary:
                 both = blended_cross_entropy(states, head, targets.flatten(), expected, self.hints.weight)
                 loss, seen = (total / int((targets >= 0).sum()) for total in both)
         loss.backward()
+        return seen.item()
+
+    def step(self, batch: Batch, learning_rate: float) -> float:
+        loss = self.gradient(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step(learning_rate)
-        return seen.item()
+        return loss
 
     @torch.no_grad()
     def held_out(self, stream: TokenStream, rows: int) -> float:
@@ -243,98 +250,3 @@ def plain_paths() -> Iterator[None]:
             yield
     finally:
         Experts.forward, RMSNorm.forward, attention.LONGEST_BLOCKED = fast
-
-
-class Clock:
-    """Seconds since it was made, without the pauses."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.began, self.cpu_began = time.perf_counter(), time.process_time()
-        self.paused = self.cpu_paused = 0.0
-
-    def read(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - self.began - self.paused
-
-    def cpu_seconds(self) -> float:
-        """What the process computed, on all its threads: on a quiet machine about its threads times `read`."""
-        return time.process_time() - self.cpu_began - self.cpu_paused
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        wall, cpu = self.read(), self.cpu_seconds()
-        yield
-        self.paused += self.read() - wall
-        self.cpu_paused += self.cpu_seconds() - cpu
-
-
-def built(recipe: Recipe, device: torch.device, seed: int, rows: TokenStream) -> Learner:
-    """The network with new weights, and what its recipe counts in the text of `rows`."""
-    hints = (
-        Hints(counts_of(rows, recipe.shape.vocab_size, device), recipe.ngram_weight) if recipe.ngram_weight else None
-    )
-    if isinstance(recipe.shape, Llama):
-        return Ordinary(recipe, recipe.shape, device, seed, hints)
-    return Ours(recipe, recipe.shape, device, seed, hints)
-
-
-def pace(recipe: Recipe, rows: TokenStream, device: torch.device, steps: int) -> dict[str, float]:
-    """Seconds of the first step, with all that comes before it, and the median of `steps` later ones."""
-    forget_compiled()
-    clock = Clock(device)
-    learner, count, read = built(recipe, device, 0, rows), recipe.rows(0.0), [0.0]
-    for step in range(1 + steps):
-        learner.step(rows.rows(step * count, count), recipe.rate(0.0))
-        read.append(clock.read())
-    first, *later = (after - before for before, after in pairwise(read))
-    return {"first_step_seconds": first, "step_seconds": statistics.median(later)}
-
-
-def forget_compiled() -> None:
-    """Let whatever comes pay for its own compilation."""
-    torch.compiler.reset()
-    torch._inductor.config.force_disable_caches = True  # those on disk
-
-
-def trained(
-    recipe: Recipe,
-    rows: TokenStream,
-    held_out: TokenStream,
-    device: torch.device,
-    seed: int,
-    seconds: float,
-    held_out_rows: int = HELD_OUT_ROWS,
-    marks: tuple[float, ...] = MARKS,
-    clock: Clock | None = None,
-) -> dict[str, Any]:
-    """Train for `seconds` of the clock, and what came of it.
-
-    The curve holds (seconds, tokens, held-out loss in nats per token) at `marks`, shares of the time, and at the end.
-    """
-    forget_compiled()
-    looked_at = min(held_out_rows, held_out.rows_per_epoch)
-    counted = int((held_out.rows(0, looked_at).targets >= 0).sum())
-    clock = clock or Clock(device)
-    with plain_paths() if recipe.plain else nullcontext():
-        learner = built(recipe, device, seed, rows)
-        position, steps, first_step, now, left = 0, 0, 0.0, 0.0, list(marks)
-        gone, loss, curve = 0.0, 0.0, []
-        while steps == 0 or now < seconds:
-            count = recipe.rows(gone)
-            loss = learner.step(rows.rows(position, count).cut(recipe.length(gone)), recipe.rate(gone))
-            position, steps = position + count, steps + 1
-            now = clock.read()
-            first_step = first_step or now
-            gone = min(1.0, (now - first_step) / max(seconds - first_step, 1e-9))
-            over = now >= seconds
-            if over or (left and now >= left[0] * seconds):
-                left = [mark for mark in left if now < mark * seconds]
-                with clock.pause():
-                    curve.append((now, position * rows.seq_len, learner.held_out(held_out, looked_at) / counted))
-    return {
-        "loss": curve[-1][2], "seconds": now, "first_step_seconds": first_step, "steps": steps,
-        "tokens": position * rows.seq_len, "cpu_seconds": clock.cpu_seconds(), "training_loss": loss,
-        "parameters": learner.parameters(), "curve": curve,
-    }  # fmt: skip
