@@ -11,6 +11,8 @@ survived has to be refused, and to run once it is mended.
 
 What is done lies in the folder (trial-NUMBER.json): the same command goes on where it was broken off. The full disk
 needs root and Linux (a small tmpfs).
+
+--quick ends within three minutes: one trial at a time, the first ones that need no root, as many as there is time for.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from budget import Budget, kept
 from fault_crews import LAYOUTS, LIMIT_SECONDS, PATIENCE, STEPS, Bench, Crew, listener, master_port, records, until
 
 import motley
@@ -39,6 +42,7 @@ LATEST = 28
 ALIKE = 20
 """Steps that do not depend on how long a run is going to be: the learning rate still warms up."""
 TOLERANCE = 1e-5
+QUICK_SECONDS, QUICK_TRIALS = 180.0, 2
 
 
 @dataclass
@@ -395,12 +399,14 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2, help="trials made at the same time")
     parser.add_argument("--without", action="append", default=[], metavar="FAULT", help="left out this time")
     parser.add_argument("--report", action="store_true", help="only tell what is done so far")
-    parser.add_argument("--quick", action="store_true", help="two trials")
+    parser.add_argument("--quick", action="store_true", help="two trials, or one, within three minutes")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    trials = planned(arguments.kills, arguments.others, arguments.seed)[: 2 if arguments.quick else None]
+    trials = planned(arguments.kills, arguments.others, arguments.seed)
+    if arguments.quick:
+        trials = [trial for trial in trials if trial.fault in KILLS][:QUICK_TRIALS]
     done: dict[int, Trial] = {}
     for trial in trials:
         file = folder / f"trial-{trial.number:04d}.json"
@@ -421,9 +427,14 @@ def main() -> None:
             numbers = f"{trial.seconds} s, difference {trial.largest_difference}"
             print(f"{where} {mark} {what}, {numbers}: {trial.message}", file=sys.stderr, flush=True)
 
-        with ThreadPoolExecutor(arguments.at_once) as pool:
-            todo = [trial for trial in trials if trial.number not in done and trial.fault not in arguments.without]
-            list(pool.map(make, todo))
+        todo = [trial for trial in trials if trial.number not in done and trial.fault not in arguments.without]
+        budget = Budget(QUICK_SECONDS if arguments.quick else None)
+        with kept(budget, "faults"), ThreadPoolExecutor(1 if arguments.quick else arguments.at_once) as pool:
+            if arguments.quick:
+                for trial in budget.each(todo):
+                    make(trial)
+            else:
+                list(pool.map(make, todo))
     if arguments.folder is None:
         shutil.rmtree(folder)
     ordered = [done[number] for number in sorted(done)]

@@ -6,7 +6,10 @@
 Both run the real command, `motley pretrain`, in two processes of one thread each. `link` puts them into network
 namespaces with a link between them (motley.train.slow_link, measured before use; root only), trains once with all
 workers in one crew and once as two islands, and compares when each reached the loss with which the crew ended. `loss`
-trains the same model on as many tokens with several seeds and compares the held-out loss of the last step.
+trains the same model on as many tokens with several seeds and compares the held-out loss of the last step. Both ways
+compute in one format: the one that `motley pretrain` would choose here, unless --precision says another.
+
+--quick ends within 50 seconds: few steps of few rows, and as many ways as there is time for.
 """
 
 import argparse
@@ -20,7 +23,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+from budget import QUICK_SECONDS, Budget, kept
 from crews import step_seconds
+from machine import best_format
 from slow_link import measured, slow_links
 
 from motley.data.pack import DataConfig, prepare
@@ -32,6 +38,8 @@ COMMON: dict[str, Any] = {
     "model": "nano", "batch_rows": 8, "seq_len": 128, "micro_batch": 8, "device": "cpu",
     "checkpoint_every": 10**6, "valid_rows": 256,
 }  # fmt: skip
+QUICK: dict[str, Any] = {"batch_rows": 2, "micro_batch": 1, "valid_rows": 4}
+QUICK_STEPS, QUICK_VOCAB_SIZE, QUICK_TEXT_BYTES = 4, 512, 200_000
 ISLANDS = {"islands": 2, "sync_every": 30}
 WAYS: dict[str, dict[str, Any]] = {
     "sync": {},
@@ -79,8 +87,8 @@ def validations(records: list[dict[str, Any]]) -> list[tuple[int, float, float]]
 
 def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
     """Both ways over a slow link; the crew's steps are few, because each takes seconds."""
-    precision = {"precision": arguments.precision}
-    steps, more = (6, 10) if arguments.quick else (arguments.steps, round(arguments.steps * arguments.more))
+    precision = {"precision": arguments.precision} | (QUICK if arguments.quick else {})
+    steps, more = (2, 3) if arguments.quick else (arguments.steps, round(arguments.steps * arguments.more))
     with slow_links(2, arguments.megabits, arguments.round_trip) as link:
         megabits, trip = measured(link)
         crew = train(folder / "crew", data, link, precision | {"steps": steps, "valid_every": max(1, steps // 6)})
@@ -113,13 +121,13 @@ def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> di
 
 def at_equal_tokens(arguments: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
     """Held-out loss after the last step of each way, by seed."""
-    steps = 20 if arguments.quick else arguments.steps
-    found: dict[str, Any] = {"settings": COMMON | {"steps": steps, "precision": arguments.precision}, "ways": {}}
-    for way in arguments.ways:
+    steps = QUICK_STEPS if arguments.quick else arguments.steps
+    own = {"steps": steps, "precision": arguments.precision} | (QUICK if arguments.quick else {})
+    found: dict[str, Any] = {"settings": COMMON | own, "ways": {}}
+    for way in arguments.budget.each(arguments.ways, least=2):
         losses = []
         for seed in range(1 if arguments.quick else arguments.seeds):
-            settings = WAYS[way] | {"steps": steps, "valid_every": steps, "seed": seed, "inner_steps": "planned"}
-            settings["precision"] = arguments.precision
+            settings = WAYS[way] | own | {"valid_every": steps, "seed": seed, "inner_steps": "planned"}
             losses.append(validations(train(folder / f"{way}-{seed}", data, None, settings))[-1][2])
         found["ways"][way] = {"settings": WAYS[way], "losses": losses}
     return found
@@ -135,7 +143,7 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, default="islands", help="link: how the islands meet")
     parser.add_argument("--sync-every", type=int, help="link: steps between two meetings")
     parser.add_argument("--plan", type=Path, help="link: a plan of two islands of one worker; its step is compared")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--megabits", type=float, default=100.0, help="a second, each direction")
     parser.add_argument("--round-trip", type=float, default=0.05, help="seconds")
     parser.add_argument("--seeds", type=int, default=3)
@@ -143,10 +151,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    with nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    arguments.budget = Budget(QUICK_SECONDS if arguments.quick else None)
+    size, most = (QUICK_VOCAB_SIZE, QUICK_TEXT_BYTES) if arguments.quick else (4096, None)
+    place = nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory()
+    with kept(arguments.budget, "islands"), place as where:
+        folder = Path(where)
+        if arguments.precision == "auto":
+            arguments.precision = best_format(torch.device("cpu"))
         if not (data := folder / "data").is_dir():
-            prepare(DataConfig(data=tuple(arguments.text), vocab_size=4096), data)
+            prepare(DataConfig(data=tuple(arguments.text), vocab_size=size, max_bytes=most), data)
         run = over_the_link if arguments.what == "link" else at_equal_tokens
         found = run(arguments, data, folder)
     print(json.dumps(found) if arguments.json else told(found))

@@ -7,6 +7,8 @@ on a CPU by how much the process's resident set grew over what it was when progr
 (Linux's VmHWM, set back before the first step), on a GPU torch.cuda.max_memory_allocated. Counted is
 `parts.held_bytes` and the activations of a micro-batch (`memory.row_bytes`): what `within_memory` decides by. The whole
 model is never anywhere: each worker draws the weights that it keeps.
+
+--quick ends within 50 seconds: nano, two workers, and as many cases as there is time for.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from crews import spawned
+from budget import QUICK_SECONDS, Budget, kept
+from crews import TookTooLong, spawned
 
 from motley.data.stream import Batch
 from motley.model import SIZES, ModelConfig
@@ -103,9 +106,11 @@ def work(
     dist.destroy_process_group()
 
 
-def measured(size: int, device: str, shape: ModelConfig, zero: Zero, memory: tuple[float, ...]) -> list[int]:
-    """Peak bytes of each worker of a case."""
-    return spawned(work, size, size, free_port(), device, shape, zero, memory, patience=1800)
+def measured(
+    size: int, device: str, shape: ModelConfig, zero: Zero, memory: tuple[float, ...], patience: float = 1800.0
+) -> list[int]:
+    """Peak bytes of each worker of a case. Raises TookTooLong after `patience` seconds."""
+    return spawned(work, size, size, free_port(), device, shape, zero, memory, patience=patience)
 
 
 def counted(size: int, shape: ModelConfig, zero: Zero, memory: tuple[float, ...]) -> dict[str, list[float]]:
@@ -132,11 +137,17 @@ def main() -> None:
     whole: Zero = 0
     cases = [(whole, ()), *((zero, memory) for zero in levels for memory in memories)]
     found = []
-    for zero, memory in cases:
-        said, peaks = counted(size, shape, zero, memory), measured(size, arguments.device, shape, zero, memory)
-        ratios = [real / (held + run) for real, held, run in zip(peaks, *said.values(), strict=True)]
-        found.append({"zero": zero, "memory": memory, "peak_bytes": peaks, "ratios": ratios}
-                     | {f"counted_{name}_bytes": value for name, value in said.items()})  # fmt: skip
+    budget = Budget(QUICK_SECONDS if arguments.quick else None)
+    try:
+        with kept(budget, "memory_by_zero"):
+            for zero, memory in budget.each(cases):
+                said = counted(size, shape, zero, memory)
+                peaks = measured(size, arguments.device, shape, zero, memory, budget.patience(1800.0))
+                ratios = [real / (held + run) for real, held, run in zip(peaks, *said.values(), strict=True)]
+                found.append({"zero": zero, "memory": memory, "peak_bytes": peaks, "ratios": ratios}
+                             | {f"counted_{name}_bytes": value for name, value in said.items()})  # fmt: skip
+    except TookTooLong as slow:
+        raise SystemExit(f"memory_by_zero: {slow}; this machine is too slow or too busy for it") from None
     if arguments.json:
         about = {"hidden": shape.hidden_size, "layers": shape.num_hidden_layers, "device": arguments.device}
         print(json.dumps({**about, "seq_len": SEQ_LEN, "micro_batch": MICRO_BATCH, "cases": found}))

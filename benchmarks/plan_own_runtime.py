@@ -7,7 +7,10 @@
 Every case is a shape and a batch: real steps of the training loop (forward, backward, clipping, optimizer) on random
 tokens; the median of five, the better of two rounds. Passes are measured and fitted apart from the update. Products
 are predicted from this machine's probe, not fitted.
-In bf16 motley runs kernels of its own (engine `motley-cpu`), in fp32 PyTorch's operators (`motley-cpu-plain`).
+In bf16 motley runs kernels of its own (engine `motley-cpu`), in fp32 PyTorch's operators (`motley-cpu-plain`). A format
+that the machine only emulates, which the probe finds out, has no cases and no fit.
+
+--quick ends within 50 seconds: shorter probes, every fifth case once, and of those as many as there is time for.
 """
 
 import argparse
@@ -18,11 +21,12 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+from budget import QUICK_SECONDS, Budget, kept
 from fit_engines import write
 from scipy.optimize import least_squares
 
 from motley.fleet.inventory import parse_fleet
-from motley.fleet.probe import probe
+from motley.fleet.probe import Machine, probe
 from motley.fleet.write import fleet_text
 from motley.journey.trial import step_seconds as measured_step_seconds
 from motley.model import SIZES, ModelConfig
@@ -34,6 +38,7 @@ from motley.plan.step import step_seconds
 from motley.progress import Progress
 from motley.train.config import PretrainConfig
 
+PROBE_SECONDS, QUICK_PROBE_SECONDS = 20.0, 5.0
 ROUNDS = 2  # of all cases: a busy minute of the machine then spoils no case in all of them
 WRITTEN = "Written by benchmarks/plan_own_runtime.py --fit, `waiting` by plan_uneven.py; constants: motley.plan.engine."
 DESCRIPTIONS = {
@@ -201,34 +206,57 @@ def fit(name: str, measured: list[tuple[Case, tuple[float, float]]], hardware: d
     return engine_of(least_squares(residuals, centre, max_nfev=80).x)
 
 
+Measured = list[tuple[Case, tuple[float, float]]]
+
+
+def possible(machine: Machine, every: list[Case]) -> list[Case]:
+    """Cases in formats that the machine multiplies in by itself."""
+    formats = {rate.dtype for rate in machine.matmul_rates}
+    return [case for case in every if case.dtype in formats]
+
+
+def measured_cases(quick: bool, budget: Budget) -> tuple[Machine, dict[int, Hardware], Measured]:
+    """(this machine with all its threads, its hardware by number of threads, cases with seconds of their parts)."""
+    seconds = QUICK_PROBE_SECONDS if quick else PROBE_SECONDS
+    threads_before = torch.get_num_threads()
+    machine = probe(seconds, torch.device("cpu"), grid=True)
+    hardware = {}
+    for threads in {machine.threads, 1}:
+        torch.set_num_threads(threads)
+        own = machine if threads == machine.threads else probe(seconds, torch.device("cpu"), grid=True)
+        hardware[threads] = Hardware.of_pool(parse_fleet(fleet_text([own]), "probe").pools[0])
+    every = possible(machine, cases(machine.threads))
+    every = sorted(every[::5], key=lambda case: case.rows * case.seq_len) if quick else every
+    rounds = 1 if quick else ROUNDS
+    times: dict[Case, list[tuple[float, float]]] = {}
+    with Progress("measuring", total=rounds * len(every), unit="cases") as bar:
+        for case in budget.each(every * rounds):
+            times.setdefault(case, []).append(measure(case))
+            bar.advance(1)
+    torch.set_num_threads(threads_before)
+    return machine, hardware, [(case, min(own, key=sum)) for case, own in times.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--quick", action="store_true", help="every fifth case, one round")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    machine = probe(20.0, torch.device("cpu"), grid=True)
-    hardware = {}
-    for threads in (machine.threads, 1):
-        torch.set_num_threads(threads)
-        measured_machine = machine if threads == machine.threads else probe(20.0, torch.device("cpu"), grid=True)
-        fleet = parse_fleet(fleet_text([measured_machine]), "probe")
-        hardware[threads] = Hardware.of_pool(fleet.pools[0])
-    everything = cases(machine.threads)[::5] if arguments.quick else cases(machine.threads)
-    rounds = 1 if arguments.quick else ROUNDS
-    times: list[list[tuple[float, float]]] = [[] for _ in everything]
-    with Progress("measuring", total=rounds * len(everything), unit="cases") as bar:
-        for _ in range(rounds):
-            for case, own in zip(everything, times, strict=True):
-                own.append(measure(case))
-                bar.advance(1)
-    measured = [(case, min(own, key=sum)) for case, own in zip(everything, times, strict=True)]
+    if arguments.fit and arguments.quick:
+        parser.error("constants are not fitted to a quick look: leave --quick or --fit out")
+    budget = Budget(QUICK_SECONDS if arguments.quick else None)
+    with kept(budget, "plan_own_runtime"):
+        machine, hardware, measured = measured_cases(arguments.quick, budget)
     used = measured
     engines = {name: load_engine(name) for name in DESCRIPTIONS}
     if arguments.fit:
         used = []
         for name in DESCRIPTIONS:
             own = [(case, seconds) for case, seconds in measured if case.engine == name]
+            if not own:
+                print(f"{name} stays as it is: this machine only emulates its format")
+                continue
             own = [own[i] for i in np.random.default_rng(0).permutation(len(own))]
             engines[name] = fit(name, own[: len(own) // 2], hardware)
             used += own[len(own) // 2 :]

@@ -5,6 +5,8 @@
 Time and memory: DeepSeek-V3's shape on 8 types of chip, 256 to 65,536 of them, each search a process of its own on one
 core; and 2,048 chips of 1, 2, 4 and 8 types. Quality: on a small fleet of three types the plan is held against the best
 of 10,000 random valid ones, each costed by the plain reference of the tests (tests/plan/reference.py).
+
+--quick ends within 50 seconds: 2,048 chips of four types, and as many random plans as there is time for, at most 300.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from budget import QUICK_SECONDS, Budget, kept
 
 from motley.fleet import Fleet, Pool
 from motley.plan.job import Job
@@ -29,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests/plan"))
 TYPES = ("A100", "H800", "L20", "A40", "V100", "H20", "RTX-4090", "A30")
 CHIPS = (256, 2048, 16384, 65536)
 MIXES = (1, 2, 4, 8)
-RANDOM_PLANS = 10_000
+QUICK_TYPES = 4
+RANDOM_PLANS, QUICK_PLANS = 10_000, 300
 
 
 def search(types: int, chips: int) -> dict[str, Any]:
@@ -58,8 +62,8 @@ def alone(types: int, chips: int) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def random_plans(count: int) -> dict[str, Any]:
-    """The plan beside the best of `count` random valid ones."""
+def random_plans(count: int, budget: Budget) -> dict[str, Any]:
+    """The plan beside the best of `count` random valid ones, or of as many as there is time for."""
     from reference import random_plan_seconds  # pyright: ignore[reportMissingImports]
 
     pools = (("a", "A100", 2), ("b", "RTX-3090", 4), ("c", "V100", 8))
@@ -71,12 +75,12 @@ def random_plans(count: int) -> dict[str, Any]:
     random = np.random.default_rng(11)
     seconds: list[float] = []
     tried = 0
-    while len(seconds) < count:
+    while len(seconds) < count and (not seconds or budget.left() > 0):
         tried += 1
         if (plan := random_plan_seconds(fleet, job, random)) is not None:
             seconds.append(plan)
     return {
-        "valid": count,
+        "valid": len(seconds),
         "tried": tried,
         "found_step_seconds": found.step_seconds,
         "best_random_step_seconds": min(seconds),
@@ -94,10 +98,14 @@ def main() -> None:
         print(json.dumps(search(*arguments.one)))
         return
     sizes = (
-        [(8, 2048)] if arguments.quick else [(8, chips) for chips in CHIPS] + [(types, 2048) for types in MIXES[:-1]]
+        [(QUICK_TYPES, 2048)]
+        if arguments.quick
+        else [(8, chips) for chips in CHIPS] + [(types, 2048) for types in MIXES[:-1]]
     )
-    rows = [alone(*size) for size in sizes]
-    quality = random_plans(300 if arguments.quick else RANDOM_PLANS)
+    budget = Budget(QUICK_SECONDS if arguments.quick else None)
+    with kept(budget, "plan_search"):
+        rows = [alone(*size) for size in sizes]
+        quality = random_plans(QUICK_PLANS if arguments.quick else RANDOM_PLANS, budget)
     if arguments.json:
         print(json.dumps({"searches": rows, "random": quality}))
         return

@@ -13,6 +13,9 @@ are slowed down (`emulated:`), for which the planner makes a plan and says how l
     capped          1:2:4:1, CPU time taken away by control groups instead of waiting (takes root)
     pipeline        two workers of speeds 1:2, of the plans that cut the model between them the fastest
     islands         two islands, of speeds 1:2 and 4, over 100 Mb/s and 50 ms
+
+--quick ends within 50 seconds: a short probe, one run of three steps of an eighth of the rows, and as many cases as
+there is time for, 1:8 first.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from crews import step_seconds
+from budget import QUICK_SECONDS, Budget, kept
+from crews import TookTooLong, step_seconds
 from fit_engines import write
 from plan_own_runtime import DESCRIPTIONS, WRITTEN
 
@@ -50,6 +55,7 @@ from motley.train.crew import free_port
 from motley.train.metrics import read_metrics
 
 MODEL, SEQ_LEN, VOCAB_SIZE = "nano", 64, 2048
+PATIENCE_SECONDS, QUICK_PROBE_SECONDS, QUICK_SHARE, QUICK_TEXT_BYTES = 3600.0, 4.0, 8, 300_000
 TOKENS = 1e9  # of the planned run; a step does not depend on them
 BUSIEST = 0.45  # share of a core that the fastest worker uses, so that the machine is not what all wait for
 FIRST_STEPS = 3  # in which shares are found
@@ -96,10 +102,10 @@ WAITING = (Case("2:3", (2, 3), 192), Case("3:1:2", (3, 1, 2), 256))
 WAITING_STEPS = 16
 
 
-def measured_pool() -> dict[str, Any]:
+def measured_pool(seconds: float = 20.0) -> dict[str, Any]:
     """This machine with one thread, as a pool of one chip."""
     torch.set_num_threads(1)
-    (pool,) = yaml.safe_load(fleet_text([probe(20.0, torch.device("cpu"), grid=True)]))["pools"]
+    (pool,) = yaml.safe_load(fleet_text([probe(seconds, torch.device("cpu"), grid=True)]))["pools"]
     return pool | {"nodes": 1, "chips_per_node": 1}
 
 
@@ -132,8 +138,10 @@ def plan_of(case: Case, fleet: Fleet, shape: Shape) -> dict[str, Any]:
     return spelled_out(found)
 
 
-def run(case: Case, folder: Path, number: int, data: Path, steps: int) -> list[dict[str, Any]]:
-    """Metrics of a run of the plan in `folder`."""
+def run(
+    case: Case, folder: Path, number: int, data: Path, steps: int, patience: float = PATIENCE_SECONDS
+) -> list[dict[str, Any]]:
+    """Metrics of a run of the plan in `folder`. Raises TookTooLong after `patience` seconds."""
     port = free_port()
     options = [
         f"--out={folder / str(number)}", f"--data={data}", f"--model={MODEL}", f"--plan={folder / 'plan.json'}",
@@ -152,7 +160,14 @@ def run(case: Case, folder: Path, number: int, data: Path, steps: int) -> list[d
         )
         for rank in range(len(case.speeds))
     ]
-    said = [worker.communicate()[1].decode() for worker in workers]
+    until = time.monotonic() + patience
+    try:
+        said = [worker.communicate(timeout=max(0.0, until - time.monotonic()))[1].decode() for worker in workers]
+    except subprocess.TimeoutExpired:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        raise TookTooLong(f"case {case.name} was not done after {patience:.0f} s") from None
     if any(worker.returncode for worker in workers):
         raise SystemExit("\n".join(said))
     return read_metrics(folder / str(number))
@@ -187,14 +202,14 @@ def waiting(machine: dict[str, Any], shape: Shape, data: Path, folder: Path) -> 
 
 
 def judged(
-    case: Case, machine: dict[str, Any], shape: Shape, data: Path, folder: Path, runs: int, steps: int
+    case: Case, machine: dict[str, Any], shape: Shape, data: Path, folder: Path, runs: int, steps: int, budget: Budget
 ) -> dict[str, Any]:
-    """A case planned, and run so many times."""
+    """A case planned, and run so many times. Raises TookTooLong."""
     medians = []
     plan = planned(case, machine, shape, folder / case.label)
-    steps = 3 * plan["inner_steps"] or steps + FIRST_STEPS + 1
+    steps = 3 * (plan["inner_steps"] or 0) or steps + FIRST_STEPS + 1
     for number in range(runs):
-        records = run(case, folder / case.label, number, data, steps)
+        records = run(case, folder / case.label, number, data, steps, budget.patience(PATIENCE_SECONDS))
         medians.append(statistics.median(seconds_of(records)))
     middle = statistics.median(medians)
     return {
@@ -233,22 +248,41 @@ def main() -> None:
     arguments = parser.parse_args()
     runs, steps = (1, 3) if arguments.quick else (arguments.runs, arguments.steps)
     chosen = [case for case in CASES if not arguments.cases or case.name in arguments.cases]
-    machine = measured_pool()
+    if arguments.quick:
+        chosen = [
+            replace(case, rows=case.rows // QUICK_SHARE) for case in sorted(chosen, key=lambda c: c.name != "1:8")
+        ]
+    budget = Budget(QUICK_SECONDS if arguments.quick else None)
+    try:
+        with kept(budget, "plan_uneven"):
+            found = measured(arguments, chosen, runs, steps, budget)
+    except TookTooLong as slow:
+        raise SystemExit(f"plan_uneven: {slow}; this machine is too slow or too busy for it") from None
+    if found is not None:
+        print(json.dumps(found) if arguments.json else told(found))
+
+
+def measured(
+    arguments: argparse.Namespace, chosen: Sequence[Case], runs: int, steps: int, budget: Budget
+) -> list[dict[str, Any]] | None:
+    """Every case for which there is time; None where only `waiting` was to be measured and written."""
+    machine = measured_pool(QUICK_PROBE_SECONDS if arguments.quick else 20.0)
     with tempfile.TemporaryDirectory() as place, Progress("running", total=len(chosen), unit="cases") as bar:
         folder = Path(place)
-        prepared = prepare(DataConfig(vocab_size=VOCAB_SIZE), folder / "data")  # Python's standard library
+        most = QUICK_TEXT_BYTES if arguments.quick else None
+        prepared = prepare(DataConfig(vocab_size=VOCAB_SIZE, max_bytes=most), folder / "data")  # the standard library
         shape = deepseek(replace(SIZES[MODEL], vocab_size=prepared.vocab_size), MODEL)
         if arguments.fit:
             share = waiting(machine, shape, folder / "data", folder)
             for name in DESCRIPTIONS:
                 write(replace(load_engine(name), waiting=share), WRITTEN)
             print(f"waiting {share:.2%} of a step")
-            return
+            return None
         found = []
-        for case in chosen:
-            found.append(judged(case, machine, shape, folder / "data", folder, runs, steps))
+        for case in budget.each(chosen):
+            found.append(judged(case, machine, shape, folder / "data", folder, runs, steps, budget))
             bar.advance(1)
-    print(json.dumps(found) if arguments.json else told(found))
+        return found
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ of its own. Sparse models have eight experts, of which a token meets two and a s
 that. The law (motley.plan.loss) is fitted to all runs of a kind; how well it foretells is judged by one that has not
 seen the quarter with the most compute. --write keeps the laws in a file, which `motley plan --losses` takes.
 
-Every finished run stays in --folder: broken off, the same command goes on.
+Every finished run stays in --folder: broken off, the same command goes on. All compute in the format that `motley
+pretrain` would choose here. --quick ends within 50 seconds: the least that a law takes (three widths and lengths), of
+few and short rows; where there is no time for a kind, it is left out.
 """
 
 import argparse
@@ -19,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from budget import QUICK_SECONDS, Budget, kept
+from machine import best_format
 from pictures import draw_laws
 from thrift import dense, ours
 
 from motley.data.pack import DataConfig, prepare
 from motley.files import write_json, write_text
+from motley.fleet.device import Format
 from motley.model import ModelConfig
 from motley.plan.cost import multiplying_parameters
 from motley.plan.loss import DENSE, SPARSE, Law, Run, fitted
@@ -40,6 +45,7 @@ SHAPES = {
     192: ours(192, 4, 4, 64, 512, 128),
 }
 TOKENS = (250_000, 500_000, 1_000_000, 2_000_000)
+QUICK_WIDTHS, QUICK_TOKENS, QUICK_ROWS, QUICK_TEXT_BYTES = (64, 96, 128), (1_024, 2_048, 4_096), 2, 300_000
 LEARNING_RATE, EMBEDDING_RATE = 4e-3, 10.0
 RECIPE = (
     "{count} runs of motley, {least:.1f} to {most:.1f} million parameters, up to {tokens:.2g} million tokens of {text}"
@@ -51,8 +57,8 @@ def shape_of(width: int, kind: str) -> ModelConfig:
     return sparse if kind == SPARSE else dense(sparse)
 
 
-def trained(folder: Path, data: Path, shape: ModelConfig, steps: int) -> float:
-    """Held-out loss at the end of a run, in nats per token."""
+def trained(folder: Path, data: Path, shape: ModelConfig, steps: int, rows: int, precision: Format) -> float:
+    """Held-out loss at the end of a run of `rows` a step, in nats per token."""
     config = folder.with_suffix(".json")
     write_json(config, shape.to_hf())
     pretrain(
@@ -61,18 +67,18 @@ def trained(folder: Path, data: Path, shape: ModelConfig, steps: int) -> float:
             data=(str(data),),
             model=str(config),
             steps=steps,
-            batch_rows=BATCH_ROWS,
+            batch_rows=rows,
             seq_len=SEQ_LEN,
-            micro_batch=BATCH_ROWS,
+            micro_batch=rows,
             learning_rate=LEARNING_RATE,
             embedding_rate=EMBEDDING_RATE,
             mtp_weight=0.0,
             warmup_steps=max(4, steps // 20),
             valid_every=10**6,
-            valid_rows=VALID_ROWS,
+            valid_rows=VALID_ROWS * rows // BATCH_ROWS,
             checkpoint_every=10**6,
             keep_last=1,
-            precision="bf16",
+            precision=precision,
             device="cpu",
         )
     )
@@ -88,16 +94,20 @@ def judged(runs: list[Run]) -> tuple[float, int]:
     return sum(errors) / len(errors), len(errors)
 
 
-def measured(folder: Path, data: Path, widths: Sequence[int], lengths: Sequence[int], text: str) -> dict[str, Any]:
+def measured(
+    folder: Path, data: Path, widths: Sequence[int], lengths: Sequence[int], text: str, rows: int, budget: Budget
+) -> dict[str, Any]:
+    """By kind: its runs, its law, and how well that foretells; the kinds for which there is time, dense ones first."""
     found: dict[str, Any] = {}
-    for kind in (DENSE, SPARSE):
+    precision = best_format()
+    for kind in budget.each((DENSE, SPARSE)):
         runs = []
         for width in widths:
             shape = shape_of(width, kind)
             for tokens in lengths:
-                steps = tokens // (BATCH_ROWS * SEQ_LEN)
-                loss = trained(folder / f"{kind}-{width}-{tokens}", data, shape, steps)
-                runs.append(Run(multiplying_parameters(shape), steps * BATCH_ROWS * SEQ_LEN, loss))
+                steps = tokens // (rows * SEQ_LEN)
+                loss = trained(folder / f"{kind}-{width}-{tokens}", data, shape, steps, rows, precision)
+                runs.append(Run(multiplying_parameters(shape), steps * rows * SEQ_LEN, loss))
                 note(f"{kind:6} {width:4} wide, {runs[-1].parameters:,} parameters, {tokens:,} tokens: {loss:.4f}")
         sizes = [run.parameters / 1e6 for run in runs]
         longest = max(run.tokens for run in runs) / 1e6
@@ -137,16 +147,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three widths and lengths, a few steps each")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    text = DataConfig(
-        data=tuple(arguments.text), vocab_size=VOCAB_SIZE, max_bytes=3_000_000 if arguments.quick else None
-    )
+    most = QUICK_TEXT_BYTES if arguments.quick else None
+    text = DataConfig(data=tuple(arguments.text), vocab_size=VOCAB_SIZE, max_bytes=most)
     folder = arguments.folder / ("quick" if arguments.quick else "whole")
-    data = prepare(text, folder / "data").folder
-    widths, lengths = ([64, 96, 128], [20_000, 40_000, 80_000]) if arguments.quick else (list(SHAPES), list(TOKENS))
+    widths, lengths, rows = tuple(SHAPES), TOKENS, BATCH_ROWS
+    if arguments.quick:
+        widths, lengths, rows = QUICK_WIDTHS, QUICK_TOKENS, QUICK_ROWS
     name = ", ".join(Path(file).name for file in arguments.text) or "Python's standard library"
-    found = measured(folder, data, widths, lengths, name)
-    write_json(folder / "result.json", found)
-    draw_laws(found, folder / "laws.svg")
+    budget = Budget(QUICK_SECONDS if arguments.quick else None)
+    with kept(budget, "scaling_law"):
+        data = prepare(text, folder / "data").folder
+        found = measured(folder, data, widths, lengths, name, rows, budget)
+        write_json(folder / "result.json", found)
+        draw_laws(found, folder / "laws.svg")
     if arguments.write:
         laws = {"laws": {kind: one["law"] for kind, one in found.items()}}
         said = (

@@ -6,12 +6,16 @@ First table: every fleet of examples/fleets/ that can hold the model, failures c
 chips of one other kind beside them: how many days that saves, what the run then costs, and below which rent of theirs
 it would be cheaper than without them. All of it is predicted, not run. `deepseek` is the published trainer as its
 reports describe it; `motley` is ours, which has no tensor parallelism and is not yet measured on accelerators.
+
+--quick ends within 50 seconds: as many fleets, and lesser chips of two, as there is time for.
 """
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from budget import QUICK_SECONDS, Budget, kept
 
 from motley.errors import InputError
 from motley.fleet import Fleet, Pool, load_fleet
@@ -86,12 +90,15 @@ def beside_a100(chip: str | None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two lesser chips instead of eight")
+    parser.add_argument("--quick", action="store_true", help=f"what there is time for in {QUICK_SECONDS:g} seconds")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    fleets = [fleet_row(*run, engine) for run in RUNS for engine in ENGINES]
-    base = beside_a100(None)
-    lesser = [beside_a100(chip) for chip in (QUICK_LESSER if arguments.quick else LESSER)]
+    budget = Budget(QUICK_SECONDS if arguments.quick else None)
+    with kept(budget, "story"):
+        base = beside_a100(None)
+        lesser = [beside_a100(chip) for chip in budget.each(QUICK_LESSER if arguments.quick else LESSER)]
+        runs = [(name, fp8, engine) for name, fp8 in RUNS for engine in ENGINES]
+        fleets = [fleet_row(*run) for run in budget.each(runs, least=1)]
     if arguments.json:
         print(json.dumps({"fleets": fleets, "a100_alone": base, "beside_a100": lesser}))
         return

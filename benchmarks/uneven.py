@@ -9,6 +9,9 @@ then with the even split that an engine for equal chips makes. The ideal is the 
 whole step by the measured seconds of its passes (a row) and of its one update of the optimizer.
 --straggler slows the fastest worker down to a fifth half-way and counts the steps until the crew does 95 % of what it
 then can in three steps in a row.
+
+Everything is in fp32, which a slow worker's share does not depend on. --quick ends within 50 seconds: a sixteenth of the
+rows, and as many rounds as there is time for.
 """
 
 import argparse
@@ -21,7 +24,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from crews import spawned
+from budget import QUICK_SECONDS, Budget, kept
+from crews import TookTooLong, spawned
 
 from motley.data.stream import Batch
 from motley.model import SIZES, Transformer
@@ -36,6 +40,7 @@ from motley.train.worker import Worker
 
 SHAPE = replace(SIZES["nano"], vocab_size=512)
 SEQ_LEN, MICRO_BATCH = 64, 4
+PATIENCE_SECONDS, QUICK_ROWS = 900.0, 4
 BUSIEST = 0.6  # share of a core that the fastest worker uses, so that the machine is not what all wait for
 
 
@@ -104,12 +109,16 @@ class Way:
             )
 
 
-def compared(crew: Crew, slow: Handicap, speeds: list[float], rows: int, rounds: int) -> dict[str, Any]:
+def compared(
+    crew: Crew, slow: Handicap, speeds: list[float], rows: int, rounds: int, patience: float
+) -> dict[str, Any]:
     """Steps of each way in turn, so that whatever else the machine does is shared out among them.
 
     On its own a worker takes its share of the rows by speed, so that all of them work for about the same time; what a
-    whole step would have taken it follows from that.
+    whole step would have taken it follows from that. Rounds after the first are begun while, by the first worker's
+    clock, less than half of `patience`, in seconds, is over.
     """
+    began = time.perf_counter()
     own = max(MICRO_BATCH, round(rows * speeds[crew.rank] / sum(speeds)))
     ways = {
         "alone": Way(Crew(), slow, speeds, own, even=False),
@@ -120,6 +129,8 @@ def compared(crew: Crew, slow: Handicap, speeds: list[float], rows: int, rounds:
         for _ in range(3 if what == "uneven" else 1):  # memory is found, and shares
             way.step(counts=False)
     for number in range(rounds):
+        if number and crew.led(lambda: time.perf_counter() - began > patience / 2):
+            break
         for what, way in ways.items():
             if what != "even" or number % 3 == 0:  # the longest by far
                 dist.barrier()
@@ -137,7 +148,9 @@ def straggling(crew: Crew, slow: Handicap, speeds: list[float], rows: int) -> di
     return {"seconds": [step["seconds"] for step in way.steps]}
 
 
-def work(rank: int, speeds: list[float], port: int, how: str, rows: int, rounds: int, results: Any) -> None:
+def work(
+    rank: int, speeds: list[float], port: int, how: str, rows: int, rounds: int, patience: float, results: Any
+) -> None:
     """One worker; no rounds: the straggler."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -145,15 +158,19 @@ def work(rank: int, speeds: list[float], port: int, how: str, rows: int, rounds:
     dist.init_process_group("gloo", rank=rank, world_size=crew.size)
     slow = handicap(speeds[rank], how)  # type: ignore[arg-type]
     with short_pauses():  # as `motley pretrain` does
-        answer = compared(crew, slow, speeds, rows, rounds) if rounds else straggling(crew, slow, speeds, rows)
+        answer = (
+            compared(crew, slow, speeds, rows, rounds, patience) if rounds else straggling(crew, slow, speeds, rows)
+        )
     results.put((rank, answer | {"way": slow.way}))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_crew(speeds: list[float], how: str, rows: int, rounds: int) -> list[dict[str, Any]]:
-    """What each worker of a crew found, in the order of ranks."""
-    return spawned(work, len(speeds), speeds, free_port(), how, rows, rounds, patience=900)
+def run_crew(
+    speeds: list[float], how: str, rows: int, rounds: int, patience: float = PATIENCE_SECONDS
+) -> list[dict[str, Any]]:
+    """What each worker of a crew found, in the order of ranks. Raises TookTooLong."""
+    return spawned(work, len(speeds), speeds, free_port(), how, rows, rounds, patience, patience=patience)
 
 
 def outcome(answers: list[dict[str, Any]], rows: int) -> dict[str, Any]:
@@ -185,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speeds", default="1:2:4:1")
     parser.add_argument("--capped", action="store_true", help="cap CPU time instead of waiting")
-    parser.add_argument("--straggler", action="store_true")
+    parser.add_argument("--straggler", action="store_true", help="besides; not with --quick")
     parser.add_argument("--rows", type=int, help="of a step; default: 64 for each unit of speed")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one run of few steps")
@@ -194,9 +211,15 @@ def main() -> None:
     relative = speeds_of(arguments.speeds, arguments.speeds.count(":") + 1)
     speeds = [speed * BUSIEST for speed in relative]
     how = "cap" if arguments.capped else "wait"
-    rows = arguments.rows or round(64 * sum(relative) / min(relative))
+    rows = arguments.rows or round((QUICK_ROWS if arguments.quick else 64) * sum(relative) / min(relative))
     runs, rounds = (1, 2) if arguments.quick else (arguments.runs, 6)
-    outcomes = [outcome(run_crew(speeds, how, rows, rounds), rows) for _ in range(runs)]
+    budget = Budget(QUICK_SECONDS if arguments.quick else None)
+    try:
+        with kept(budget, "uneven"):
+            patience = budget.patience(PATIENCE_SECONDS)
+            outcomes = [outcome(run_crew(speeds, how, rows, rounds, patience), rows) for _ in range(runs)]
+    except TookTooLong as slow:
+        raise SystemExit(f"uneven: {slow}; this machine is too slow or too busy for it") from None
     middle = sorted(outcomes, key=lambda one: one["ratio_to_ideal"])[len(outcomes) // 2]
     result: dict[str, Any] = {
         "speeds": arguments.speeds,
@@ -208,7 +231,7 @@ def main() -> None:
         "seq_len": SEQ_LEN,
         "micro_batch": MICRO_BATCH,
     }
-    if arguments.straggler:
+    if arguments.straggler and not arguments.quick:
         result["steps_to_absorb_a_straggler"] = straggler(speeds, relative, rows)
     if arguments.json:
         print(json.dumps(result))
@@ -221,7 +244,7 @@ def main() -> None:
     )
     print(f"  even split   {middle['even_split_ratio']:.1%}")
     print(f"  rows         {middle['rows']}; idle {', '.join(f'{share:.1%}' for share in middle['idle_shares'])}")
-    if arguments.straggler:
+    if "steps_to_absorb_a_straggler" in result:
         print(f"  straggler    absorbed in {result['steps_to_absorb_a_straggler']} steps")
 
 
