@@ -93,8 +93,8 @@ def _expert_charts(experts: list[dict[str, Any]], train: list[dict[str, Any]]) -
     worst = Curve("the most uneven layer", x, smoothed([max(row) for row in uneven]), SECOND)
     mean = Curve("mean", x, smoothed([sum(row) / len(row) for row in uneven]), FIRST)
     chart = line_chart([*layers, mean, worst], "step", "busiest expert / even share")
-    experts = len(load[0])
-    said = f"1 is perfect balance; the busiest of {experts} experts took {max(uneven[-1]) / experts:.0%} at the end."
+    number = len(load[0])
+    said = f"1 is perfect balance; the busiest of {number} experts took {max(uneven[-1]) / number:.0%} at the end."
     return [heat, figure("Imbalance on the way", chart, said)]
 
 

@@ -274,8 +274,8 @@ def train(
                     note(message)
             if guard.exhausted:
                 raise _stuck(run, at.step, f"{reason}, {guard.skipped_in_a_row} steps in a row")
-            experts = {"busiest expert": f"{max(uneven) / worker.config.n_routed_experts:.0%}"} if uneven else {}
-            bar.advance((at.step - before) * step_tokens, loss=losses.main, **experts)
+            shown = {"busiest expert": f"{max(uneven) / len(losses.expert_counts[0]):.0%}"} if uneven else {}
+            bar.advance((at.step - before) * step_tokens, loss=losses.main, **shown)
     worker.model.eval()
     save_model(run / "model", island, tokenizer)
     return at
