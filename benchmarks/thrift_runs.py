@@ -25,6 +25,7 @@ from thrift_sides import Learner, Llama, Ordinary, Ours, Recipe, plain_paths
 from motley.data.stream import TokenStream
 from motley.files import whole_file
 from motley.model.checkpoint import write_tensors
+from motley.train.balance import ByLength
 from motley.train.ngrams import COUNTED_TOKENS, Hints, counts_of
 
 HELD_OUT_ROWS = 128
@@ -225,6 +226,8 @@ def trained(
             now = clock.read()
             found.first_step = found.first_step or now
             gone = min(1.0, (now - found.first_step) / max(seconds - found.first_step, 1e-9))
+            if isinstance(learner, Ours) and gone > 0:
+                learner.bias_speed = ByLength.of(max(1, round(found.steps / gone)))
             over = now >= seconds
             if over or (left and now >= left[0] * seconds):
                 left = [mark for mark in left if now < mark * seconds]

@@ -22,6 +22,7 @@ from motley.data.stream import Batch, TokenStream
 from motley.model import ModelConfig, Transformer, native
 from motley.model.experts import Experts, moe_reference
 from motley.model.layers import RMSNorm, rms_norm_reference
+from motley.train.balance import FASTEST
 from motley.train.loss import blended_cross_entropy
 from motley.train.ngrams import Hints
 from motley.train.optimizer import Optimizer, OptimizerName
@@ -138,6 +139,7 @@ class Ours:
             self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype, recipe.embedding_rate
         )
         self.held_out = loss_of(self.model, confined=False)
+        self.bias_speed = FASTEST  # of the routers; follows the length of the run, which a clock tells as it goes
 
     def gradient(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
@@ -150,7 +152,7 @@ class Ours:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step(learning_rate)
         for gate, counts in zip(self.model.gates(), self.expert_counts, strict=False):
-            gate.rebalance(counts, 1e-3)
+            gate.rebalance(counts, self.bias_speed)
         return loss
 
     def parameters(self) -> int:

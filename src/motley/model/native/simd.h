@@ -49,7 +49,8 @@ constexpr int LANES = 4;
 constexpr int PARTS = 16 / LANES;  // vectors of the machine in sixteen numbers
 
 using bf16 = uint16_t;
-using unit = uint32_t;  // what products are made of: a number of fp32, or a pair of neighbouring bf16
+// What products are made of: a number of fp32, or a pair of neighbouring bf16, wherever they lie.
+typedef uint32_t unit __attribute__((may_alias, aligned(2)));
 #if defined(MOTLEY_BF16)
 using number = bf16;
 #else
