@@ -10,8 +10,8 @@ whole step by the measured seconds of its passes (a row) and of its one update o
 --straggler slows the fastest worker down to a fifth half-way and counts the steps until the crew does 95 % of what it
 then can in three steps in a row.
 
-Everything is in fp32, which a slow worker's share does not depend on. --quick ends within 50 seconds: a sixteenth of the
-rows, and as many rounds as there is time for.
+Everything is in fp32, which a slow worker's share does not depend on. --quick ends within 50 seconds: a
+sixteenth of the rows, and as many rounds as there is time for.
 """
 
 import argparse
