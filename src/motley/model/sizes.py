@@ -1,4 +1,4 @@
-"""Named sizes: three of our own that fit small machines, and published shapes under their published values."""
+"""Named sizes: four of our own that fit small machines, and published shapes under their published values."""
 
 from typing import Any
 
@@ -12,6 +12,12 @@ _SMALL_CONTEXT: dict[str, Any] = {
 }
 
 SIZES: dict[str, ModelConfig] = {
+    # minutes on a CPU without 16-bit products
+    "pico": ModelConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=384, moe_intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
+        v_head_dim=32, n_routed_experts=8, num_experts_per_tok=2, num_nextn_predict_layers=0, **_SMALL_CONTEXT,
+    ),
     # minutes on two CPU cores
     "nano": ModelConfig(
         vocab_size=4096, hidden_size=192, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=4,
