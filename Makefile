@@ -8,7 +8,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PIP_ARGS)
-PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
+PYTHONS := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3 python)
 PAGES := $(shell find web -name node_modules -prune -o -type f -print)
 KERNELS := $(wildcard src/motley/model/native/*.cpp src/motley/model/native/*.h src/motley/model/native/build.py)
 INPUTS := Makefile pyproject.toml constraints.txt hatch_build.py $(PAGES) $(KERNELS)
@@ -39,12 +39,12 @@ clean:
 # The environment: the first interpreter that is new enough and can make one.
 $(VENV)/created:
 	@for python in $(PYTHONS); do \
-	  command -v $$python >/dev/null || continue; \
-	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
-	  new_enough=$$python; \
-	  $$python -c 'import ensurepip, venv' 2>/dev/null || continue; \
-	  echo "making $(VENV) with $$($$python --version)"; \
-	  $$python -m venv --clear $(VENV) && touch $@ && exit 0; \
+	  command -v "$$python" >/dev/null || continue; \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  new_enough="$$python"; \
+	  "$$python" -c 'import ensurepip, venv' 2>/dev/null || continue; \
+	  echo "making $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV) && touch $@ && exit 0; \
 	done; \
 	if [ -n "$$new_enough" ]; then \
 	  echo "$$new_enough cannot make virtual environments: install its venv package (Debian: apt-get install python3-venv)"; \
