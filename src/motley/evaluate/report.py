@@ -161,6 +161,8 @@ def _header(
     trained = [stage.title for stage in stages if stage.records]
     if trained:
         lines.append(element("p", f"Trained here: {', '.join(trained).lower()}."))
+    if skill := journey.get("skill"):
+        lines.append(element("p", f"What it learned, and no harder: {'; '.join(as_text(one) for one in skill)}."))
     if journey.get("machine"):
         lines.append(element("p", describe(Machine.from_dict(journey["machine"])), class_="muted"))
     if journey.get("started"):

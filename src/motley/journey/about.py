@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from motley.data.tasks import FAMILIES, make_problems
+from motley.data.tasks import make_problems
 from motley.journey.plan import DemoPlan
+from motley.journey.show import skill
 from motley.plan.cost import active_parameters, parameters
 
 PROMPT_SEED = 3  # of the prompts offered; drawn, not picked
@@ -15,7 +16,8 @@ def about(results: dict[str, Any], plan: DemoPlan, data: tuple[str, ...]) -> dic
     problems, text = results["problems"], results["text"]
     source = "the text you gave" if data else "the source of the Python standard library"
     shape = plan.shape(plan.vocab_size)
-    offered = make_problems(tuple(FAMILIES), PROMPTS_PER_FAMILY * len(FAMILIES), PROMPT_SEED, evaluation=True)
+    families = plan.families
+    offered = make_problems(families, PROMPTS_PER_FAMILY * len(families), PROMPT_SEED, evaluation=True)
     return {
         "model": f"motley-{plan.size}",
         "parameters": parameters(shape),
@@ -24,8 +26,8 @@ def about(results: dict[str, Any], plan: DemoPlan, data: tuple[str, ...]) -> dic
         "about": [
             f"This model was just trained on this machine, from nothing, in minutes: first on {source}, then on "
             "problems with worked thinking.",
-            f"It can solve the kinds of problem offered here; on {problems['count']} fresh ones it had not seen, "
-            f"{problems['accuracy']:.0%} of its answers were right.",
+            f"It was trained on the kinds of problem offered here, and no harder ones: {'; '.join(skill(plan))}.",
+            f"On {problems['count']} fresh ones it had not seen, {problems['accuracy']:.0%} of its answers were right.",
             "It cannot hold a conversation, knows no facts and follows no other instruction: ask it anything else and "
             "it answers with nonsense, confidently.",
         ],

@@ -6,20 +6,37 @@ import time
 import torch
 
 from motley.data.stream import Batch
+from motley.data.tasks import FAMILIES, make_problems
 from motley.model import ModelConfig, Transformer
 from motley.train.config import TrainingConfig
 from motley.train.optimizer import Optimizer
 from motley.train.step import LossWeights, accumulate
 
+PROBLEMS = 2000  # drawn to see how fast Python is
+PROBLEMS_SECONDS = 0.115  # that this took where the stages beside training were measured
+MOST_TIMES = (0.25, 20.0)  # a moment in which nothing went is not believed
 WARM_UP = 2  # first steps allocate memory and pick kernels
 
 
 def step_seconds(
-    shape: ModelConfig, config: TrainingConfig, device: torch.device, dtype: torch.dtype, steps: int = 6
+    shape: ModelConfig,
+    config: TrainingConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    steps: int = 6,
+    within: float = float("inf"),
 ) -> tuple[float, float]:
     """Median seconds of one training step of this model at these settings, on random tokens.
 
     Returns those of its passes, forward and backward, and those of clipping and of the update.
+
+    Args:
+        shape: of the model.
+        config: settings of the stage.
+        device: where it computes.
+        dtype: what it computes in.
+        steps: that are measured, after two that are not.
+        within: seconds after which no further step is begun, once one was measured.
     """
     model = Transformer(shape)
     model.initialize(config.seed)
@@ -38,7 +55,8 @@ def step_seconds(
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    for _ in range(WARM_UP + steps):
+    began = now()
+    while len(times) < WARM_UP + steps and (len(times) <= WARM_UP or now() - began < within):
         started = now()
         optimizer.zero_grad()
         accumulate(model, batch, config.micro_batch, LossWeights(config.mtp_weight), config.confine_to_document)
@@ -48,3 +66,12 @@ def step_seconds(
         times.append((passed - started, now() - passed))
     passes, updates = zip(*times[WARM_UP:], strict=True)
     return statistics.median(passes), statistics.median(updates)
+
+
+def slowness() -> float:
+    """How many times slower than the machine of `PROBLEMS_SECONDS` this one is at what is no training."""
+    started = time.perf_counter()
+    for _ in make_problems(tuple(FAMILIES), PROBLEMS, seed=0):
+        pass
+    least, most = MOST_TIMES
+    return min(max((time.perf_counter() - started) / PROBLEMS_SECONDS, least), most)
