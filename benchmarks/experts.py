@@ -1,24 +1,27 @@
 """What sparse layers, finer experts and shared ones are worth in a short run, and whether all experts are used.
 
     python benchmarks/experts.py --text FILE ... [--size tiny] [--steps 160] [--seeds 1] [--speeds 0.001 rule]
-                                 [--rows e8 dense ...] [--folder runs/experts] [--json]
+                                 [--rows e8 dense ...] [--folder runs/experts] [--json] [--quick]
 
 The recipe of the race (docs/thrift.md) at equal tokens: schedule by steps, counts of the text, short sequences first,
 4 rows of 256 tokens a step, fp32. Each network trains once with each speed of the router's bias; `rule` is what
 `motley pretrain` takes for so many steps. Beside the held-out loss stands what share of a layer's tokens the busiest
 expert took in the last tenth of the run, of the layer where it was largest.
 
-Every finished run is a file in --folder: broken off, the same command goes on.
+Every finished run is a file in --folder: broken off, the same command goes on. --quick ends within 50 seconds: runs of
+four steps, as many as there is time for.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from budget import QUICK_SECONDS, Budget, kept
 
 from motley.data.pack import DataConfig, prepare
 from motley.data.stream import TokenStream
@@ -99,26 +102,44 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(networks(NANO)), default=list(networks(NANO)))
     parser.add_argument("--folder", type=Path, default=Path("runs/experts"))
     parser.add_argument("--json", action="store_true", help="print one JSON object a run")
+    parser.add_argument("--quick", action="store_true", help="a look whether it works; ends within 50 seconds")
     arguments = parser.parse_args()
+    if not arguments.quick:
+        compare(arguments, Budget())
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        kept(Budget(QUICK_SECONDS), "experts") as budget,
+    ):
+        arguments.steps, arguments.folder, arguments.size = 4, Path(folder), "tiny"
+        compare(arguments, budget)
+
+
+def compare(arguments: argparse.Namespace, budget: Budget) -> None:
+    """Train what was not trained before, and print every run."""
     try:
-        data = prepare(DataConfig(data=tuple(arguments.text), vocab_size=VOCAB_SIZE), arguments.folder / "data").folder
+        settings = DataConfig(
+            data=tuple(arguments.text), vocab_size=VOCAB_SIZE, max_bytes=3_000_000 if arguments.quick else None
+        )
+        data = prepare(settings, arguments.folder / "data").folder
     except InputError as error:
         raise SystemExit(f"experts: {error}") from None
-    for seed in range(arguments.seeds):
-        for name in arguments.rows:
-            shape = networks(BASES[arguments.size])[name]
-            for said in arguments.speeds if shape.n_routed_experts else ["none"]:
-                speed = float(ByLength.of(arguments.steps)) if said == "rule" else float(said if said != "none" else 0)
-                file = (
-                    arguments.folder
-                    / f"{arguments.size}-{arguments.steps}-{name.replace(' ', '-')}-{speed:g}-{seed}.json"
-                )
-                if not file.is_file():
-                    write_json(file, trained(shape, data, arguments.steps, speed, seed))
-                found = {"network": name, "speed": speed, "seed": seed, **read_json(file)}
-                busiest = "" if found["busiest"] is None else f"   busiest expert {found['busiest']:.0%}"
-                line = f"{name:<16} speed {speed:<6g} seed {seed}   loss {found['loss']:.4f}{busiest}"
-                print(json.dumps(found)) if arguments.json else note(line)
+    shapes = networks(BASES[arguments.size])
+    runs = [
+        (seed, name, said)
+        for seed in range(arguments.seeds)
+        for name in arguments.rows
+        for said in (arguments.speeds if shapes[name].n_routed_experts else ["0"])
+    ]
+    for seed, name, said in budget.each(runs):
+        speed = float(ByLength.of(arguments.steps)) if said == "rule" else float(said)
+        file = f"{arguments.size}-{arguments.steps}-{name.replace(' ', '-')}-{speed:g}-{seed}.json"
+        if not (arguments.folder / file).is_file():
+            write_json(arguments.folder / file, trained(shapes[name], data, arguments.steps, speed, seed))
+        found = {"network": name, "speed": speed, "seed": seed, **read_json(arguments.folder / file)}
+        busiest = "" if found["busiest"] is None else f"   busiest expert {found['busiest']:.0%}"
+        line = f"{name:<16} speed {speed:<6g} seed {seed}   loss {found['loss']:.4f}{busiest}"
+        print(json.dumps(found)) if arguments.json else note(line)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from budget import QUICK_SECONDS, Budget, kept
-from crews import step_seconds
 from machine import best_format
+from processes import step_seconds
 from slow_link import measured, slow_links
 
 from motley.data.pack import DataConfig, prepare

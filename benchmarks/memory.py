@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 from budget import QUICK_SECONDS, Budget, kept
-from crews import TookTooLong, spawned
 from machine import best_format, cpu_flags
 from memory_by_zero import forget_peak, peak, random_batch
+from processes import TookTooLong, spawned
 from train_throughput import VOCAB_SIZE, Ours, Theirs, our_step, transformers_step
 
 from motley.fleet.device import Format, choose_device

@@ -22,7 +22,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from budget import QUICK_SECONDS, Budget, kept
-from crews import TookTooLong, spawned
+from processes import TookTooLong, spawned
 
 from motley.data.stream import Batch
 from motley.model import SIZES, ModelConfig

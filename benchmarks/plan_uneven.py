@@ -35,9 +35,9 @@ import numpy as np
 import torch
 import yaml
 from budget import QUICK_SECONDS, Budget, kept
-from crews import TookTooLong, step_seconds
 from fit_engines import write
 from plan_own_runtime import DESCRIPTIONS, WRITTEN
+from processes import TookTooLong, step_seconds
 
 from motley.data.pack import DataConfig, prepare
 from motley.files import write_json, write_text

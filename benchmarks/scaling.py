@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from budget import QUICK_SECONDS, Budget, kept
-from crews import TookTooLong, spawned
 from machine import cpu_flags
 from memory import PATIENCE_SECONDS
 from memory_by_zero import forget_peak, peak, random_batch
+from processes import TookTooLong, spawned
 from thrift import ours
 from train_throughput import Ours, our_step
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from budget import OUT_OF_TIME, RESERVED, Budget
-from crews import TookTooLong, spawned
+from processes import TookTooLong, spawned
 
 HERE = Path(__file__).parent
 HANGS = f"""
