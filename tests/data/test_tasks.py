@@ -14,6 +14,7 @@ import reasoning_gym
 from motley.data.conversation import ConversationEncoder
 from motley.data.sources import read_conversations
 from motley.data.tasks import (
+    EASIER,
     FAMILIES,
     Problem,
     conversation,
@@ -51,7 +52,7 @@ def value_of(expression: str) -> int:
     return walk(ast.parse(re.sub(r"\b0+(?=\d)", "", expression), mode="eval").body)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | EASIER)
 def test_the_answer_is_right_for_us_and_for_the_library(family: str) -> None:
     for problem in drawn(family):
         assert score(problem, problem.answer) == 1.0
@@ -122,17 +123,36 @@ def test_spelling_backward_numbers_the_letters_and_turns_them() -> None:
         assert "-".join(problem.answer[::-1]) in problem.question
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_easier_problems_have_less_to_work_out() -> None:
+    def lines(family: str) -> int:
+        return max(len(problem.thinking.splitlines()) for problem in drawn(family, 400))
+
+    assert (lines("chain_sum:easy"), lines("chain_sum")) == (1, 2)
+    assert (lines("number_sorting:easy"), lines("number_sorting")) == (3, 5)
+    assert max(len(problem.answer) for problem in drawn("spell_backward:easy")) == 5
+    assert all(len(problem.entry["metadata"]["span"]) == 1 for problem in drawn("letter_counting:easy"))
+
+
+@pytest.mark.parametrize("family", EASIER)
+def test_what_is_held_out_of_a_family_is_held_out_of_its_easier_form_too(family: str) -> None:
+    whole = family.removesuffix(":easy")
+    asked = {substance(p.question) for p in make_problems([family], 500, 7, evaluation=True)}
+    asked |= {substance(p.question) for p in make_problems([whole], 2000, 7, evaluation=True)}
+    for trained in (family, whole):
+        assert not asked & {substance(p.question) for p in make_problems([trained], 5000, 7)}
+
+
+@pytest.mark.parametrize("family", FAMILIES | EASIER)
 def test_wrong_answers_are_wrong(family: str) -> None:
     for problem in drawn(family, 40):
         changed = re.sub(r"\d+", lambda found: str(int(found[0]) + 1), problem.answer, count=1)
         wrong = ["", " ", "I do not know", problem.answer + " 7", "x" + problem.answer, problem.answer[:-1], "None"]
         wrong += [changed] if changed != problem.answer else [problem.answer + problem.answer]
-        if family == "number_sorting":
+        if family.startswith("number_sorting"):
             items = json.loads(problem.answer)
             wrong += [str(items[1:]), str([*items, 5]), str(items[::-1]), str([item + 1 for item in items])]
         wrong = [answer for answer in wrong if answer.strip() != problem.answer]
-        if family == "number_sorting":  # the numbers are what counts, not the brackets
+        if family.startswith("number_sorting"):  # the numbers are what counts, not the brackets
             wrong = [answer for answer in wrong if re.findall(r"\d+", answer) != re.findall(r"\d+", problem.answer)]
         for answer in wrong:
             assert score(problem, answer) == 0.0, (problem.question, answer)
@@ -155,7 +175,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | EASIER)
 def test_hostile_answers_are_wrong_quickly_and_nothing_is_executed(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ export const messages = {
   familyAccuracy: (share: number, error: number) => `${percent(share, error)} right`,
   canAndCannot: 'What it can and cannot do',
   tryOne: 'It was trained for these. Try one:',
-  family: (id: string) => (id.charAt(0).toUpperCase() + id.slice(1)).replaceAll('_', ' '),
+  family: (id: string) => (id.charAt(0).toUpperCase() + id.slice(1)).replaceAll('_', ' ').replace(/:(.+)$/, ' ($1)'),
 
   conversation: 'Conversation',
   you: 'You',
