@@ -72,7 +72,7 @@ def _wide(name: str, size: str, accuracy: float | None) -> Level:
 
 LEVELS = (
     _wide("five", "nano", 0.96),
-    Level("five-small", ALL, **_PICO, pretrain_tokens=100_000, finetune_tokens=4_000_000, accuracy=None,
+    Level("five-small", ALL, **_PICO, pretrain_tokens=100_000, finetune_tokens=3_000_000, accuracy=None,
           tokens_per_problem=65),
     Level("three", THREE, **_PICO, pretrain_tokens=60_000, finetune_tokens=1_500_000, accuracy=0.83,
           tokens_per_problem=63),
