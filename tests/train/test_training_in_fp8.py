@@ -78,6 +78,7 @@ def test_a_gpu_trains_in_fp8_only_if_it_can_and_comes_to_what_the_emulation_says
     fault: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "device_name", lambda device: "chip")
+    monkeypatch.setattr(precision, "kind_of_chip", lambda device: "a chip of 2020")
 
     def wrong(device: torch.device) -> str | None:
         if fault == "no compiler":

@@ -84,8 +84,11 @@ class Balance:
 
 
 def patience(steps: int) -> int:
-    """For how many steps in a row a load may be uneven, as it is in the beginning: two fifths of a short run."""
-    return min(200, max(20, steps * 2 // 5))
+    """For how many steps in a row a load may be uneven, as it is in the beginning: two fifths of a short run.
+
+    Runs of fewer than 50 steps are never blamed: no bias comes far enough in them.
+    """
+    return min(200, max(50, steps * 2 // 5))
 
 
 def _remedy(shape: ModelConfig, speed: float) -> str:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +99,10 @@ def knows(compiler: str, target: Target) -> bool:
     return _run([compiler, *flags_of(target), "-fsyntax-only", "-x", "c++", os.devnull]) is None
 
 
-def build(say: Callable[[str], object] = sys.stderr.write) -> str | None:
+def build() -> str | None:
     """Make the library, unless it is there. Returns why there is none, or None when there is.
 
-    say: is told what is left out.
+    What is left out is told on standard error.
     """
     if library().is_file():
         return None
@@ -115,7 +115,7 @@ def build(say: Callable[[str], object] = sys.stderr.write) -> str | None:
         return "there is no C++ compiler (c++) on this machine"
     known = [target for target in wanted if knows(compiler, target)]
     if left_out := [target.name for target in wanted if target not in known]:
-        say(f"{compiler} is too old for the kernels of {', '.join(left_out)}: left out\n")
+        sys.stderr.write(f"{compiler} is too old for the kernels of {', '.join(left_out)}: left out\n")
     if not known:
         return f"{compiler} knows none of the instruction sets that there are kernels for"
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
