@@ -124,7 +124,7 @@ def test_a_run_shows_its_balance_at_every_step_and_says_when_it_is_lost(
     """With a bias that cannot move and a high learning rate."""
     values = json.loads(shape.read_text()) | {"n_routed_experts": 8, "num_experts_per_tok": 1}
     (tmp_path / "shape.json").write_text(json.dumps(values))
-    asked = {"steps": 40, "precision": "fp32", "bias_speed": 0, "balance_weight": 0, "learning_rate": 0.05}
+    asked = {"steps": 80, "precision": "fp32", "bias_speed": 0, "balance_weight": 0, "learning_rate": 0.05}
     done = run(command(tmp_path / "run", data, tmp_path / "shape.json", **asked))
     assert done.returncode == 0, done.stderr
     records = read_metrics(tmp_path / "run")
