@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from motley.fleet.capabilities import CPU_INFORMATION, instruction_sets
 from motley.fleet.device import Format, choose_device, number_format
 from motley.fleet.probe import probe
 
@@ -13,16 +14,10 @@ FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "
 PROBE_SECONDS = 2.0
 
 
-def cpu_flags(information: Path = Path("/proc/cpuinfo")) -> list[str]:
+def cpu_flags(information: Path = CPU_INFORMATION) -> list[str]:
     """Those of FLAGS that the CPU has; only its architecture where the system does not tell."""
-    if not information.exists():
-        return [platform.machine()]
-    for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            own = set(value.split())
-            return [flag for flag in FLAGS if flag in own]
-    return [platform.machine()]
+    own = instruction_sets(information)
+    return [platform.machine()] if own is None else [flag for flag in FLAGS if flag in own]
 
 
 def best_format(device: torch.device | None = None) -> Format:

@@ -223,6 +223,15 @@ def _spell_backward(entry: dict[str, Any]) -> Worked | None:
 
 # ------------------------------------------------------------------------------------------ all of them
 
+
+def _whole_numbers(most: int) -> Callable[[int], Iterator[dict[str, Any]]]:
+    """Three to `most` numbers of two digits, to be sorted."""
+    return _library(
+        "number_sorting",
+        min_numbers=3, max_numbers=most, min_decimals=0, max_decimals=0, min_value=10, max_value=99,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Family] = {
     "chain_sum": Family(
         "Sums and differences",
@@ -236,10 +245,7 @@ FAMILIES: dict[str, Family] = {
     "number_sorting": Family(
         "Sorting",
         "three to five whole numbers from 10 to 99, both directions",
-        _library(
-            "number_sorting",
-            min_numbers=3, max_numbers=5, min_decimals=0, max_decimals=0, min_value=10, max_value=99,
-        ),
+        _whole_numbers(5),
         _number_sorting,
     ),
     "letter_counting": Family(
@@ -266,10 +272,7 @@ EASIER: dict[str, Family] = {
     "number_sorting:easy": Family(
         "Sorting, easy",
         "three whole numbers from 10 to 99, both directions",
-        _library(
-            "number_sorting",
-            min_numbers=3, max_numbers=3, min_decimals=0, max_decimals=0, min_value=10, max_value=99,
-        ),
+        _whole_numbers(3),
         _number_sorting,
     ),
     "letter_counting:easy": Family(

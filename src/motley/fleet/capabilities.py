@@ -38,17 +38,30 @@ def capabilities(device: torch.device, kernels: str = "") -> str:
 
 @cache
 def _cpu(information: Path) -> tuple[str, ...]:
-    entries = {}
-    if information.exists():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            entries.setdefault(name.strip(), value.strip())
+    entries = _entries(information)
     vendor = next((entries[name] for name in VENDOR if name in entries), platform.processor())
-    instructions = (entries.get("flags") or entries.get("Features") or "").split()
+    instructions = instruction_sets(information) or []
     known = [name for name in INSTRUCTIONS if name in instructions]
     overrides = [f"{name}={os.environ[name]}" for name in OVERRIDES if os.environ.get(name)]
     used = f"PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
     return (f"{platform.machine()} {vendor}".strip(), " ".join(known), used, *overrides)
+
+
+def instruction_sets(information: Path = CPU_INFORMATION) -> list[str] | None:
+    """All that the system says the CPU has; None where it does not tell."""
+    entries = _entries(information)
+    said = entries.get("flags", entries.get("Features"))
+    return None if said is None else said.split()
+
+
+def _entries(information: Path) -> dict[str, str]:
+    """What the system says of the first core."""
+    entries: dict[str, str] = {}
+    if information.exists():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            entries.setdefault(name.strip(), value.strip())
+    return entries
 
 
 def _accelerator(device: torch.device) -> tuple[str, ...]:

@@ -81,20 +81,26 @@ def _built() -> tuple[str, ...]:
     kernels = _loaded()
     if kernels is None:
         return ()
-    dtypes = {target.name: target.dtype for target in build.TARGETS}
-    return tuple(name for name in runnable() if hasattr(kernels, f"norm_forward_{dtypes[name]}_{name}"))
+    able = [target for target in build.TARGETS if target.name in runnable()]
+    return tuple(one.name for one in able if hasattr(kernels, f"norm_forward_{one.dtype}_{one.name}"))
 
 
 def chosen(dtype: torch.dtype) -> str | None:
     """The target whose kernels compute in `dtype` here; None: the plain path does."""
-    allowed = [name for name in _built() if _allowed is None or name in _allowed]
-    fitting = [target.name for target in build.TARGETS if target.name in allowed and target.dtype == DTYPES.get(dtype)]
+    return _best(dtype, _allowed)
+
+
+@cache
+def _best(dtype: torch.dtype, allowed: tuple[str, ...] | None) -> str | None:
+    """Asked by every layer at every call, so it is looked for once."""
+    names = [name for name in _built() if allowed is None or name in allowed]
+    fitting = [target.name for target in build.TARGETS if target.name in names and target.dtype == DTYPES.get(dtype)]
     return fitting[-1] if fitting else None
 
 
 def forget() -> None:
     """Look again at what is built: for those who have just built."""
-    for kept in (_loaded, runnable, _built):
+    for kept in (_loaded, runnable, _built, _best):
         kept.cache_clear()
 
 
