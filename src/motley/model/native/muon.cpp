@@ -46,17 +46,6 @@ void orthogonalize(long m, long n, long iterations, number* x) {
   }
 }
 
-INLINE void put(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
-INLINE void put(bf16* to, floats x) {
-  const halves y = rounded(x);
-  std::memcpy(to, &y, sizeof y);
-}
-INLINE floats get(const float* from) {
-  floats x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
 }  // namespace
 
 // Matrix i is sizes[2i] x sizes[2i + 1] numbers at gradients[i], momenta[i] (fp32, or bf16 if so told) and weights[i].
@@ -86,7 +75,7 @@ KERNEL(muon_step)(long count, const int64_t* sizes, const float* const* gradient
     }
     const float by = 1.0f / (std::sqrt(sum_of(square)) + 1e-7f);
     if (tall)
-      turn(height, width, ahead, [&](long r, long c, floats v) { put(x + r * n + c, v * all_of(by)); });
+      turn(height, width, ahead, [&](long r, long c, floats v) { store_part(x + r * n + c, v * all_of(by)); });
     else
       for (long j = 0; j < numbers; j += 16) store(x + j, load(ahead + j) * splat(by));
     orthogonalize(m, n, iterations, x);
@@ -95,7 +84,7 @@ KERNEL(muon_step)(long count, const int64_t* sizes, const float* const* gradient
       for (long j = 0; j < numbers; j += 16) store(ahead + j, load(x + j));
       turn(m, n, ahead, [&](long r, long c, floats v) {
         float* to = w + r * width + c;
-        put(to, get(to) * all_of(kept) - v * all_of(rate));
+        store_part(to, load_part(to) * all_of(kept) - v * all_of(rate));
       });
     } else {
       for (long j = 0; j < numbers; j += 16) store(w + j, load(w + j) * splat(kept) - load(x + j) * splat(rate));

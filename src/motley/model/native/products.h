@@ -252,12 +252,7 @@ INLINE uints units_at(const float* row, long k, long width) {
   uints x{};
 #if defined(MOTLEY_BF16)
   bf16 both[2 * LANES] = {};
-  for (int i = 0; i < 2 * LANES && k + i < width; i += LANES) {
-    floats numbers;
-    std::memcpy(&numbers, row + k + i, sizeof numbers);
-    const halves rounded_ones = rounded(numbers);
-    std::memcpy(both + i, &rounded_ones, sizeof rounded_ones);
-  }
+  for (int i = 0; i < 2 * LANES && k + i < width; i += LANES) store_part(both + i, load_part(row + k + i));
   std::memcpy(&x, both, sizeof x);
 #else
   if (k < width) std::memcpy(&x, row + k, sizeof x);

@@ -179,12 +179,13 @@ INLINE mask equal(const int32_t* from, int32_t to) {
 }
 
 // Sixteen numbers of either format in memory, at any address.
+INLINE floats load_part(const float* from) {
+  floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
 INLINE vec load(const float* from) {
-  return each([&](int i) {
-    floats x;
-    std::memcpy(&x, from + i * LANES, sizeof x);
-    return x;
-  });
+  return each([&](int i) { return load_part(from + i * LANES); });
 }
 INLINE void store(float* to, vec x) {
   for (int i = 0; i < PARTS; ++i) std::memcpy(to + i * LANES, &x.part[i], sizeof(floats));
@@ -206,11 +207,13 @@ INLINE halves rounded(floats x) {  // to bf16, to the nearest, ties to even
   return __builtin_convertvector((near & ~nan) | (not_a_number & nan), halves);
 #endif
 }
+INLINE void store_part(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
+INLINE void store_part(bf16* to, floats x) {
+  const halves y = rounded(x);
+  std::memcpy(to, &y, sizeof y);
+}
 INLINE void store(bf16* to, vec x) {
-  for (int i = 0; i < PARTS; ++i) {
-    const halves y = rounded(x.part[i]);
-    std::memcpy(to + i * LANES, &y, sizeof y);
-  }
+  for (int i = 0; i < PARTS; ++i) store_part(to + i * LANES, x.part[i]);
 }
 
 // 2^x to fp32's precision, for x in -126 … 127 (what lies beyond counts as the bound): the integer part by the exponent,
