@@ -29,6 +29,7 @@ turns as there is time for.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -257,7 +258,7 @@ class Side:
         raise TooSlow(f"{self.setting}: no answer within {patience:.0f} s")
 
     def end(self) -> None:
-        if self._process.is_alive():
+        with contextlib.suppress(BrokenPipeError):  # it was killed
             self._pipe.send(None)
         self._process.join()
 

@@ -202,6 +202,26 @@ def test_kernels_that_are_missing_are_missed_aloud(kernels: None, monkeypatch: p
     native.forget()
 
 
+@pytest.mark.parametrize(
+    ("runnable", "built", "lacking"),
+    [
+        (("avx2",), ("avx2",), None),
+        (("avx2",), (), "(avx2)"),
+        (("avx2", "avx512", "avx512bf16", "amx"), ("avx512", "amx"), None),
+        (("avx2", "avx512", "avx512bf16", "amx"), ("avx2", "avx512", "avx512bf16"), "(amx)"),
+        (("avx2", "avx512", "avx512bf16"), ("avx2", "avx512bf16"), "(avx512)"),
+        (("avx2", "avx512", "avx512bf16"), (), "(avx512, avx512bf16)"),
+        ((), (), None),
+    ],
+)
+def test_the_best_kernels_of_each_number_format_are_missed_where_they_were_not_built(
+    runnable: tuple[str, ...], built: tuple[str, ...], lacking: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "runnable", lambda: runnable)
+    monkeypatch.setattr(native, "_built", lambda: built)
+    assert (native.missing() is None) if lacking is None else (lacking in (native.missing() or ""))
+
+
 @pytest.mark.parametrize("name", ["default", "avx2"])
 def test_a_limit_set_for_pytorch_holds_for_the_kernels(kernels: None, name: str) -> None:
     code = "from motley.model import native; print(*native.runnable())"

@@ -113,8 +113,9 @@ def describe() -> str:
 
 def missing() -> str | None:
     """What to tell people whose CPU could run kernels but has none; None: nothing is amiss."""
-    lacking = [name for name in runnable() if name not in _built()]
-    if not lacking or (_built() and not set(lacking) - set(runnable()[:-1])):
+    best_of_each_format = {target.dtype: target.name for target in build.TARGETS if target.name in runnable()}
+    lacking = [name for name in best_of_each_format.values() if name not in _built()]
+    if not lacking:
         return None
     return (
         f"motley's own kernels for this CPU ({', '.join(lacking)}) are not built, so steps take about a third longer: "

@@ -14,7 +14,6 @@ namespace {
 constexpr long BLOCK = 64 / TILE * TILE;  // rows of one expert at a time: whole tiles
 constexpr long SLICE = 1 << 16;           // numbers of a weight's gradient at a time
 constexpr long STRETCH = 128;             // rows of tokens summed into it at a time
-constexpr long AHEAD = 6;                 // rows, which lie anywhere, are fetched before they are needed
 
 struct Block {
   long expert, first, count;

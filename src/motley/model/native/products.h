@@ -331,11 +331,11 @@ namespace {
 // Rows may lie anywhere, so they are fetched before they are needed. For at most `stretch` rows.
 template <long stretch, class Row>
 inline Left pack_left(const Row& row, long start, long count, long m) {
-  constexpr long room = stretch / DEPTH + APART, ahead = 6;
+  constexpr long room = stretch / DEPTH + APART;
   unit* packed = scratch<30, unit>(room * (m + 16));
   const auto here = [&](long r) { return row(start + r); };
   for (long p = 0; p < (count + DEPTH - 1) / DEPTH; ++p) {
-    for (long next = DEPTH * p + ahead; next < least(DEPTH * (p + 1) + ahead, count); ++next) fetch(here(next), m);
+    for (long next = DEPTH * p + AHEAD; next < least(DEPTH * (p + 1) + AHEAD, count); ++next) fetch(here(next), m);
     if constexpr (DEPTH == 2)
       for (long j = 0; j < m; j += 16) put_left(packed, room, p, j, units_of_columns(p, j, here, count));
     else
@@ -354,7 +354,7 @@ inline void outer_product(long rows, const Row1& left, long m, const Row2& right
     const long count = least(stretch, rows - start), units = (count + DEPTH - 1) / DEPTH;
     const auto here = [&](long r) { return right(start + r); };
     for (long p = 0; p < units; ++p) {
-      for (long next = DEPTH * p + 6; next < least(DEPTH * p + DEPTH + 6, count); ++next) fetch(here(next), n);
+      for (long next = DEPTH * p + AHEAD; next < least(DEPTH * (p + 1) + AHEAD, count); ++next) fetch(here(next), n);
       pack_right(packed, n, room, p, here, count);
     }
     multiply(m, n, units, pack_left<stretch>(left, start, count, m), packed, room, grad, n, add || start > 0);

@@ -262,7 +262,9 @@ INLINE void copy(number* to, const number* from, long size) {  // short rows in 
   for (long j = 0; j < size; j += 16) std::memcpy(to + j, from + j, 16 * sizeof(number));
 }
 
-// Asks for a row that will be needed soon.
+// Rows that lie anywhere are asked for this many rows before they are needed.
+constexpr long AHEAD = 6;
+
 INLINE void fetch(const number* row, long size) {
   for (long j = 0; j < size; j += 64 / (long)sizeof(number)) __builtin_prefetch(row + j);
 }
