@@ -29,12 +29,12 @@ from motley.errors import InputError
 from motley.files import read_json, write_json
 from motley.model import SIZES, ModelConfig, Transformer
 from motley.progress import note
-from motley.train.balance import ByLength, imbalance
-from motley.train.ngrams import Hints, counts_of
+from motley.train.expert_balance import ByLength, imbalance
+from motley.train.lr_schedule import factor, sequence_length
+from motley.train.ngram_targets import Hints, counts_of
 from motley.train.optimizer import Optimizer
-from motley.train.schedule import factor, sequence_length
 from motley.train.step import LossWeights, accumulate
-from motley.train.validate import loss_of
+from motley.train.validation import loss_of
 
 VOCAB_SIZE, SEQ_LEN, ROWS, HELD_OUT_ROWS = 4096, 256, 4, 128
 RATE, EMBEDDING_RATE, NGRAMS = 5.6e-3, 10.0, 0.85

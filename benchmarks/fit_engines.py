@@ -22,8 +22,8 @@ from budget import QUICK_SECONDS, Budget, kept
 from scipy.optimize import least_squares
 
 from motley.files import write_text
-from motley.plan.engine import Engine
-from motley.plan.evaluate import Case, predict, read_cases
+from motley.plan.cost_model.framework import Engine
+from motley.plan.validation.accuracy import Case, predict, read_cases
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "src/motley/plan/engines"
@@ -346,7 +346,7 @@ def main() -> None:
             for name, chosen in (("train", train), ("held out", test)):
                 print(fit_told(name, errors(under([vtrain[i] for i in chosen], engine))))
         return
-    written = "Written by benchmarks/fit_engines.py; meaning of each constant: motley.plan.engine.Engine."
+    written = "Written by benchmarks/fit_engines.py; meaning of each constant: motley.plan.cost_model.framework.Engine."
 
     cases = read_cases(HERE / "calibration.csv", unfitted)
     uses = [row["use"] for row in csv.DictReader((HERE / "calibration.csv").open())]

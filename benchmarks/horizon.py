@@ -28,7 +28,7 @@ from motley.data.stream import TokenStream
 from motley.errors import InputError
 from motley.files import write_json
 from motley.fleet.device import choose_device
-from motley.train.kept import keep_freed_memory
+from motley.train.allocator import keep_freed_memory
 
 VOCAB_SIZE = 4096
 SHAPES = {

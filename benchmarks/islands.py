@@ -4,7 +4,7 @@
     python benchmarks/islands.py loss --text FILE ... [--seeds 3] [--ways sync islands ...] [--quick] [--json]
 
 Both run the real command, `motley pretrain`, in two processes of one thread each. `link` puts them into network
-namespaces with a link between them (motley.train.slow_link, measured before use; root only), trains once with all
+namespaces with a link between them (motley.emulation.netns, measured before use; root only), trains once with all
 workers in one crew and once as two islands, and compares when each reached the loss with which the crew ended. `loss`
 trains the same model on as many tokens with several seeds and compares the held-out loss of the last step. Both ways
 compute in one format: the one that `motley pretrain` would choose here, unless --precision says another.
@@ -30,9 +30,9 @@ from processes import step_seconds
 from slow_link import measured, slow_links
 
 from motley.data.pack import DataConfig, prepare
-from motley.train.crew import free_port
+from motley.emulation.netns import DEVICE, SlowLinks
+from motley.parallel.communicator import free_port
 from motley.train.metrics import read_metrics
-from motley.train.slow_link import DEVICE, SlowLinks
 
 COMMON: dict[str, Any] = {
     "model": "nano", "batch_rows": 8, "seq_len": 128, "micro_batch": 8, "device": "cpu",

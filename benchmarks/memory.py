@@ -30,7 +30,7 @@ from train_throughput import VOCAB_SIZE, Ours, Theirs, our_step, transformers_st
 from motley.fleet.device import Format, choose_device
 from motley.model import SIZES, ModelConfig, Transformer
 from motley.progress import note
-from motley.train.kept import keep_freed_memory
+from motley.train.allocator import keep_freed_memory
 
 SEQ_LEN, STEPS = 512, 3
 ROWS = (4, 8, 16, 32)

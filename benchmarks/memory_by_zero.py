@@ -26,12 +26,12 @@ from processes import TookTooLong, spawned
 
 from motley.data.stream import Batch
 from motley.model import SIZES, ModelConfig
+from motley.parallel.communicator import Crew, free_port
+from motley.parallel.layout import Layout, Zero, place_of, side_by_side
+from motley.parallel.memory_fit import ALLOCATED, in_passing_bytes, row_bytes
+from motley.parallel.rank import Worker
+from motley.parallel.zero.partition import held_bytes
 from motley.train.config import PretrainConfig
-from motley.train.crew import Crew, free_port
-from motley.train.layout import Layout, Zero, place_of, side_by_side
-from motley.train.memory import ALLOCATED, in_passing_bytes, row_bytes
-from motley.train.parts import held_bytes
-from motley.train.worker import Worker
 
 SHAPE = replace(SIZES["micro"], num_hidden_layers=12, vocab_size=4096)  # 25 million parameters
 SEQ_LEN, MICRO_BATCH, ROWS, STEPS = 128, 2, 16, 3

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from motley.files import write_text
-from motley.plan.loss import DENSE, SPARSE, Law
+from motley.plan.scaling_law import DENSE, SPARSE, Law
 
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "motley", "axes.spines.top": False, "axes.spines.right": False,

@@ -22,8 +22,8 @@ import numpy as np
 from budget import QUICK_SECONDS, Budget, kept
 from fit_engines import HERE, errors, fit_megatron, megatron_paper, split, under, unfitted
 
-from motley.plan.engine import Engine, load_engine
-from motley.plan.evaluate import Case, evaluate_cases, predict, rank_correlation, read_cases
+from motley.plan.cost_model.framework import Engine, load_engine
+from motley.plan.validation.accuracy import Case, evaluate_cases, predict, rank_correlation, read_cases
 
 SEEDS = 5
 QUICK_SHARE = 5  # one row of so many

@@ -25,22 +25,22 @@ from budget import QUICK_SECONDS, Budget, kept
 from fit_engines import write
 from scipy.optimize import least_squares
 
+from motley.demo.trial import step_seconds as measured_step_seconds
 from motley.fleet.inventory import parse_fleet
 from motley.fleet.probe import Machine, probe
 from motley.fleet.write import fleet_text
-from motley.journey.trial import step_seconds as measured_step_seconds
 from motley.model import SIZES, ModelConfig
-from motley.plan.engine import Engine, load_engine
-from motley.plan.hardware import Hardware
-from motley.plan.layout import Layouts
-from motley.plan.shape import deepseek
-from motley.plan.step import step_seconds
+from motley.plan.cost_model.configs import Layouts
+from motley.plan.cost_model.framework import Engine, load_engine
+from motley.plan.cost_model.hardware import Hardware
+from motley.plan.cost_model.step_time import step_seconds
+from motley.plan.network.spec import deepseek
 from motley.progress import Progress
 from motley.train.config import PretrainConfig
 
 PROBE_SECONDS, QUICK_PROBE_SECONDS = 20.0, 5.0
 ROUNDS = 2  # of all cases: a busy minute of the machine then spoils no case in all of them
-WRITTEN = "Written by benchmarks/plan_own_runtime.py --fit, `waiting` by plan_uneven.py; constants: motley.plan.engine."
+WRITTEN = "Written by benchmarks/plan_own_runtime.py --fit, `waiting` by plan_uneven.py; constants: motley.plan.cost_model.framework."
 DESCRIPTIONS = {
     "motley-cpu": "motley's own runtime on CPUs, one process, in bf16 with kernels of its own.",
     "motley-cpu-plain": "motley's own runtime on CPUs, one process, in fp32 with PyTorch's operators.",

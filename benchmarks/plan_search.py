@@ -23,9 +23,9 @@ import numpy as np
 from budget import QUICK_SECONDS, Budget, kept
 
 from motley.fleet import Fleet, Pool
-from motley.plan.job import Job
-from motley.plan.known import find_shape
-from motley.plan.search import Searcher
+from motley.plan.network.registry import find_shape
+from motley.plan.search.search import Searcher
+from motley.plan.workload import Job
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/plan"))
 

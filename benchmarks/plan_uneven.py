@@ -45,13 +45,13 @@ from motley.fleet.inventory import Fleet, parse_fleet
 from motley.fleet.probe import probe
 from motley.fleet.write import fleet_text
 from motley.model import SIZES
-from motley.plan.engine import load_engine
-from motley.plan.job import Job
-from motley.plan.outcome import spelled_out
-from motley.plan.search import Searcher
-from motley.plan.shape import Shape, deepseek
+from motley.parallel.communicator import free_port
+from motley.plan.cost_model.framework import load_engine
+from motley.plan.network.spec import Shape, deepseek
+from motley.plan.report.plan_file import spelled_out
+from motley.plan.search.search import Searcher
+from motley.plan.workload import Job
 from motley.progress import Progress
-from motley.train.crew import free_port
 from motley.train.metrics import read_metrics
 
 MODEL, SEQ_LEN, VOCAB_SIZE = "nano", 64, 2048

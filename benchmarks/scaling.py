@@ -31,9 +31,9 @@ from motley.fleet.device import Format, choose_device, number_format
 from motley.fleet.probe import describe, probe
 from motley.fleet.products import wait_for
 from motley.model import ModelConfig
-from motley.plan.cost import training_flops_per_token
+from motley.plan.network.flops import training_flops_per_token
 from motley.progress import note
-from motley.train.kept import keep_freed_memory
+from motley.train.allocator import keep_freed_memory
 
 WARM_UP, STEPS = 2, 7
 QUICK_SEQ_LEN = 128

@@ -4,7 +4,7 @@
 
 Four widths, four lengths, dense and sparse: 32 runs of `motley pretrain` on the same rows, each with a whole schedule
 of its own. Sparse models have eight experts, of which a token meets two and a shared one; dense ones are as wide as
-that. The law (motley.plan.loss) is fitted to all runs of a kind; how well it foretells is judged by one that has not
+that. The law (motley.plan.scaling_law) is fitted to all runs of a kind; how well it foretells is judged by one that has not
 seen the quarter with the most compute. --write keeps the laws in a file, which `motley plan --losses` takes.
 
 Every finished run stays in --folder: broken off, the same command goes on. All compute in the format that `motley
@@ -30,8 +30,8 @@ from motley.data.pack import DataConfig, prepare
 from motley.files import write_json, write_text
 from motley.fleet.device import Format
 from motley.model import ModelConfig
-from motley.plan.cost import multiplying_parameters
-from motley.plan.loss import DENSE, SPARSE, Law, Run, fitted
+from motley.plan.network.flops import multiplying_parameters
+from motley.plan.scaling_law import DENSE, SPARSE, Law, Run, fitted
 from motley.progress import note
 from motley.train.config import PretrainConfig
 from motley.train.metrics import read_metrics
@@ -162,9 +162,7 @@ def main() -> None:
         draw_laws(found, folder / "laws.svg")
     if arguments.write:
         laws = {"laws": {kind: one["law"] for kind, one in found.items()}}
-        said = (
-            f"# Written by benchmarks/scaling_law.py --write on {date.today().isoformat()}; read by motley.plan.loss.\n"
-        )
+        said = f"# Written by benchmarks/scaling_law.py --write on {date.today().isoformat()}; read by motley.plan.scaling_law.\n"
         write_text(arguments.write, said + yaml.safe_dump(laws, sort_keys=False))
     print(json.dumps(found) if arguments.json else told(found))
 

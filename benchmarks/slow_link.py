@@ -1,4 +1,4 @@
-"""How fast a true slow link of this machine is (motley.train.slow_link): one TCP stream and a round trip between pools.
+"""How fast a true slow link of this machine is (motley.emulation.netns): one TCP stream and a round trip between pools.
 
     python benchmarks/slow_link.py [MEGABITS ROUND_TRIP_SECONDS] [--quick]
 
@@ -14,8 +14,8 @@ import time
 
 from budget import QUICK_SECONDS, Budget, kept
 
+from motley.emulation.netns import Cable, SlowLinks, places_of
 from motley.errors import InputError
-from motley.train.slow_link import Cable, SlowLinks, places_of
 
 FOUND_ITS_PACE_BYTES, STREAM_BYTES, QUICK_BYTES = 5_000_000, 40_000_000, 10_000_000
 MEGABITS, ROUND_TRIP_SECONDS = 100.0, 0.05

@@ -19,11 +19,11 @@ from budget import QUICK_SECONDS, Budget, kept
 
 from motley.errors import InputError
 from motley.fleet import Fleet, Pool, load_fleet
-from motley.plan.job import Job
-from motley.plan.known import find_shape
-from motley.plan.objective import best_plan
-from motley.plan.outcome import compared, spelled_out
-from motley.plan.search import Searcher
+from motley.plan.network.registry import find_shape
+from motley.plan.report.plan_file import compared, spelled_out
+from motley.plan.search.objective import best_plan
+from motley.plan.search.search import Searcher
+from motley.plan.workload import Job
 
 FLEETS = Path(__file__).parents[1] / "examples/fleets"
 RUNS = (  # fleet, fp8

@@ -44,9 +44,9 @@ from motley.files import read_json, write_json
 from motley.fleet.device import choose_device
 from motley.fleet.probe import Machine, describe, probe
 from motley.model import ModelConfig
-from motley.plan.cost import active_parameters
+from motley.plan.network.flops import active_parameters
 from motley.progress import note
-from motley.train.kept import keep_freed_memory
+from motley.train.allocator import keep_freed_memory
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 ROWS = (4, 8, 16)

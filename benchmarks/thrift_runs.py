@@ -25,8 +25,8 @@ from thrift_sides import Learner, Llama, Ordinary, Ours, Recipe, plain_paths
 from motley.data.stream import TokenStream
 from motley.files import whole_file
 from motley.model.checkpoint import write_tensors
-from motley.train.balance import ByLength
-from motley.train.ngrams import COUNTED_TOKENS, Hints, counts_of
+from motley.train.expert_balance import ByLength
+from motley.train.ngram_targets import COUNTED_TOKENS, Hints, counts_of
 
 HELD_OUT_ROWS = 128
 MARKS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the time at which the loss is measured

@@ -22,13 +22,13 @@ from motley.data.stream import Batch, TokenStream
 from motley.model import ModelConfig, Transformer, native
 from motley.model.experts import Experts, moe_reference
 from motley.model.layers import RMSNorm, rms_norm_reference
-from motley.train.balance import FASTEST
+from motley.train.expert_balance import FASTEST
 from motley.train.loss import blended_cross_entropy
-from motley.train.ngrams import Hints
+from motley.train.lr_schedule import Schedule, Stages, factor, sequence_length
+from motley.train.ngram_targets import Hints
 from motley.train.optimizer import Optimizer, OptimizerName
-from motley.train.schedule import Schedule, Stages, factor, sequence_length
 from motley.train.step import LossWeights, accumulate
-from motley.train.validate import SummedLoss, loss_of
+from motley.train.validation import SummedLoss, loss_of
 
 SEQ_LEN = 512
 FINE = 100_000  # steps in which a schedule is drawn

@@ -13,7 +13,7 @@ Each side races in its best format and setting, found by a trial first:
                        └▶ the fastest format and attention, every kind of experts, through torch.compile
                              └▶ the fastest of all with glibc's own treatment of freed memory  ─▶ the fastest
 
-Freed memory is kept (motley.train.kept) on both sides, as `motley pretrain` does; the last trial says what the peer has
+Freed memory is kept (motley.train.allocator) on both sides, as `motley pretrain` does; the last trial says what the peer has
 of it. bf16 is autocast over fp32 weights on the peer's side and the compute dtype over fp32 weights on ours. A trial
 that takes longer than its seconds is ended and written down as such.
 
@@ -55,8 +55,8 @@ from motley.fleet.device import ACTIVATIONS, Format, choose_device
 from motley.fleet.probe import Machine, describe, probe
 from motley.fleet.products import wait_for
 from motley.model import SIZES, ModelConfig, Transformer, native
-from motley.plan.cost import training_flops_per_token
-from motley.train.kept import keep_freed_memory
+from motley.plan.network.flops import training_flops_per_token
+from motley.train.allocator import keep_freed_memory
 from motley.train.optimizer import Moments, Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
 

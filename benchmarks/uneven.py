@@ -2,7 +2,7 @@
 
     python benchmarks/uneven.py --speeds 1:2:4:1 [--capped] [--straggler] [--quick] [--json]
 
-Workers are processes on this machine, made unequal (motley.train.handicap): by waiting after each piece of work, or
+Workers are processes on this machine, made unequal (motley.emulation.cpu_throttle): by waiting after each piece of work, or
 with --capped by a control group that gives each its share of CPU time. In turns, step by step, each trains on its own,
 all at the same time but without a word to each other; then all together, with rows in proportion to measured speed;
 then with the even split that an engine for equal chips makes. The ideal is the sum of the rates on their own: rows of a
@@ -28,15 +28,15 @@ from budget import QUICK_SECONDS, Budget, kept
 from processes import TookTooLong, spawned
 
 from motley.data.stream import Batch
+from motley.emulation.cpu_throttle import Handicap, handicap
+from motley.emulation.roles import speeds_of
 from motley.model import SIZES, Transformer
-from motley.train.cast import speeds_of
+from motley.parallel.communicator import Crew, free_port
+from motley.parallel.layout import side_by_side
+from motley.parallel.load_balance import Shares
+from motley.parallel.rank import Worker
 from motley.train.config import PretrainConfig
-from motley.train.crew import Crew, free_port
-from motley.train.handicap import Handicap, handicap
-from motley.train.layout import side_by_side
-from motley.train.loop import short_pauses
-from motley.train.shares import Shares
-from motley.train.worker import Worker
+from motley.train.trainer import short_pauses
 
 SHAPE = replace(SIZES["nano"], vocab_size=512)
 SEQ_LEN, MICRO_BATCH = 64, 4
@@ -75,7 +75,7 @@ class Way:
         config = PretrainConfig(batch_rows=rows, micro_batch=MICRO_BATCH, seq_len=SEQ_LEN, steps=1000, precision="fp32")
         layout = side_by_side(crew.size, SHAPE.num_hidden_layers, MICRO_BATCH, zero=0 if crew.alone else 1)
         if not even and not crew.alone:
-            layout = replace(layout, rates=tuple(speeds))  # as a start finds them (motley.train.start)
+            layout = replace(layout, rates=tuple(speeds))  # as a start finds them (motley.parallel.build)
         model = Transformer(SHAPE)
         model.initialize(0)
         self.worker = Worker(SHAPE, config, layout, crew, model)

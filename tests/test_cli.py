@@ -111,7 +111,7 @@ def test_the_demo_says_its_result_before_it_serves_and_with_json_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = {"report": "runs/demo/report.html", "model": "runs/demo/export"}
-    monkeypatch.setattr("motley.journey.demo.demo", lambda _: result)
+    monkeypatch.setattr("motley.demo.demo.demo", lambda _: result)
     monkeypatch.setattr("motley.serve.app.serve", lambda config, other_ports: print(f"talk to {config.model}"))
     assert run(["demo", "--out", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result

@@ -17,14 +17,15 @@ FLOORS = [  # ground first; a room may use the floors below its own, not its nei
     {"model", "fleet"},
     {"data", "plan"},
     {"train", "infer"},
+    {"parallel"},
     {"reason", "evaluate"},
-    {"serve"},
+    {"launch", "emulation", "serve"},
     {"assistant"},
-    {"journey"},
+    {"demo"},
     {"cli"},
 ]
 MODEL_MAY_USE = {"errors", "files"}  # the network reads as a paper does: alone
-MAY_PRINT = {"cli", "journey", "progress"}
+MAY_PRINT = {"cli", "demo", "progress"}
 CODE_IN_DISGUISE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

@@ -33,8 +33,8 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "the whole journey on this machine: train a small model and talk to it",
-        "motley.journey.demo:demo", "motley.journey.demo:DemoConfig", "motley.journey.demo:summary",
-        "motley.journey.demo:serve_model",
+        "motley.demo.demo:demo", "motley.demo.demo:DemoConfig", "motley.demo.demo:summary",
+        "motley.demo.demo:serve_model",
     ),
     "fleet probe": Command(
         "measure this machine (under torchrun: every machine of a job), write a fleet file",
@@ -74,20 +74,20 @@ COMMANDS: dict[str, Command] = {
     ),
     "pretrain": Command(
         "train a new model on text",
-        "motley.train.pretrain:pretrain", "motley.train.config:PretrainConfig", "motley.train.run:summary",
+        "motley.train.pretrain:pretrain", "motley.train.config:PretrainConfig", "motley.train.run_folder:summary",
     ),
     "sft": Command(
         "fine-tune a model on conversations",
-        "motley.train.finetune:finetune", "motley.train.config:FinetuneConfig", "motley.train.run:summary",
+        "motley.train.sft:finetune", "motley.train.config:FinetuneConfig", "motley.train.run_folder:summary",
     ),
     "launch": Command(
         "start a plan on its machines: print the torchrun commands, or run them over ssh",
-        "motley.train.launch:launch", "motley.train.launch:LaunchConfig", "motley.train.launch:summary",
+        "motley.launch.torchrun:launch", "motley.launch.torchrun:LaunchConfig", "motley.launch.torchrun:summary",
     ),
     "launch emulated": Command(
         "play a fleet file on this machine: a worker for each chip, true slow links between them",
-        "motley.train.launch_emulated:launch_emulated", "motley.train.launch_emulated:EmulatedLaunchConfig",
-        "motley.train.launch_emulated:summary",
+        "motley.emulation.launch:launch_emulated", "motley.emulation.launch:EmulatedLaunchConfig",
+        "motley.emulation.launch:summary",
     ),
     "eval": Command(
         "bits per byte on text, exact answers on problems",

@@ -17,7 +17,7 @@ import thrift
 from machine import FLAGS, cpu_flags
 
 from motley.fleet.probe import Machine, MatmulRate
-from motley.plan.cost import training_flops_per_token
+from motley.plan.network.flops import training_flops_per_token
 from motley.train.config import PretrainConfig
 
 

@@ -22,7 +22,7 @@ from thrift_sides import Llama, Recipe
 
 from motley.data.stream import TokenStream
 from motley.model import ModelConfig
-from motley.train.ngrams import DISCOUNT
+from motley.train.ngram_targets import DISCOUNT
 
 CPU = torch.device("cpu")
 SEQ_LEN = 32

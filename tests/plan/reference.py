@@ -11,10 +11,8 @@ from itertools import combinations, product
 import numpy as np
 
 from motley.fleet import Fleet, Pool
-from motley.plan.candidates import Member, members_of
-from motley.plan.job import Job
-from motley.plan.layout import RECOMPUTES, SCHEDULES, Layouts
-from motley.plan.memory import (
+from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Layouts
+from motley.plan.cost_model.memory import (
     FRAGMENTATION,
     buffer_bytes,
     in_flight,
@@ -23,9 +21,11 @@ from motley.plan.memory import (
     state_bytes,
     working_bytes,
 )
-from motley.plan.operators import VALUE_BYTES
-from motley.plan.partition import apportion
-from motley.plan.step import Held, bubble_seconds, exchange_seconds, items, tied_seconds, update_seconds
+from motley.plan.cost_model.operators import VALUE_BYTES
+from motley.plan.cost_model.step_time import Held, bubble_seconds, exchange_seconds, items, tied_seconds, update_seconds
+from motley.plan.search.candidates import Member, members_of
+from motley.plan.search.pool_packing import apportion
+from motley.plan.workload import Job
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import pytest
 from motley.errors import InputError
 from motley.model import SIZES
 from motley.plan.command import DescribeConfig, describe
-from motley.plan.describe import describe_model
-from motley.plan.known import find_shape
-from motley.plan.shape import deepseek
+from motley.plan.network.describe import describe_model
+from motley.plan.network.registry import find_shape
+from motley.plan.network.spec import deepseek
 
 
 @pytest.mark.parametrize(

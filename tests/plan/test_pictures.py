@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from motley.plan.command import PlanConfig, plan
-from motley.plan.picture import plan_page
-from motley.plan.step_picture import detail_caption, phases
+from motley.plan.report.html import plan_page
+from motley.plan.report.step_html import detail_caption, phases
 
 FLEETS = Path(__file__).parents[2] / "examples" / "fleets"
 

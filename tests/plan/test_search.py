@@ -13,16 +13,16 @@ from reference import Pipeline, every_pipeline, least, line, random_plan_seconds
 from motley.errors import InputError
 from motley.fleet import Fleet, Pool, find_chip, load_fleet, parse_fleet
 from motley.model import SIZES
-from motley.plan.candidates import SMALL_TEAM
-from motley.plan.job import Job
-from motley.plan.known import find_shape
-from motley.plan.objective import best_plan
-from motley.plan.options import Options
-from motley.plan.outcome import compared, spelled_out
-from motley.plan.partition import apportion, dealt
-from motley.plan.search import Searcher
-from motley.plan.shape import Shape, deepseek
-from motley.plan.team import options_of
+from motley.plan.network.registry import find_shape
+from motley.plan.network.spec import Shape, deepseek
+from motley.plan.report.plan_file import compared, spelled_out
+from motley.plan.search.candidates import SMALL_TEAM
+from motley.plan.search.group_options import options_of
+from motley.plan.search.objective import best_plan
+from motley.plan.search.pool_packing import apportion, dealt
+from motley.plan.search.search import Searcher
+from motley.plan.search.step_lines import Options
+from motley.plan.workload import Job
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "fleets"
 FEW_MICRO_BATCHES = (1, 2)
@@ -78,7 +78,7 @@ def best_step_by_enumeration(fleet: Fleet, job: Job, monkey: pytest.MonkeyPatch)
 def test_on_small_fleets_the_plan_is_the_optimum_of_the_cost_model(
     fleet: Fleet, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("motley.plan.candidates.MICRO_BATCH", FEW_MICRO_BATCHES)
+    monkeypatch.setattr("motley.plan.search.candidates.MICRO_BATCH", FEW_MICRO_BATCHES)
     job = small_job(batch)
     found = Searcher(fleet, job).best()
     assert found is not None

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from motley.errors import InputError
-from motley.plan.replay_page import simulation_page
-from motley.plan.simulate import (
+from motley.plan.report.simulation_html import simulation_page
+from motley.plan.simulation.simulate import (
     LOSSES,
     Part,
     SimulateSettings,

@@ -8,7 +8,7 @@ import pytest
 
 from motley.errors import InputError
 from motley.train.config import FinetuneConfig, PretrainConfig, TrainingConfig
-from motley.train.schedule import check_stages
+from motley.train.lr_schedule import check_stages
 
 BAD: dict[str, list[Any]] = {
     "steps": [0, -1], "batch_rows": [0], "micro_batch": [0], "seq_len": [0], "valid_every": [0], "valid_rows": [0],

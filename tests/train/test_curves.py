@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from crews import on_crew
+from spawned_ranks import on_crew
 from test_gradients import random_model
 from test_layouts import DEEP, FEW, ROWS, Rows, settings
 
 from motley.model import experts
-from motley.train.crew import Crew
-from motley.train.layout import Layout, Team
+from motley.parallel.communicator import Crew
+from motley.parallel.layout import Layout, Team
+from motley.parallel.rank import Worker
 from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
-from motley.train.worker import Worker
 
 STEPS = 200
 LEARNING_RATE = 5e-4

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from motley.model import native
-from motley.train.guard import PATIENCE, WINDOW, Guard
+from motley.train.loss_spike import PATIENCE, WINDOW, Guard
+from motley.train.lr_schedule import factor
 from motley.train.optimizer import MOMENTS, Optimizer, as_matrices, by_muon, learning, orthogonalize
-from motley.train.schedule import factor
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:

@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from motley.data.pack import DataConfig, prepare
-from motley.train.state import checkpoints
+from motley.train.checkpoint import checkpoints
 
 STEPS = 30
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

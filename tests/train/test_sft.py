@@ -20,10 +20,10 @@ from motley.infer.opening import open_engine
 from motley.infer.sampler import SamplingParams
 from motley.model import SIZES, Transformer, load, save
 from motley.train.config import FinetuneConfig
-from motley.train.finetune import finetune
 from motley.train.metrics import read_metrics
+from motley.train.sft import finetune
 from motley.train.step import LossWeights, accumulate
-from motley.train.validate import loss_of, validate
+from motley.train.validation import loss_of, validate
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 CONVERSATIONS = [

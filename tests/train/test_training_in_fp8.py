@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from crews import on_crew
+from spawned_ranks import on_crew
 from test_layouts import DEEP, ROWS, Rows, random_layout
-from test_precision import SMOOTH, Case, distances, employed, few, for_groups  # noqa: F401  (a fixture)
+from test_mixed_precision import SMOOTH, Case, distances, employed, few, for_groups  # noqa: F401  (a fixture)
 
 from motley.errors import InputError
 from motley.fleet.device import Format
 from motley.model import fp8
-from motley.train import precision
-from motley.train.crew import Crew
-from motley.train.layout import Layout, Team, side_by_side
-from motley.train.precision import number_formats
-from motley.train.run import Run
+from motley.parallel.communicator import Crew
+from motley.parallel.layout import Layout, Team, side_by_side
+from motley.train import mixed_precision as precision
+from motley.train.mixed_precision import number_formats
+from motley.train.run_folder import Run
 
 
 @pytest.mark.slow(5)

@@ -18,8 +18,8 @@ from motley.fleet.device import choose_device
 from motley.infer.opening import open_engine
 from motley.model import load
 from motley.model.find import find_model
-from motley.train.checks import check_data
-from motley.train.run import trained_within_documents
+from motley.train.input_checks import check_data
+from motley.train.run_folder import trained_within_documents
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from motley.evaluate.crew import MOST_ROWS, ROW, SEEN, rows_of, telling, wait_box
 from motley.evaluate.curves import Stage
+from motley.evaluate.ranks import MOST_ROWS, ROW, SEEN, rows_of, telling, wait_box
 from motley.fleet.picture import pool_colour
 from motley.fleet.units import size_text
 from motley.page import Html, element, figure, in_count, in_time
-from motley.plan.show import seconds_text
-from motley.plan.step_picture import BOX
+from motley.parallel.telemetry.step_timer import Span
+from motley.plan.report.step_html import BOX
+from motley.plan.report.text import seconds_text
 from motley.svg import LEFT, WIDTH, Axes, fits, legend, line, rect, svg, text
-from motley.train.stopwatch import Span
 
 CAPTION = (
     "boxes: inner steps, and how many; what a worker did within them is told above. Hatched: waiting at a meeting, and "

@@ -14,9 +14,9 @@ from typing import Any
 
 from motley.errors import InputError
 from motley.evaluate.charts import interval_chart
-from motley.evaluate.crew import crew_section
 from motley.evaluate.curves import Stage, stage_section
 from motley.evaluate.islands import islands_section
+from motley.evaluate.ranks import crew_section
 from motley.files import read_json, write_text
 from motley.fleet import Machine, describe
 from motley.model import ModelConfig

@@ -6,7 +6,7 @@ from typing import Any
 from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.model import Transformer
-from motley.train.validate import loss_of, validate
+from motley.train.validation import loss_of, validate
 
 SEQ_LEN = 512
 

@@ -1,6 +1,6 @@
 """What a model costs before it is trained: parameters, FLOPs, bytes."""
 
-from motley.plan.cost import (
+from motley.plan.network.flops import (
     Part,
     active_parameters,
     forward_flops_per_token,

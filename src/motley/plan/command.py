@@ -10,20 +10,20 @@ import tyro
 from motley.errors import InputError
 from motley.files import read_json, write_text
 from motley.fleet.inventory import load_fleet
-from motley.plan.describe import describe_model
-from motley.plan.engine import ALIASES, ENGINES
-from motley.plan.evaluate import evaluate_cases
-from motley.plan.job import Job, default_batch
-from motley.plan.known import find_shape
-from motley.plan.loss import expected_loss, load_laws
-from motley.plan.objective import Objective, best_plan
-from motley.plan.outcome import compared, spelled_out
-from motley.plan.picture import write_plan
-from motley.plan.replay_page import simulation_page
-from motley.plan.search import Searcher
-from motley.plan.shape import Shape
-from motley.plan.show import describe_text, evaluate_text, plan_text, simulate_text
-from motley.plan.simulate import SimulateSettings, simulate_plan
+from motley.plan.cost_model.framework import ALIASES, ENGINES
+from motley.plan.network.describe import describe_model
+from motley.plan.network.registry import find_shape
+from motley.plan.network.spec import Shape
+from motley.plan.report.html import write_plan
+from motley.plan.report.plan_file import compared, spelled_out
+from motley.plan.report.simulation_html import simulation_page
+from motley.plan.report.text import describe_text, evaluate_text, plan_text, simulate_text
+from motley.plan.scaling_law import expected_loss, load_laws
+from motley.plan.search.objective import Objective, best_plan
+from motley.plan.search.search import Searcher
+from motley.plan.simulation.simulate import SimulateSettings, simulate_plan
+from motley.plan.validation.accuracy import evaluate_cases
+from motley.plan.workload import Job, default_batch
 from motley.progress import Progress, note
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from motley.errors import InputError
 from motley.files import read_json
 from motley.infer.engine import Engine
-from motley.plan.cost import active_parameters, parameters
+from motley.plan.network.flops import active_parameters, parameters
 
 
 class Defaults(BaseModel):

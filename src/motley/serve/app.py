@@ -32,7 +32,7 @@ from motley.infer.engine import Engine
 from motley.infer.opening import open_engine
 from motley.model.find import find_model
 from motley.serve.about import read_about
-from motley.serve.guard import Guard, is_loopback
+from motley.serve.middleware import Guard, is_loopback
 from motley.serve.openai import (
     ALIASES,
     ChatRequest,

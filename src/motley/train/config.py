@@ -8,16 +8,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from motley.emulation.cpu_throttle import Way
+from motley.emulation.roles import LinksBy
 from motley.errors import InputError
 from motley.fleet.device import Precision
-from motley.train.balance import SLOWEST, ByLength
-from motley.train.cast import LinksBy
-from motley.train.crew import PATIENCE_SECONDS
-from motley.train.handicap import Way
-from motley.train.layout import Zero
+from motley.parallel.communicator import PATIENCE_SECONDS
+from motley.parallel.diloco.quantize import Bits
+from motley.parallel.layout import Zero
+from motley.train.expert_balance import SLOWEST, ByLength
+from motley.train.lr_schedule import Schedule, sequence_length, stages_of
 from motley.train.optimizer import Moments, OptimizerName
-from motley.train.schedule import Schedule, sequence_length, stages_of
-from motley.train.wire import Bits
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from motley.data.stream import NO_LOSS
 from motley.model import native
 from motley.model.bounds import check_tokens
 from motley.model.products import product, wide
-from motley.train.ngrams import ORDERS, Expected
+from motley.train.ngram_targets import ORDERS, Expected
 
 GROUP_LOGITS = 4 << 20  # logits held at once
 CHUNK = 256  # positions; their logits stay in the cache of a core at the vocabularies of small models

@@ -14,17 +14,17 @@ from motley.files import read_json
 from motley.fleet.probe import Machine
 from motley.model import SIZES, ModelConfig, Transformer, load
 from motley.model.find import find_model
-from motley.plan.known import trainable
+from motley.parallel.build import as_planned, plan_of
+from motley.parallel.carry_out import carry_out, with_crew
+from motley.parallel.communicator import Crew
+from motley.parallel.elastic.agent import Memory
+from motley.parallel.own_inputs import own_data, own_model, prepared_folder
+from motley.plan.network.registry import trainable
 from motley.progress import note
-from motley.train.carry_out import carry_out, with_crew
-from motley.train.checks import check_data, check_length
 from motley.train.config import PretrainConfig
-from motley.train.crew import Crew
-from motley.train.elastic import Memory
-from motley.train.own import own_data, own_model, prepared_folder
-from motley.train.run import Run, as_begun, kept_speed, open_run
-from motley.train.schedule import check_stages
-from motley.train.start import as_planned, plan_of
+from motley.train.input_checks import check_data, check_length
+from motley.train.lr_schedule import check_stages
+from motley.train.run_folder import Run, as_begun, kept_speed, open_run
 
 
 def new_model_config(name: str, tokenizer: Tokenizer) -> ModelConfig:

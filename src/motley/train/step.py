@@ -21,7 +21,7 @@ from motley.data.stream import Batch
 from motley.model import Transformer
 from motley.model.moe import Routing
 from motley.train.loss import blended_cross_entropy, summed_cross_entropy
-from motley.train.ngrams import Hints
+from motley.train.ngram_targets import Hints
 
 
 @dataclass(frozen=True)

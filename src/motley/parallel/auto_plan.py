@@ -1,0 +1,209 @@
+"""A plan for a crew that was given none, where the model does not fit every worker whole: made from a probe.
+
+every worker    measures what its chip multiplies, pairs of workers what their links carry
+worker 0        pools of like workers ──▶ fleet.yaml ──▶ plan.json, both in the run folder, to look at and to keep
+every worker    takes a seat that the plan has for a chip of its pool
+"""
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from motley.errors import InputError
+from motley.files import write_text
+from motley.fleet.device import Format
+from motley.fleet.inventory import Emulated, parse_fleet
+from motley.fleet.links import Links, links_between
+from motley.fleet.probe import Machine, most_seconds, probe
+from motley.fleet.units import rate_text
+from motley.fleet.write import fleet_text
+from motley.launch.torchrun import ranks_of_pools
+from motley.model import ModelConfig
+from motley.parallel.communicator import PREPARING_SECONDS, Crew
+from motley.parallel.layout import IslandLayout, islands_of_plan, side_by_side
+from motley.parallel.zero.partition import NUMBER_BYTES, held_bytes
+from motley.plan.network.spec import deepseek
+from motley.plan.report.html import write_plan
+from motley.plan.report.plan_file import compared, spelled_out
+from motley.plan.search.search import Searcher
+from motley.plan.workload import Job
+from motley.progress import note
+from motley.train.config import TrainingConfig
+
+PROBE_SECONDS = 4.0
+MOST_POOLS = 12  # with each more the search takes twice as long
+FLEET_FILE, PLAN_FILE = "fleet.yaml", "plan.json"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one worker says of itself.
+
+    Attributes:
+        host: where it runs.
+        machine: what it measured.
+        memory: bytes that it may hold.
+        precision: what it will compute in.
+        emulated: what it pretends to be.
+    """
+
+    host: str
+    machine: Machine
+    memory: float
+    precision: Format
+    emulated: Emulated
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Workers alike in this, and with as many like them on their host, are chips of one pool."""
+        pretended = (self.emulated.speed, self.emulated.link.bandwidth, self.emulated.link.latency)
+        return (
+            self.machine.device,
+            self.machine.name,
+            self.machine.chip,
+            round(self.memory / 1e6),
+            self.precision,
+            *pretended,
+        )
+
+
+def may_be_planned(config: TrainingConfig) -> bool:
+    """Whether settings beside a plan leave it open who holds what."""
+    return config.islands == "1" and not config.live
+
+
+def planned_from_probe(
+    config: TrainingConfig,
+    shape: ModelConfig,
+    crew: Crew,
+    folder: Path,
+    memory: float,
+    precision: Format,
+    emulated: Emulated,
+    why: InputError,
+) -> tuple[Path, list[IslandLayout]]:
+    """(the plan's file, the layout that it asks for). Every worker calls this.
+
+    Args:
+        config: settings of the stage.
+        shape: of the model.
+        crew: all workers.
+        folder: of the run, for the files.
+        memory: bytes that this worker may hold.
+        precision: what this worker computes in.
+        emulated: what this worker pretends to be.
+        why: what is wrong without a plan.
+
+    Raises InputError where no plan fits these workers, or the best leaves some of them without work.
+    """
+    short = str(why).partition(";")[0]
+    if crew.leads:
+        note(f"{short}; so a plan is made from a probe of these workers")
+    machine = probe(PROBE_SECONDS, crew.device, grid=True, shown=crew.leads)
+    own = Chip(socket.gethostname(), machine, memory, precision, emulated)
+    with crew.waiting(max(crew.patience, PREPARING_SECONDS) + most_seconds(PROBE_SECONDS)):
+        chips: list[Chip] = crew.all_values(own)
+        hosts = [chip.host for chip in chips]
+        # Messages between two workers go by way of the host, in training too.
+        links = crew.talk("measuring links", lambda: links_between(hosts, torch.device("cpu")))
+
+    def make() -> dict[str, Any]:
+        if len(pools_of(chips)) > MOST_POOLS:
+            raise InputError(
+                f"{short}; workers of {len(pools_of(chips))} kinds are too many to plan for at a start: write a fleet "
+                "file of them (`motley fleet probe` under torchrun) and give its plan as --plan"
+            )
+        text = fleet_of(chips, links)
+        tokens = config.steps * config.batch_rows * config.seq_len
+        kept = held_bytes(
+            shape, side_by_side(1, shape.num_hidden_layers, 1), 0, config.optimizer, moments=config.moments
+        )
+        each = kept.optimizer / (kept.weights / NUMBER_BYTES)
+        job = Job(deepseek(shape, "model"), tokens, config.seq_len, config.batch_rows, optimizer_bytes=each)
+        searcher = Searcher(parse_fleet(text, "these workers"), job, all_chips=True)
+        found = searcher.best()
+        if found is None:
+            raise InputError(f"{short}; no plan fits either: {searcher.refusal()}")
+        plan: dict[str, Any] = {**spelled_out(found), "objective": "time", **compared(searcher, found)}
+        if found.chips < crew.size:  # so few rows that some worker gets none
+            raise InputError(
+                f"{short}; the best plan has work for {found.chips} of {crew.size} workers only, so give more "
+                "--batch-rows, or start fewer"
+            )
+        write_text(folder / FLEET_FILE, text)
+        write_plan(folder / PLAN_FILE, plan)
+        return plan
+
+    plan = crew.led(make)
+    if crew.leads:
+        said = "; ".join(
+            f"{' then '.join(stage['pool'] for stage in team['stages'])} take {team['sequences']} rows"
+            for team in plan["teams"]
+        )
+        note(f"the plan, {folder / PLAN_FILE}: {said}; about {plan['step_seconds']:.3g} s a step")
+    return folder / PLAN_FILE, seated(islands_of_plan(plan, shape), seats(plan, chips))
+
+
+def pools_of(chips: Sequence[Chip]) -> dict[str, list[int]]:
+    """Workers of each pool, one node after another, by the pool's name."""
+    nodes: dict[tuple[Any, ...], list[int]] = {}
+    for rank, chip in enumerate(chips):
+        nodes.setdefault((chip.host, chip.kind), []).append(rank)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for (_, kind), ranks in nodes.items():
+        alike.setdefault((kind, len(ranks)), []).extend(ranks)
+    return {f"pool{number}": ranks for number, ranks in enumerate(alike.values())}
+
+
+def fleet_of(chips: Sequence[Chip], links: Links) -> str:
+    """The fleet file of these workers; nodes, and pools, are joined as slowly as any two hosts are."""
+    pools, everyone = [], range(len(chips))
+    across = links.slowest(everyone, same_host=False) or links.slowest(everyone, same_host=True)
+    for name, ranks in pools_of(chips).items():
+        first = chips[ranks[0]]
+        (pool,) = yaml.safe_load(fleet_text([first.machine]))["pools"]
+        nodes = len({chips[rank].host for rank in ranks})
+        # What a chip only pretends to compute in, it computes through fp32.
+        precision = first.precision if first.precision in pool["measured"]["matmul"] else "fp32"
+        pool |= {"name": name, "nodes": nodes, "chips_per_node": len(ranks) // nodes, "precision": precision}
+        pool["measured"]["memory"] = f"{first.memory / 1e6:f} MB"
+        if inside := links.slowest(ranks, same_host=True) or links.slowest(everyone, same_host=True):
+            pool["link_inside"] = rate_text(inside[0])
+        pretended = first.emulated.link
+        rate, latency = pretended.bandwidth and pretended.bandwidth * (len(ranks) // nodes), pretended.latency
+        if across:
+            rate, latency = rate or across[0], latency or across[1]
+        if rate:
+            pool["link_outside"] = rate_text(rate)
+        if latency:
+            pool["latency_outside"] = f"{1e6 * latency:f} us"
+        if first.emulated.speed < 1:
+            pool["emulated"] = {"speed": first.emulated.speed}
+        pools.append(pool)
+    return yaml.safe_dump({"name": f"{len(chips)} workers", "pools": pools}, sort_keys=False)
+
+
+def seats(plan: Mapping[str, Any], chips: Sequence[Chip]) -> list[int]:
+    """The worker that takes each seat of the plan, seats in the order of `from_plan`."""
+    taken: dict[int, int] = {}
+    workers = pools_of(chips)
+    for pool, places in ranks_of_pools(plan).items():
+        taken |= dict(zip(places, workers[pool], strict=True))
+    return [taken[place] for place in range(len(chips))]
+
+
+def seated(islands: Sequence[IslandLayout], workers: Sequence[int]) -> list[IslandLayout]:
+    """The one island of a plan with `workers` on its seats, instead of the worker of each seat's number."""
+    (island,) = islands
+    layout = island.layout
+    teams = tuple(
+        replace(team, lanes=tuple(tuple(workers[seat] for seat in lane) for lane in team.lanes))
+        for team in layout.teams
+    )
+    memory = tuple(layout.memory[workers.index(rank)] for rank in range(len(layout.memory)))
+    return [replace(island, layout=replace(layout, teams=teams, memory=memory))]

@@ -1,0 +1,83 @@
+"""What pretraining and fine-tuning share: the crew that the settings ask for, and the run from its start to its end."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from motley.data.stream import TokenStream
+from motley.data.tokenizer import Tokenizer
+from motley.fleet.probe import Machine
+from motley.model import ModelConfig, Transformer
+from motley.parallel.build import employ, meet
+from motley.parallel.communicator import Crew
+from motley.parallel.elastic.agent import Memory, Own, Result, live
+from motley.progress import note
+from motley.train.allocator import keep_freed_memory
+from motley.train.config import TrainingConfig
+from motley.train.ngram_targets import counts_of
+from motley.train.run_folder import Run, claimed
+from motley.train.trainer import train
+
+
+def with_crew(config: TrainingConfig, own: Own, work: Callable[[Crew, Memory], Result]) -> Result:
+    """`work` of this process with the others of its job, the run folder held meanwhile.
+
+    own: what this worker's own --data and --model come to, beside the prepared data in use.
+    """
+    if config.live:
+        return live(config, own, work)
+    crew = meet(config)
+    try:
+        with ExitStack() as held:
+            crew.led(lambda: held.enter_context(claimed(config.out)))
+            return work(crew, Memory(own))
+    finally:
+        crew.leave()
+
+
+def carry_out(
+    config: TrainingConfig,
+    shape: ModelConfig,
+    crew: Crew,
+    memory: Memory,
+    run: Run,
+    data: Path,
+    machine: Machine | None,
+    weights: Callable[[torch.device], Transformer],
+    tokenizer: Tokenizer,
+    title: str,
+) -> dict[str, Any] | None:
+    """Train to the end and write down what the run amounts to, which worker 0 returns; None elsewhere.
+
+    Args:
+        config: settings of the stage.
+        shape: of the model.
+        crew: all workers.
+        memory: what this worker keeps from crew to crew.
+        run: the opened run folder.
+        data: the prepared data.
+        machine: what was measured before, if anything.
+        weights: makes the whole model on a device, where the crew has no state to go on from.
+        tokenizer: of the model.
+        title: of the progress bar.
+    """
+    goes_on = memory.serves(crew)
+    if not goes_on and not crew.alone:  # who joined a crew at work was compared with it at the door
+        crew.agree(memory.own(config, data))
+    keep_freed_memory()
+    island = employ(config, shape, crew, run, data, machine, None if goes_on else weights)
+    rows = TokenStream(data, "train", config.seq_len, config.seed)
+    if config.hint_weight():
+        if crew.leads and memory.ngrams is None:
+            note("counting how often what follows two tokens in the text")
+        if island.worker.place.last:
+            memory.ngrams = memory.ngrams or counts_of(rows, shape.vocab_size, crew.device)
+            island.worker.take_hints(memory.ngrams)
+    held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
+    at = train(island, memory.course(island, data), rows, held_out, tokenizer, title)
+    result = crew.led(lambda: run.finish(asdict(at)))
+    return result if crew.leads else None

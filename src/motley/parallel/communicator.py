@@ -1,0 +1,378 @@
+"""The workers of a training job, and the few ways in which they talk.
+
+    torchrun --nproc-per-node 4 -m motley pretrain ...        every worker runs the same command
+
+      worker 0   1   2   3        each knows its rank; all sums and messages go through `Crew`
+         └───┴───┴───┘            a worker that is gone ends the job with a sentence, never with a hang
+
+A process that was started without torchrun is a crew of one, for which every sum is what it already has. Some workers
+of a crew can be a crew of their own (`part`): they are numbered from 0 again, and nothing they say leaves them.
+"""
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, ClassVar, Self
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from motley.emulation.link_delay import Links
+from motley.errors import CrewError, InputError
+from motley.parallel.telemetry.step_timer import Stopwatch
+
+PATIENCE_SECONDS = 300.0
+"""How long a worker waits for a silent one before it says so and ends. One that died is noticed at once."""
+PREPARING_SECONDS = 1800.0
+"""The same where worker 0 speaks for all: it may be preparing data or writing a checkpoint."""
+LAST_LOOK_SECONDS = 2.0
+"""How long one that lost the others looks for who is gone."""
+OTHERS = "the others"
+"""Those who are lost, where it cannot be seen who."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """This worker among all, or among those of a part.
+
+    Attributes:
+        rank: its number, from 0.
+        size: how many there are.
+        device: what it computes on.
+        groups: process groups made so far, by their workers' numbers among all.
+        watch: what this worker does with its time; all messages are waits.
+        patience: seconds to wait for a silent worker.
+        processes: (host, process id) of each worker, where they are known.
+        members: of a part, its workers' numbers among all.
+        whole: the crew that a part belongs to.
+        links: slow cables between the workers, where some are pretended.
+        by_host: whether sums travel through the host's memory, as CPUs and GPUs together need it, and workers that
+            share a GPU. Messages between two workers always do: over NCCL those that cross could block each other.
+        launcher: process id of the torchrun that started this worker, if one did.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    groups: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False)
+    watch: Stopwatch = field(default_factory=Stopwatch, compare=False)
+    patience: float = PATIENCE_SECONDS
+    processes: tuple[tuple[str, int], ...] = ()
+    members: tuple[int, ...] = ()
+    whole: "Crew | None" = None
+    links: Links | None = field(default=None, compare=False)
+    by_host: bool = False
+    launcher: int | None = field(default=None, compare=False)
+    advice: ClassVar[str] = "; start the job again, it goes on from its newest checkpoint"
+    """To those who lost somebody."""
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker writes files and talks to people."""
+        return self.rank == 0
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the torchrun that would start these workers again is gone; the system gave them another parent."""
+        return self.launcher is not None and self.launcher != os.getppid()
+
+    def part(self, parts: Sequence[Sequence[int]]) -> "Crew":
+        """The crew of this worker's part, of `parts` that share all workers out; every worker calls this alike."""
+        self.form(parts)
+        own = tuple(next(part for part in parts if self.rank in part))
+        links = self.links and self.links.among(own)
+        processes = tuple(self.processes[rank] for rank in own) if self.processes else ()
+        place = own.index(self.rank)
+        return Crew(
+            place, len(own), self.device, self.groups, self.watch, self.patience, processes, own, self, links,
+            self.by_host,
+        )  # fmt: skip
+
+    def form(self, groups: Iterable[Sequence[int]]) -> None:
+        """Make process groups of these ranks; every worker calls this with the same groups.
+
+        Groups are made by all workers in one order, whoever is in them; so all parts of a crew call this together.
+        """
+        wanted = {tuple(sorted(map(self.among_all, ranks))) for ranks in groups if 1 < len(ranks) < self.size}
+        if self.whole is not None:
+            wanted = set[tuple[int, ...]]().union(*self.whole.all_values(wanted))
+        for ranks in sorted(wanted):
+            if ranks not in self.groups:
+                self.groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=self.patience))
+
+    def among_all(self, rank: int) -> int:
+        """The number of one of these workers among all, which torch.distributed goes by."""
+        return self.members[rank] if self.members else rank
+
+    def group(self, ranks: Sequence[int] | None = None) -> Any:
+        """The process group of these ranks (made by `form`); None: all of these workers."""
+        if ranks is None or len(ranks) == self.size:
+            return None if self.whole is None else self.whole.group(self.members)
+        return self.groups[tuple(sorted(map(self.among_all, ranks)))]
+
+    def sum(self, values: Tensor, ranks: Sequence[int] | None = None) -> Tensor:
+        """`values`, in place, added up over the workers `ranks` (default: all)."""
+        if not self.alone and (ranks is None or len(ranks) > 1):
+            travelling = self.posted(values)
+            self.talk("adding up", lambda: dist.all_reduce(travelling, group=self.group(ranks)), ranks or ())
+            if travelling is not values:
+                values.copy_(travelling)
+            self.watch.summed(values.nbytes, len(ranks or range(self.size)))
+            self.crossed("adding up", [(ranks, None, values.nbytes)])
+        return values
+
+    def posted(self, tensor: Tensor) -> Tensor:
+        """What travels of a tensor that takes part in a sum: itself, or a copy in the host's memory."""
+        return tensor.cpu() if self.by_host else tensor
+
+    def outgoing(self, tensor: Tensor) -> Tensor:
+        """Where messages leave from: the device of a crew, or wherever the tensor is when there is nobody to tell."""
+        return tensor if self.alone else tensor.to(self.device)
+
+    def everyone(self, values: Sequence[float]) -> list[list[float]]:
+        """Each worker's `values`, in the order of ranks."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        if self.alone:
+            return [mine.tolist()]
+        mine = mine if self.by_host else mine.to(self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        self.talk("sharing numbers", lambda: dist.all_gather(rows, mine, group=self.group()))
+        self.watch.moved((self.size - 1) * mine.nbytes, (self.size - 1) * mine.nbytes)
+        self.crossed("sharing numbers", [(None, None, mine.nbytes)])
+        return [row.tolist() for row in rows]
+
+    def share(self, value: Any, source: int = 0) -> Any:
+        """What worker `source` has, on all: any picklable value of our own making."""
+        if self.alone:
+            return value
+        box = [value]
+        with self.waiting(max(self.patience, PREPARING_SECONDS)):
+            self.talk("sharing settings", lambda: dist.broadcast_object_list(box, self.among_all(source), self.group()))
+        self.crossed("sharing settings", [(None, source, 0)])
+        return box[0]
+
+    def acquainted(self) -> Self:
+        """This crew, knowing the process of each worker, and waiting no longer than its patience from now on."""
+        processes = tuple(self.all_values((socket.gethostname(), os.getpid())))
+        assert dist.group.WORLD is not None
+        dist.group.WORLD.set_timeout(timedelta(seconds=self.patience))
+        return replace(self, processes=processes)
+
+    def led(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns at worker 0, on all. An error there is raised everywhere: nobody waits in vain."""
+        result, failure, cause = None, None, None
+        if self.leads:
+            try:
+                result = work()
+            except Exception as error:
+                failure, cause = (type(error) is InputError, str(error)), error
+        result, failure = self.share((result, failure))
+        if failure is None:
+            return result
+        if cause is not None:
+            raise cause
+        raise InputError(failure[1]) if failure[0] else CrewError(f"worker 0 failed: {failure[1]}")
+
+    def all_values(self, value: Any) -> list[Any]:
+        """Each worker's `value`, in the order of ranks: any picklable value of our own making."""
+        gathered: list[Any] = [value] * self.size
+        if not self.alone:
+            self.talk("gathering values", lambda: dist.all_gather_object(gathered, value, self.group()))
+            self.crossed("gathering values", [(None, None, 0)])
+        return gathered
+
+    def begin_to_send(self, tensor: Tensor, to: int) -> list[tuple[Any, Tensor]]:
+        """(what can be waited for, the tensor until then) of each message under way; the receiver calls `receive`."""
+        messages, there = [tensor.contiguous().cpu()], self.among_all(to)
+        if self.links is not None and self.links.crosses(to):
+            arrival = self.links.arrival(to, tensor.nbytes)
+            messages.insert(0, torch.tensor([arrival], dtype=torch.float64))
+        self.watch.moved(tensor.nbytes, 0)
+        return [(self.talk(f"sending to worker {to}", lambda m=m: dist.isend(m, dst=there), [to]), m) for m in messages]
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        for work, _ in self.begin_to_send(tensor, to):
+            self.talk(f"sending to worker {to}", work.wait, [to])
+
+    def receive(self, tensor: Tensor, source: int, seconds: float = PREPARING_SECONDS) -> Tensor:
+        """Fill `tensor` with what worker `source` sends, for which this one waits at most so many seconds.
+
+        The time limits of groups do not hold between two workers.
+        """
+        here = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
+
+        def take(tensor: Tensor, there: int) -> None:
+            work = dist.irecv(tensor, src=there)
+            assert work is not None
+            work.wait(timedelta(seconds=seconds))
+
+        def message() -> None:
+            arrival, there = torch.zeros(1, dtype=torch.float64), self.among_all(source)
+            if self.links is not None and self.links.crosses(source):
+                take(arrival, there)
+            take(here, there)
+            time.sleep(max(0.0, float(arrival) - time.monotonic()))
+
+        self.talk(f"waiting for worker {source}", message, [source])
+        if here is not tensor:
+            tensor.copy_(here)
+        self.watch.moved(0, tensor.nbytes)
+        return tensor
+
+    def crossed(self, doing: str, messages: Iterable[tuple[Sequence[int] | None, int | None, int]]) -> None:
+        """After collectives that ran at once: wait as long as pretended cables take for them.
+
+        Args:
+            doing: as in `talk`.
+            messages: of each the workers (None: all), the one that alone sends or receives (None: all do), bytes.
+        """
+        if (links := self.links) is not None:
+            whole = [(ranks or range(self.size), root, size) for ranks, root, size in messages]
+            self.talk(doing, lambda: links.collectives(whole))
+
+    def stopping(self, asked: bool) -> bool:
+        """Whether any worker was asked to stop; all of them then do."""
+        return bool(self.sum(self.outgoing(torch.tensor(int(asked)))))
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raises InputError, on every worker, naming the first worker and fact that differ from worker 0's."""
+        gathered = self.all_values(facts)
+        for rank, theirs in enumerate(gathered):
+            compare(f"worker {rank}", theirs, "worker 0", gathered[0])
+
+    def talk(self, doing: str, message: Callable[[], Any], whom: Sequence[int] = ()) -> Any:
+        """Send or receive; a dead or silent peer becomes a CrewError that says what was going on.
+
+        Args:
+            doing: for people, and for the stopwatch.
+            message: sends, receives or waits.
+            whom: workers it may have to wait for; empty: all.
+        """
+        try:
+            with self.watch.waiting(doing, whom):
+                return message()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch.distributed raises nothing finer
+            first = str(error).strip().splitlines()[0][:200]
+        # Raised out here, where the first error is gone: its frames hold messages, which hold connections open.
+        raise CrewError(f"worker {self.rank} lost {self._lost()} while {doing}: {first}{self.advice}")
+
+    @contextmanager
+    def waiting(self, seconds: float, ranks: Sequence[int] | None = None) -> Iterator[None]:
+        """Inside, wait so long for messages among these workers (None: all) instead of `patience`."""
+        group: Any = self.group(ranks) or dist.group.WORLD
+        if group is None:  # nobody to wait for
+            yield
+            return
+        group.set_timeout(timedelta(seconds=seconds))
+        yield
+        group.set_timeout(timedelta(seconds=self.patience))
+
+    def _lost(self) -> str:
+        """Who is gone, where that can be seen: processes of this machine."""
+        host, deadline = socket.gethostname(), time.monotonic() + LAST_LOOK_SECONDS
+        here = {rank: pid for rank, (where, pid) in enumerate(self.processes) if where == host and rank != self.rank}
+        while True:
+            states = {rank: _state(pid) for rank, pid in here.items()}
+            found = [f"worker {rank}, whose process {here[rank]} {state}," for rank, state in states.items() if state]
+            if found or not here or time.monotonic() > deadline:
+                return " and ".join(found) or OTHERS
+            time.sleep(0.05)  # a process that was killed a moment ago may still look alive
+
+    def leave(self) -> None:
+        """End talking; the process may exit afterwards."""
+        if not self.alone and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def compare(one: str, facts: Mapping[str, Any], other: str, expected: Mapping[str, Any]) -> None:
+    """Raises InputError naming the first of the facts of `one` that differs from what `other` has."""
+    for name, value in expected.items():
+        if facts.get(name) != value:
+            raise InputError(
+                f"{one} has {name} {facts.get(name)}, {other} has {value}; "
+                "every worker needs the same code, data and settings, and with --live the same kind of processor; "
+                "without --live workers of any kind train together"
+            )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _state(pid: int) -> str | None:
+    """What is wrong with a process of this machine, in words."""
+    try:
+        status = psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return "is gone"
+    return {psutil.STATUS_ZOMBIE: "is gone", psutil.STATUS_STOPPED: "is stopped"}.get(status)
+
+
+def _fresh(store: Store, rank: int, size: int) -> Store:
+    """A part of `store` that nobody wrote to before: when torchrun starts workers again, it keeps the old addresses.
+
+    worker 0   start = its name                              start/all = all names that came
+    others     read start, start/RANK = own name             own name in start/all: yes, this is the new start
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", mine)
+        names = [store.get(f"{mine}/{other}").decode() for other in range(1, size)]
+        store.set(f"{mine}/all", " ".join(names))
+        return PrefixStore(mine, store)
+    deadline = time.monotonic() + PREPARING_SECONDS
+    while time.monotonic() < deadline:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", mine)
+        if store.check([f"{start}/all"]) and mine in store.get(f"{start}/all").decode().split():
+            return PrefixStore(start, store)
+        time.sleep(0.05)
+    raise CrewError(f"worker {rank} waited {PREPARING_SECONDS:.0f} s for worker 0 to begin; start the job again")
+
+
+def seat_of(device: torch.device) -> str:
+    """A device by its kind, and a GPU by its serial number: NCCL needs one of its own for each worker."""
+    return f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else device.type
+
+
+def join_crew(device: torch.device, patience: float = PATIENCE_SECONDS) -> Crew:
+    """Meet the other workers of this job, if torchrun (or anything that sets its variables) started one.
+
+    Args:
+        device: what this worker computes on.
+        patience: seconds to wait for a silent worker, once all have met.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Crew(device=device)
+    by_host = False
+    if not dist.is_initialized():
+        limit = timedelta(seconds=PREPARING_SECONDS)
+        store, rank, _ = next(rendezvous("env://", timeout=limit))
+        store = _fresh(store, rank, size)
+        store.set(f"device/{rank}", seat_of(device))
+        seats = [store.get(f"device/{other}").decode() for other in range(size)]
+        apart = len(set(seats)) == size and all(seat.startswith("cuda") for seat in seats)
+        backend, by_host = ("cpu:gloo,cuda:nccl", False) if apart else ("gloo", set(seats) != {"cpu"})
+        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    crew = Crew(dist.get_rank(), size, device, patience=patience, by_host=by_host, launcher=launcher)
+    return crew.acquainted()

@@ -1,0 +1,170 @@
+"""What every worker of several islands did in a round: a few numbers more in the message that ends it anyway.
+
+    worker 0   ▏     20 steps      ▕╱╱╱╱╱ for worker 2 ╱╱╱╱╱╱▏outer step▕╱╱╱▕   island 0, its leader
+    worker 1   ▏     20 steps      ▕╱╱╱╱╱ for worker 2 ╱╱╱╱╱╱╱╱╱╱╱╱╱╱╱╱╱▕╱╱╱▕   island 0
+    worker 2   ▏               10 steps                ▕╱ wire ╱▏ outer step ▕   island 1: it sent last
+               0 s                                                            end of the round
+
+Seconds count from the round's beginning, which is the same moment for all: islands leave the message in which they ask
+each other whether to stop together.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, fields
+
+from motley.parallel.telemetry.step_stats import Timing
+from motley.parallel.telemetry.step_timer import KINDS, OTHER, Span, Stopwatch, visible
+
+
+@dataclass
+class Crossing:
+    """A fragment, as one worker saw it; in seconds of the round.
+
+    Attributes:
+        left: its island had sent it.
+        came: the worker was there to take it in.
+        arrived: at a leader, what all islands sent was there; elsewhere as `taken`.
+        taken: the worker went on with its next step.
+    """
+
+    left: float = 0.0
+    came: float = 0.0
+    arrived: float = 0.0
+    taken: float = 0.0
+
+
+@dataclass
+class Doings:
+    """What one worker did in a round; as plain numbers it is part of a message.
+
+    Attributes:
+        lane: its number in its island.
+        tokens: in the rows of that lane.
+        sent, received: bytes.
+        memory: bytes.
+        loss_scale: at the round's end.
+        paused: seconds in which all wrote a checkpoint.
+        reached: seconds until the worker was ready for the round's last message.
+        seconds: of its steps, by kind (stopwatch.KINDS).
+        crossings: of each fragment.
+    """
+
+    lane: float = 0.0
+    tokens: float = 0.0
+    sent: float = 0.0
+    received: float = 0.0
+    memory: float = 0.0
+    loss_scale: float = 1.0
+    paused: float = 0.0
+    reached: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    crossings: list[Crossing] = field(default_factory=list)
+
+    def numbers(self) -> list[float]:
+        """As many for every worker, as all have the same fragments."""
+        plain = [getattr(self, name) for name in PLAIN]
+        return [*plain, *self.seconds.values(), *(number for one in self.crossings for number in astuple(one))]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> "Doings":
+        """The inverse of `numbers`."""
+        first, each = len(PLAIN) + len(KINDS), len(fields(Crossing))
+        plain = dict(zip(PLAIN, numbers, strict=False))
+        seconds: dict[str, float] = dict(zip(KINDS, numbers[len(PLAIN) : first], strict=True))
+        crossings = [Crossing(*numbers[start : start + each]) for start in range(first, len(numbers), each)]
+        return cls(**plain, seconds=seconds, crossings=crossings)
+
+
+PLAIN = [one.name for one in fields(Doings)][:-2]
+"""What is a number by itself."""
+
+
+class RoundWatch:
+    """Keeps this worker's `doings` while a round goes on.
+
+    Args:
+        watch: of its steps.
+        fragments: how many the islands exchange.
+    """
+
+    def __init__(self, watch: Stopwatch, fragments: int) -> None:
+        self._watch, self._began = watch, 0.0
+        self.doings = Doings(crossings=[Crossing() for _ in range(fragments)])
+
+    @property
+    def now(self) -> float:
+        """Seconds since the round began."""
+        return time.perf_counter() - self._began
+
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """A step has ended, of so many tokens in the worker's lane; it took `seconds` without a checkpoint."""
+        spent, doings = self._watch.stop(), self.doings
+        self._began = self._began or time.perf_counter() - spent
+        for kind in KINDS:
+            doings.seconds[kind] += self._watch.seconds[kind]
+        doings.paused += max(0.0, spent - seconds)
+        doings.tokens += tokens
+
+    def carried(self) -> None:
+        """Count the bytes of the step and of what the islands exchanged behind it, before the next one begins."""
+        self.doings.sent += self._watch.sent
+        self.doings.received += self._watch.received
+
+
+def timing_of(doings: Sequence[Doings], islands: Sequence[int], seq_len: int) -> Timing:
+    """The round in the form of a step: who worked, waited, sent and held how much.
+
+    Args:
+        doings: of each worker.
+        islands: their islands' numbers.
+        seq_len: tokens of a row.
+    """
+    length, seconds = max(one.reached for one in doings), []
+    for one in doings:
+        spent = dict(one.seconds)
+        # The last message is a wait too, which nobody can measure before it: who is done early waits for the last.
+        spent["meeting"] += sum(way.arrived - way.came for way in one.crossings) + length - one.reached
+        spent[OTHER] += length - sum(spent.values())
+        seconds.append(spent)
+    lanes = {(island, one.lane): one.tokens for island, one in zip(islands, doings, strict=True)}
+    whole = max(1.0, sum(lanes.values()))
+    return Timing(
+        [round(tokens / seq_len) for _, tokens in sorted(lanes.items())], length, seconds,
+        [round(one.tokens) for one in doings], [one.tokens / whole for one in doings],
+        [one.sent for one in doings], [one.received for one in doings], [one.memory for one in doings],
+    )  # fmt: skip
+
+
+def spans_of(
+    doings: Sequence[Doings], islands: Sequence[int], leaders: Sequence[int], arrivals: Sequence[Sequence[int]]
+) -> list[list[Span]]:
+    """[worker][span]: `steps` (how many), `meeting` (fragment, or -1: the round's last message), `outer` (fragment).
+
+    Args:
+        doings: of each worker.
+        islands: their islands' numbers.
+        leaders: of each island.
+        arrivals: of each island, after how many inner steps it takes in which fragment.
+    """
+    length, last = max(one.reached for one in doings), max(range(len(doings)), key=lambda rank: doings[rank].reached)
+    rows = []
+    for rank, (one, island) in enumerate(zip(doings, islands, strict=True)):
+        row, now, done = [], one.paused, 0
+        for fragment, (way, arrival) in enumerate(zip(one.crossings, arrivals[island], strict=True)):
+            if arrival > done:
+                row.append(Span("steps", arrival - done, (), now, way.came))
+            row.append(Span("meeting", fragment, _late(fragment, rank, doings, leaders, island), way.came, way.arrived))
+            row.append(Span("outer", fragment, (), way.arrived, way.taken))
+            now, done = way.taken, arrival
+        row.append(Span("meeting", -1, (last,) if last != rank else (), one.reached, length))
+        rows.append(visible(row, length))
+    return rows
+
+
+def _late(fragment: int, rank: int, doings: Sequence[Doings], leaders: Sequence[int], island: int) -> tuple[int, ...]:
+    """The worker that sent a fragment last, if it did when this one was already waiting; else only the way was long."""
+    last = max(leaders, key=lambda leader: doings[leader].crossings[fragment].left)
+    if doings[last].crossings[fragment].left > doings[rank].crossings[fragment].came:
+        return (last,)
+    return () if rank == leaders[island] else (leaders[island],)

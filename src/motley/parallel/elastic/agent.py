@@ -1,0 +1,258 @@
+"""Workers that come and go while training goes on: `motley pretrain --live`, started any number of times.
+
+    agree on a crew (membership.py) ──▶ form it ──▶ worker 0 hands out its state ──▶ train until somebody dies or knocks
+          ▲                                                                                      │
+          └───────────────── what each remembers: the state after a whole number of steps ◀──────┘
+
+Every worker holds the whole model and its optimizer state (ZeRO 0), and a step changes them in one go, without waiting
+for anyone, once the sums over all rows are there. So those who lose a worker are at most one step apart. The farthest
+becomes worker 0, the others take its state, and the step that was in flight is computed again: its rows are a function
+of its number, so whoever computes them, the gradient is the sum over the same rows.
+"""
+
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from motley.errors import CrewError, InputError
+from motley.fleet.device import choose_device
+from motley.parallel.build import facts
+from motley.parallel.communicator import LAST_LOOK_SECONDS, OTHERS, Crew, compare
+from motley.parallel.diloco.diloco import Island
+from motley.parallel.elastic.rendezvous import Door, entered
+from motley.parallel.load_balance import Shares
+from motley.progress import note
+from motley.train.chip_kind import kind_of_chip
+from motley.train.config import TrainingConfig
+from motley.train.ngram_targets import Ngrams
+from motley.train.run_folder import as_begun, claimed, kept_speed
+from motley.train.trainer import Course, begin
+
+Result = TypeVar("Result")
+Own = Callable[[Any, Path], Mapping[str, str]]
+"""(the stage's settings, the prepared data in use) → what this worker's own --data and --model come to."""
+LOOK_SECONDS = 0.2  # between two looks whether all are still there, while a message keeps one waiting
+
+
+class Regroup(CrewError):
+    """Nobody is lost: somebody wants to join or to leave, so all meet again."""
+
+
+@dataclass(frozen=True)
+class LiveCrew(Crew):
+    """A crew that ends when somebody waits at its door.
+
+    Attributes:
+        door: this worker's view of the meeting place.
+        names: of the members, in the order of ranks.
+    """
+
+    door: Door | None = field(default=None, compare=False)
+    names: tuple[str, ...] = ()
+    advice: ClassVar[str] = ""
+
+    def talk(self, doing: str, message: Callable[[], Any], whom: Sequence[int] = ()) -> Any:
+        """Send or receive, as in any crew, but no longer than all members are at it.
+
+        A wait for messages cannot be broken off, and one that waits for a living member would not notice that this one
+        left because of a dead one. So messages wait on a thread, which is left alone when the crew has ended.
+        """
+        outcome: list[Any] = []
+
+        def wait() -> None:
+            try:
+                outcome.append((super(LiveCrew, self).talk(doing, message, whom), None))
+            except BaseException as error:
+                outcome.append((None, error))
+
+        thread = Thread(target=wait, daemon=True)
+        thread.start()
+        while not outcome:
+            thread.join(LOOK_SECONDS)
+            assert self.door is not None
+            if not outcome and (parted := self.door.parted(self.names)):
+                raise CrewError(f"worker {self.rank} lost {parted} while {doing}")
+        result, error = outcome.pop()
+        if error is not None:
+            raise error
+        return result
+
+    def _lost(self) -> str:
+        """Who is gone. One that dies before all have met has not told its process, but its place is empty."""
+        found, deadline = super()._lost(), time.monotonic() + LAST_LOOK_SECONDS
+        while found == OTHERS and time.monotonic() < deadline:
+            assert self.door is not None
+            found = self.door.parted(self.names) or found
+            time.sleep(0.05)
+        return found
+
+    def stopping(self, asked: bool) -> bool:
+        """Whether all were asked to stop. One that was asked alone leaves, and the others go on without it."""
+        assert self.door is not None
+        knocked = self.leads and self.door.knocked()
+        asking, knocking = self.sum(torch.tensor([int(asked), int(knocked)])).tolist()
+        if asking == self.size:
+            return True
+        if asked:
+            raise KeyboardInterrupt("this worker left, the others go on")
+        if asking or knocking:
+            raise Regroup("somebody leaves" if asking else "somebody waits to be let in")
+        return False
+
+
+@dataclass
+class Memory:
+    """What a worker keeps when its crew ends; empty in a crew that nobody joins or leaves.
+
+    Attributes:
+        own: what this worker's own --data and --model come to.
+        told: what they came to when it joined: what happens to copies afterwards is nobody's concern.
+        island: its last part in training, with model and optimizer.
+        kept: where its run stands.
+        data: the prepared data that its last crew used: whoever leads the next goes on with it.
+        ngrams: counts of its text, if a crew needed them.
+    """
+
+    own: Own
+    told: Mapping[str, str] | None = None
+    island: Island | None = None
+    kept: Course | None = None
+    data: Path | None = None
+    ngrams: Ngrams | None = None
+
+    @property
+    def step(self) -> int:
+        """How far it is; -1 before it has any state."""
+        return -1 if self.kept is None else self.kept.at.step
+
+    def serves(self, crew: Crew) -> bool:
+        """Whether worker 0, and so the crew, has a state to go on from that need not be read."""
+        return crew.share(self.kept is not None)
+
+    def course(self, island: Island, data: Path) -> Course:
+        """Where the run stands, with its state in the worker; every worker of a crew calls this."""
+        crew, worker, before = island.world, island.worker, self.island
+        old = None if before is None or not crew.leads else before.worker
+        kept, rates, scales = crew.share((self.kept, self._rates(), None if old is None else asdict(old.scales)))
+        if kept is None:
+            kept = begin(island)
+        else:
+            kept.asked = self.kept is not None and self.kept.asked
+            worker.scales.restore(scales)
+            island.take_state(None if old is None else (dict(old.model.state_dict()), old.optimizer.state_tensors()))
+            island.begin_round(kept.at.step)
+        if isinstance(crew, LiveCrew):
+            assert crew.door is not None
+            self.told = self.told or self.own(worker.settings, data)
+            crew.door.introduce({**_own_facts(worker.settings, data, crew.device, self.told), DATA: str(data)})
+            worker.shares = _shares(crew.names, rates)
+            if rates:
+                kept.news = [_news(crew.names, tuple(rates), kept.at.step)]
+        self.island, self.kept, self.data = island, kept, data
+        return kept
+
+    def _rates(self) -> dict[str, tuple[float, int]]:
+        """Rows a second of each member of the last crew, and how often that was measured."""
+        if self.island is None or not isinstance(self.island.world, LiveCrew):
+            return {}
+        shares = self.island.worker.shares
+        return dict(zip(self.island.world.names, zip(shares.rates, shares.known, strict=True), strict=True))
+
+
+DATA = "path of the data"
+
+
+def _own_facts(config: TrainingConfig, data: Path, device: torch.device, inputs: Mapping[str, str]) -> dict[str, str]:
+    """What must be the same on all: how they round too, as every copy of the model is updated where it lies.
+
+    The model by what it is (among `inputs`: `Memory.own`) and by its path: whoever leads opens the run folder, which
+    knows it by that.
+    """
+    path = {"path of --model": str(getattr(config, "model", ""))}
+    return {**facts(config, data), "the processor": kind_of_chip(device), **inputs, **path}
+
+
+def live(config: TrainingConfig, own: Own, work: Callable[[Crew, Memory], Result]) -> Result:
+    """`work`, with one crew after the other, until it returns; what it keeps in the memory goes from crew to crew.
+
+    own: what this worker's own --data and --model come to.
+
+    Raises InputError for what a live crew cannot do, and when one is at work that runs something else.
+    """
+    device = choose_device(config.device)
+    if config.plan is not None or config.emulate or config.islands != "1":
+        raise InputError("--live workers each hold the whole model; leave --plan, --emulate and --islands out")
+    if config.zero:
+        raise InputError(
+            f"--live beside --zero {config.zero}: a live worker keeps the whole model and its optimizer state, so that "
+            "any may be lost; leave --zero out, or leave --live out and start the crew with torchrun"
+        )
+
+    def check(theirs: Mapping[str, str]) -> None:
+        data = Path(theirs[DATA])
+        begun = as_begun(config, kept_speed(config.out))
+        mine = _own_facts(begun, data, device, own(config, data))
+        compare("this worker", mine, "the crew at work", {name: theirs[name] for name in theirs if name != DATA})
+
+    memory = Memory(own)
+    with claimed(config.out, shared=True), entered(config.out / "crew", config.patience) as door:
+        while True:
+            try:
+                return work(_form(door, memory.step, device, check), memory)
+            except CrewError as lost:
+                reason = str(lost)
+            note(f"{reason}; going on from step {max(0, memory.step)} with those who are here")
+            _part()
+
+
+def _form(door: Door, step: int, device: torch.device, check: Callable[[Mapping[str, str]], None]) -> LiveCrew:
+    """Agree on a crew and meet it. Raises CrewError when somebody dies on the way."""
+    host = socket.gethostname()
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    agreed = door.agree(step, host, store.port, check)
+    rank, size = agreed.members.index(door.name), len(agreed.members)
+    by_host = device.type != "cpu"  # members come and go: gloo notices, where NCCL would wait for the dead
+    crew = LiveCrew(rank, size, device, patience=door.patience, by_host=by_host, door=door, names=agreed.members)
+    if size == 1:
+        return crew
+    limit = timedelta(seconds=door.patience)
+
+    def meet() -> None:
+        theirs = store if rank == 0 else TCPStore(agreed.host, agreed.port, is_master=False, timeout=limit)
+        dist.init_process_group("gloo", store=theirs, rank=rank, world_size=size, timeout=limit)
+
+    crew.talk("meeting", meet)
+    return crew.acquainted()
+
+
+def _part() -> None:
+    """Let go of the crew, also of one that was never complete.
+
+    Members meet under a number that PyTorch counts up from the first crew of a process, unless the last one ended well.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.distributed_c10d._world.group_count = 0
+
+
+def _shares(names: tuple[str, ...], rates: Mapping[str, tuple[float, int]]) -> Shares:
+    """Rows by the speeds that were measured; a newcomer begins with their mean."""
+    mean = sum(rate for rate, _ in rates.values()) / len(rates) if rates else 1.0
+    now = [rates.get(name, (mean, 0)) for name in names]
+    return Shares([rate for rate, _ in now], [known for _, known in now])
+
+
+def _news(now: tuple[str, ...], before: tuple[str, ...], step: int) -> str:
+    """What the metrics say of a change of members."""
+    joined, gone = len(set(now) - set(before)), len(set(before) - set(now))
+    again = "; what the gone had computed of it is computed again" if gone else ""
+    return f"{len(now)} workers go on with step {step + 1} ({joined} new, {gone} gone){again}"

@@ -1,0 +1,104 @@
+"""Experts spread over workers: each holds some, tokens travel to them and back.
+
+    worker 0   tokens a b   experts 0 1 2     dispatch: each slot (a token for one expert) goes to the expert's worker
+    worker 1   tokens c d   experts 3         combine:  its output comes back, is weighed and summed at home
+
+The workers of a group compute their micro-batches in step; how many experts each holds may differ.
+"""
+
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from motley.model.experts import Experts
+from motley.parallel.communicator import Crew
+
+
+class SpreadExperts(Experts):
+    """The experts of one worker out of a group, as a drop-in for `Experts`.
+
+    Args:
+        held: experts on this worker.
+        spread: experts on each worker of the group, in order.
+    """
+
+    def __init__(self, held: int, spread: tuple[int, ...], hidden_size: int, intermediate_size: int) -> None:
+        super().__init__(held, hidden_size, intermediate_size)
+        self.ends = list(accumulate(spread))
+        self.crew: Crew | None = None
+        self.ranks: tuple[int, ...] = ()
+
+    def connect(self, crew: Crew, ranks: tuple[int, ...]) -> None:
+        """Say who the group is; `ranks` in the order of the experts they hold."""
+        self.crew, self.ranks = crew, ranks
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """x [tokens, hidden], chosen [tokens, k], weights fp32 [tokens, k] → [tokens, hidden]."""
+        assert self.crew is not None
+        k, slots = chosen.shape[1], chosen.flatten()
+        ends = torch.tensor(self.ends, device=slots.device)
+        worker = torch.bucketize(slots, ends, right=True)  # place in the group of each slot's expert
+        order = worker.argsort(stable=True)
+        leaving = torch.bincount(worker, minlength=len(self.ranks))
+        arriving = self._exchange_counts(leaving)
+        out_splits, in_splits = leaving.tolist(), arriving.tolist()
+        rows = _Travel.apply(x[order // k], out_splits, in_splits, self.crew, self.ranks)
+        first = self.ends[place - 1] if (place := self.ranks.index(self.crew.rank)) else 0
+        expert = self._plain(slots[order], out_splits, in_splits) - first
+        ones = torch.ones(len(expert), 1, device=x.device)
+        done = super().forward(rows, expert[:, None], ones) if len(expert) else rows
+        back = _Travel.apply(done, in_splits, out_splits, self.crew, self.ranks)
+        weighed = back * weights.flatten()[order, None].to(back.dtype)
+        return torch.zeros_like(x).index_add(0, order // k, weighed.to(x.dtype))
+
+    def _exchange_counts(self, leaving: Tensor) -> Tensor:
+        return self._plain(leaving, [1] * len(self.ranks), [1] * len(self.ranks))
+
+    def _plain(self, values: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
+        assert self.crew is not None
+        return all_to_all(values, leaving, arriving, self.crew, self.ranks)
+
+
+def all_to_all(values: Tensor, leaving: list[int], arriving: list[int], crew: Crew, ranks: tuple[int, ...]) -> Tensor:
+    """Rows of `values` in runs of `leaving` to the workers `ranks`; what they sent, in runs of `arriving`.
+
+    Groups order their members by rank; runs here follow `ranks`.
+    """
+    by_rank = sorted(range(len(ranks)), key=lambda place: ranks[place])
+    if by_rank != list(range(len(ranks))):
+        raise ValueError(f"the workers of an expert group must stand in the order of their ranks, not {ranks}")
+    posted = crew.posted(values.contiguous())
+    received = posted.new_empty(sum(arriving), *values.shape[1:])
+    crew.talk(
+        "exchanging tokens of experts",
+        lambda: dist.all_to_all_single(received, posted, arriving, leaving, group=crew.group(ranks)),
+        ranks,
+    )
+    row, own = values.element_size() * values.shape[1:].numel(), ranks.index(crew.rank)
+    crew.watch.moved(row * (sum(leaving) - leaving[own]), row * (sum(arriving) - arriving[own]))
+    if (links := crew.links) is not None:
+        sent, got = (
+            row * sum(count for count, rank in zip(counts, ranks, strict=True) if links.crosses(rank))
+            for counts in (leaving, arriving)
+        )
+        crew.talk("exchanging tokens of experts", lambda: links.exchange(ranks, sent, got), ranks)
+    return received.to(values.device)
+
+
+class _Travel(torch.autograd.Function):
+    """`all_to_all`, whose gradient travels back."""
+
+    @staticmethod
+    def forward(
+        ctx, rows: Tensor, leaving: list[int], arriving: list[int], crew: Crew, ranks: tuple[int, ...]
+    ) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.back = (arriving, leaving, crew, ranks)
+        return all_to_all(rows, leaving, arriving, crew, ranks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_to_all(grad, *ctx.back), None, None, None, None

@@ -1,0 +1,87 @@
+"""Experts of equal chips with unequal memory: as evenly as their memories can hold them.
+
+    four lanes share 16 experts     4 4 4 4 ──▶ 5 5 4 2     the last has room for two; the others share what is left
+
+What a plan says stays wherever it fits.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from motley.fleet.device import Format
+from motley.model import ModelConfig
+from motley.parallel.layout import IslandLayout, Layout, Team
+from motley.parallel.memory_fit import held_and_row
+from motley.train.config import TrainingConfig
+
+
+def experts_by_memory(
+    islands: Sequence[IslandLayout],
+    shape: ModelConfig,
+    config: TrainingConfig,
+    budgets: Sequence[float],
+    formats: Sequence[Format],
+) -> list[IslandLayout]:
+    """The islands, with fewer experts on workers that could not hold theirs, where the others of their group can.
+
+    budgets, formats: bytes that each worker of the job may hold, and what it computes in.
+    """
+    found = []
+    for island in islands:
+        room = [budgets[rank] for rank in island.ranks]
+        computing: list[Format] = [formats[rank] for rank in island.ranks]
+        numbers = range(len(island.layout.teams))
+        teams = [_fitting(island.layout, number, shape, config, room, computing) for number in numbers]
+        found.append(replace(island, layout=replace(island.layout, teams=tuple(teams))))
+    return found
+
+
+def _fitting(
+    layout: Layout,
+    number: int,
+    shape: ModelConfig,
+    config: TrainingConfig,
+    budgets: Sequence[float],
+    formats: Sequence[Format],
+) -> Team:
+    """Team `number` of the layout with experts that fit its workers; as it is where they do, or nothing would."""
+    team = layout.teams[number]
+    most = [math.inf] * len(team.experts)
+    for lane, ranks in enumerate(team.lanes) if team.experts else ():
+        own = lane % team.expert_lanes
+        fewer = _with_experts(layout, number, _one_fewer(team.experts, own))
+        for rank in ranks:
+            held, row = held_and_row(shape, config, layout, rank, formats[rank])
+            each = held - held_and_row(shape, config, fewer, rank, formats[rank])[0]
+            if each > 0:  # a stage without sparse layers holds no experts
+                left = budgets[rank] - held - team.micro_batch * row
+                most[own] = min(most[own], team.experts[own] + left // each)
+    if all(room >= count for room, count in zip(most, team.experts, strict=True)):
+        return team
+    return replace(team, experts=_even_up_to(most, team.experts))
+
+
+def _one_fewer(experts: tuple[int, ...], place: int) -> tuple[int, ...]:
+    """The same with one of a place's experts at the next one."""
+    moved = list(experts)
+    moved[place] -= 1
+    moved[(place + 1) % len(moved)] += 1
+    return tuple(moved)
+
+
+def _with_experts(layout: Layout, team: int, experts: tuple[int, ...]) -> Layout:
+    teams = list(layout.teams)
+    teams[team] = replace(teams[team], experts=experts)
+    return replace(layout, teams=tuple(teams))
+
+
+def _even_up_to(most: Sequence[float], experts: tuple[int, ...]) -> tuple[int, ...]:
+    """As many experts in all, dealt as evenly as may be, at most so many each; `experts` where that cannot be."""
+    if sum(most) < sum(experts) or min(most) < 1:
+        return experts
+    dealt, left = list(experts), sum(experts)
+    for done, place in enumerate(sorted(range(len(most)), key=lambda place: most[place])):
+        dealt[place] = int(min(most[place], left // (len(most) - done)))
+        left -= dealt[place]
+    return tuple(dealt)

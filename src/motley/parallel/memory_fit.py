@@ -1,0 +1,274 @@
+"""Does training fit? Asked before anything is allocated: a system short of memory kills.
+
+alone     weights, gradients and optimizer state against the device's memory
+a crew    the same by layout, and the activations of a micro-batch, against each worker's own: device, or pretended
+
+What is kept once goes to whoever updates it fastest, as far as memory allows. Who turns out to hold more than its
+budget while it trains is named.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from motley.errors import InputError
+from motley.fleet.device import ACTIVATIONS, Format
+from motley.fleet.probe import device_memory, host_memory, in_gigabytes
+from motley.model import ModelConfig
+from motley.parallel.buckets import AT_ONCE, MESSAGE_BYTES
+from motley.parallel.communicator import Crew
+from motley.parallel.layout import IslandLayout, Layout, Place, island_of, place_of
+from motley.parallel.telemetry.step_stats import memory_bytes
+from motley.parallel.zero.partition import bytes_kept_anyway, bytes_kept_once, cut_parts, held_bytes
+from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Layouts
+from motley.plan.cost_model.framework import load_engine
+from motley.plan.cost_model.memory import in_flight, saved_bytes
+from motley.plan.cost_model.operators import VALUE_BYTES
+from motley.plan.network.flops import parts
+from motley.plan.network.spec import shape_of
+from motley.train.config import TrainingConfig
+from motley.train.optimizer import MOMENTS, NUMBERS_AT_ONCE, Moments, OptimizerName
+
+FP32_BYTES = 4
+SPARE = 1.15  # of saved activations over the planner's count of them: 1.12 for nano, in fp32
+STATE_SHARE = 0.5  # of the memory that is left may hold what is kept once, and more only where that is not enough
+NEW_HIGH = 1.1  # times what was last said of a worker's memory is worth saying again
+ALLOCATED = 1.15  # of what is held over what is counted (docs/benchmarks.md, what a worker keeps)
+UPDATE_COPIES = 4  # of the numbers that Muon orthogonalises at once, in fp32
+SLACK = 1.05  # room for parts that do not fill it to the byte
+STATES = {"muon": 1, "adamw": 2}  # tensors of a parameter's size (Muon leaves AdamW's two to the few others)
+
+
+def state_bytes(config: ModelConfig, optimizer: OptimizerName, moments: Moments = "fp32") -> int:
+    """The least that training holds: weights, gradients and optimizer state; activations come on top."""
+    each = 2 * FP32_BYTES + STATES[optimizer] * MOMENTS[moments].itemsize
+    return sum(part.parameters for part in parts(config, 0)) * each
+
+
+def gathered_bytes(config: ModelConfig, optimizer: OptimizerName) -> int:
+    """Of the whole state at a worker that writes a checkpoint: weights and optimizer state, all in fp32 there."""
+    return sum(part.parameters for part in parts(config, 0)) * (1 + STATES[optimizer]) * FP32_BYTES
+
+
+def check_memory(
+    config: ModelConfig, optimizer: OptimizerName, device: torch.device, moments: Moments = "fp32"
+) -> None:
+    """Raises InputError when `device` cannot hold the training state of such a model."""
+    held = device_memory(device)[1] or host_memory()[0]
+    needed = state_bytes(config, optimizer, moments)
+    if needed > held:
+        raise InputError(
+            f"training this model takes at least {in_gigabytes(needed)} for weights, gradients and optimizer state, "
+            f"and {device} has {in_gigabytes(held)}; choose a smaller --model"
+        )
+
+
+# ------------------------------------------------------------------------------------------ a crew
+
+
+def check_gathering(islands: Sequence[IslandLayout], config: ModelConfig, optimizer: OptimizerName, crew: Crew) -> None:
+    """Raises InputError, on every worker, when the host of one that writes cannot hold what a checkpoint gathers.
+
+    Its device, which may be small, need not: the state goes there part by part (gather.py). Every worker calls this.
+    """
+    hosts: list[int] = crew.all_values(host_memory()[0])
+    needed = gathered_bytes(config, optimizer)
+    for writer in (island.ranks[0] for island in islands if len(island.ranks) > 1):
+        if needed > hosts[writer]:
+            raise InputError(
+                f"for each checkpoint worker {writer} gathers all weights and optimizer state in its host's memory, "
+                f"{in_gigabytes(needed)}, and that is {in_gigabytes(hosts[writer])}; start that worker on a host with "
+                "more memory, or choose a smaller --model"
+            )
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one worker, in bytes.
+
+    Attributes:
+        held: weights, gradients and optimizer state, and without a plan what updates and messages take besides.
+        row: activations of one row of every micro-batch in flight.
+        rows: that a micro-batch must have.
+        budget: what it may hold.
+    """
+
+    held: float
+    row: float
+    rows: int
+    budget: float
+
+    @property
+    def most_rows(self) -> int:
+        """Of a micro-batch that fits; below 1: none does."""
+        return int((self.budget - self.held) / self.row)
+
+
+def budget(device: torch.device, pretended: float | None) -> float:
+    """Bytes that this worker may hold: its accelerator's, or an even part of the host's; less where pretended."""
+    own = device_memory(device)[1] or host_memory()[0] / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(own, pretended or own)
+
+
+def dealt(
+    islands: list[IslandLayout],
+    shape: ModelConfig,
+    config: TrainingConfig,
+    budgets: Sequence[float],
+    speeds: Sequence[float],
+) -> list[IslandLayout]:
+    """The islands, in which workers begin with rows, and keep what is kept once, by their speed and memory.
+
+    Islands begin with steps by their workers' speed, so that they arrive together in the first round already.
+
+    budgets: bytes that each worker may hold. What a worker keeps in any case (weights below ZeRO 3, gradients below 2)
+    is not left, and activations get half of what is, if the others' halves do for all that is kept once.
+    speeds: of each worker, relative to the others.
+    """
+    found = []
+    for island in islands:
+        layout = replace(island.layout, rates=tuple(speeds[rank] for rank in island.ranks))
+        parts, mtp = cut_parts(shape, layout), bool(config.mtp_weight)
+        left = [
+            max(0.0, budgets[among_all] - bytes_kept_anyway(parts, layout.zero, rank, mtp))
+            for rank, among_all in enumerate(island.ranks)
+        ]
+        if layout.zero and sum(left):
+            needed = sum(bytes_kept_once(part, layout, config.optimizer) for part in parts)
+            share = min(1.0, max(STATE_SHARE, SLACK * needed / sum(left)))
+            layout = replace(layout, memory=tuple(share * room for room in left))
+        measured = config.inner_steps == "measured"
+        speed = sum(speeds[rank] for rank in island.ranks) if measured else island.speed
+        found.append(replace(island, layout=layout, speed=speed))
+    return found
+
+
+def in_passing_bytes(shape: ModelConfig, zero: int, workers: int) -> float:
+    """Messages that are under way (with ZeRO 3 about a layer's), and the copies of what is updated at once.
+
+    A checkpoint needs none of its own: it sends one message at a time (gather.py), when none of these is there.
+    """
+    whole = sum(part.parameters for part in parts(shape, 0)) * FP32_BYTES
+    travelling = whole / shape.num_hidden_layers if zero == 3 else whole
+    messages = min(AT_ONCE * MESSAGE_BYTES, travelling) if workers > 1 else 0
+    return messages + UPDATE_COPIES * min(NUMBERS_AT_ONCE * FP32_BYTES, whole)
+
+
+def row_bytes(shape: ModelConfig, place: Place, seq_len: int, number_bytes: int, recompute: bool) -> float:
+    """Activations that a worker holds for one row of each micro-batch that its schedule has in flight."""
+    plain, engine = shape_of(shape, "model", ""), load_engine("motley-cpu")
+    blocks = [block for block, count in plain.runs for _ in range(count)]
+    own = [blocks[layer] for layer in place.team.stage_layers(place.stage)] + list(plain.mtp if place.last else ())
+    how = RECOMPUTES.index("full" if recompute or place.team.recompute else "none")
+    one = Layouts.of(
+        tp=1, cp=1, ep=1, dp=1, pp=place.team.stages, micro_batch=1, micro_batches=1, recompute=how,
+        schedule=SCHEDULES.index(place.team.schedule), chunks=1, zero=0,
+    )  # fmt: skip
+    saved = sum(float(saved_bytes(block, plain, one, engine, seq_len)[0]) for block in own)
+    flights = float(in_flight(one, np.array([place.stage]))[0])
+    return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES * flights)
+
+
+def held_and_row(
+    shape: ModelConfig, config: TrainingConfig, layout: Layout, rank: int, number_format: Format
+) -> tuple[float, float]:
+    """Bytes of weights, gradients and optimizer state that a worker of the layout holds, and of a row's activations."""
+    mtp = bool(config.mtp_weight)
+    held = held_bytes(shape, layout, rank, config.optimizer, mtp=mtp, moments=config.moments).total
+    number_bytes = ACTIVATIONS[number_format].itemsize
+    return held, row_bytes(shape, place_of(layout, rank), config.seq_len, number_bytes, config.recompute)
+
+
+def within_memory(
+    islands: list[IslandLayout],
+    shape: ModelConfig,
+    config: TrainingConfig,
+    crew: Crew,
+    budgets: Sequence[float],
+    formats: Sequence[Format],
+    planned: bool,
+    shrink: bool,
+) -> list[IslandLayout]:
+    """`islands`, in which every worker fits its memory.
+
+    Every worker calls this. Raises InputError on all of them, naming the one that fits least.
+
+    budgets, formats: bytes that each worker may hold, and what it computes in.
+    planned: a plan, which has margins of its own, asks for these islands.
+    shrink: micro-batches to what fits; else they stay as they are.
+    """
+    own = island_of(islands, crew.rank)
+    rank = list(own.ranks).index(crew.rank)
+    held, row = held_and_row(shape, config, own.layout, rank, formats[crew.rank])
+    if not planned:
+        held = ALLOCATED * (held + in_passing_bytes(shape, own.layout.zero, crew.size))
+        row = ALLOCATED * row
+    rows = 1 if shrink else place_of(own.layout, rank).team.micro_batch
+    needs: list[Need] = crew.all_values(Need(held, row, rows, budgets[crew.rank]))
+    tight = min(range(crew.size), key=lambda other: needs[other].most_rows - needs[other].rows)
+    need = needs[tight]
+    if need.most_rows < need.rows:
+        raise InputError(
+            f"worker {tight} needs about {in_megabytes(need.held + need.rows * need.row)} "
+            f"({in_megabytes(need.held)} for weights, gradients, optimizer state and messages, the rest for a "
+            f"micro-batch of {need.rows} x {config.seq_len} tokens) and may hold {in_megabytes(need.budget)}; choose "
+            "a smaller --model or --seq-len, --recompute, or a plan that gives it less"
+        )
+    if not shrink:
+        return islands
+    return [_fitting(island, [needs[other].most_rows for other in island.ranks]) for island in islands]
+
+
+def _fitting(island: IslandLayout, most: Sequence[int]) -> IslandLayout:
+    """The island with micro-batches of at most what each of its workers can hold."""
+    teams = [
+        replace(team, micro_batch=min(team.micro_batch, *(most[rank] for lane in team.lanes for rank in lane)))
+        for team in island.layout.teams
+    ]
+    return replace(island, layout=replace(island.layout, teams=tuple(teams)))
+
+
+@dataclass
+class Budgets:
+    """What workers may hold, and who was seen to hold more.
+
+    Attributes:
+        ranks: of the workers, as people know them.
+        bytes: that each may hold.
+        program: bytes that each process held before it had anything of the model (`held_already`).
+        told: the most that was said of each.
+    """
+
+    ranks: Sequence[int]
+    bytes: Sequence[float]
+    program: Sequence[float]
+    told: list[float] = field(default_factory=list)
+
+    def exceeded(self, memory: Sequence[float]) -> list[str]:
+        """A sentence about each worker that holds more than its budget and than what was last said of it.
+
+        memory: bytes of each process (`timing.memory_bytes`).
+        """
+        self.told = self.told or [0.0] * len(self.bytes)
+        found = []
+        for worker, (budget, whole, program) in enumerate(zip(self.bytes, memory, self.program, strict=True)):
+            held = whole - program
+            if held > max(budget, NEW_HIGH * self.told[worker]):
+                self.told[worker] = held
+                found.append(
+                    f"worker {self.ranks[worker]} holds {in_megabytes(held)} for training, and may hold "
+                    f"{in_megabytes(budget)}"
+                )
+        return found
+
+
+def held_already(device: torch.device) -> float:
+    """Bytes of this process that training does not count as its own: on a CPU, the program with its libraries."""
+    return 0.0 if device.type == "cuda" else float(memory_bytes(device))
+
+
+def in_megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"

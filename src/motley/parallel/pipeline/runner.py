@@ -1,0 +1,349 @@
+"""A pipeline of unequal stages: which worker runs which layers, in what order, and how it talks to its neighbours.
+
+    1f1b         stage 0   F0 F1 F2 B0 F3 B1 B2 B3           a stage keeps at most (stages - its number) micro-batches
+                 stage 1      F0 F1 B0 F2 B1 F3 B2 B3
+                 stage 2         F0 B0 F1 B1 F2 B2 F3 B3
+
+    zero_bubble  B makes only the gradient that the stage before waits for; W, that of the weights, waits until a stage
+                 keeps as many micro-batches as there are stages: what late stages put off lies behind their last B,
+                 when early ones still work (ZB-H1 of Zero Bubble Pipeline Parallelism, arXiv 2401.10241)
+                 stage 0   F0 F1 F2 B0 W0 F3 B1 W1 B2 W2 B3 W3
+                 stage 2         F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
+
+Orders are plain lists that a test can check. Activations go down and their gradients up the lane as messages between
+two workers, in the order of micro-batches, so none needs a name.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from motley.data.stream import Batch
+from motley.model import ModelConfig, Transformer
+from motley.model.experts import Experts
+from motley.model.layers import Linear
+from motley.model.moe import MoE, Routing
+from motley.model.rotary import Rotary
+from motley.parallel.communicator import Crew
+from motley.parallel.expert.dispatch import SpreadExperts
+from motley.parallel.layout import Place, Schedule
+from motley.parallel.zero.stage2 import Turns
+from motley.train.step import Counts, LossWeights, Tally, attended_documents, batch_rows, micro_batches, predicted_loss
+
+Kind = Literal["F", "B", "W"]
+Sending = list[tuple[dist.Work | None, Tensor]]
+
+
+def order(schedule: Schedule, stage: int, stages: int, count: int) -> list[tuple[Kind, int]]:
+    """What a stage does with `count` micro-batches, in order."""
+    behind = stages - 1 - stage
+    todo: list[tuple[Kind, int]] = []
+    ran = weighed = 0  # forward passes; gradients of weights
+    for micro in range(count):
+        while ran < count and ran - micro <= behind:
+            if schedule == "zero_bubble" and stages > 1 and ran - weighed == stages:
+                todo.append(("W", weighed))
+                weighed += 1
+            todo.append(("F", ran))
+            ran += 1
+        todo.append(("B", micro))
+        if schedule == "zero_bubble" and stages > 1 and ran == count:
+            todo.append(("W", weighed))
+            weighed += 1
+    for micro in range(weighed, count if schedule == "zero_bubble" and stages > 1 else 0):
+        todo.append(("W", micro))
+    return todo
+
+
+def build_stage(config: ModelConfig, place: Place, device: torch.device) -> Transformer:
+    """The part of the model that one worker runs, ready on `device` but for its parameters, which are only shapes.
+
+    Modules keep their published names; layers of other stages are empty, stacks of experts hold only its own.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    own = place.team.stage_layers(place.stage)
+    for layer in range(config.num_hidden_layers):
+        if layer not in own:
+            model.model.layers[layer] = nn.Identity()
+    if not place.last:
+        model.mtp = nn.ModuleList()
+        del model.model.norm, model.lm_head
+    if not place.first and not (place.last and (len(model.mtp) or config.tie_word_embeddings)):
+        del model.model.embed_tokens
+    if place.team.experts:
+        held = place.team.expert_range(place.lane, config.n_routed_experts or 0)
+        for module in model.modules():
+            if isinstance(module, MoE):
+                with torch.device("meta"):
+                    module.experts = SpreadExperts(
+                        len(held), place.team.experts, config.hidden_size, config.moe_intermediate_size
+                    )
+    for gate in model.gates():
+        for name, buffer in gate.named_buffers():
+            setattr(gate, name, torch.zeros_like(buffer, device=device))
+    model.rotary = Rotary(config).to(device)
+    return model
+
+
+@dataclass
+class _Flight:
+    """One micro-batch between its forward and its backward pass at a stage."""
+
+    batch: Batch
+    received: Tensor | None
+    sent: Tensor | None
+    loss: Tensor | float
+    later: list[Callable[[], None]] = field(default_factory=list)
+
+
+class Lane:
+    """One worker's stage at work on the rows of its lane.
+
+    Attributes:
+        span_seconds: from the first to the last piece of work of the last step, gaps of the pipeline included (but not
+            the waits of `turns`): what a lane needs for its rows.
+        broken: [3], above 0 where the last step had what is not finite: in what forward passes made, in activations
+            received, in gradients received.
+        pace: called after each piece of work with its seconds; returns seconds that it added (emulated slowness).
+        turns: what all workers exchange during a micro-batch (ZeRO 2 and 3), or None.
+    """
+
+    def __init__(self, model: Transformer, config: ModelConfig, place: Place, crew: Crew, wire: torch.dtype) -> None:
+        self.model, self.place, self.crew, self.wire = model, place, crew, wire
+        self.span_seconds = 0.0
+        self.broken = torch.zeros(3, device=model.device)
+        self.pace: Callable[[float], float] = lambda seconds: 0.0
+        self.turns: Turns | None = None
+        self._layers = [model.model.layers[layer] for layer in place.team.stage_layers(place.stage)]
+        self._config = config
+        self._later: list[Callable[[], None]] | None = None
+        if place.team.schedule == "zero_bubble" and place.team.stages > 1:
+            self._later = []
+            for module in model.modules():
+                if isinstance(module, Linear | Experts) and module is not getattr(model, "lm_head", None):
+                    module.later = self._later
+
+    def run(
+        self,
+        batch: Batch,
+        count: int,
+        counts: Counts,
+        weights: LossWeights,
+        confined: bool,
+        length: int,
+        scale: float = 1.0,
+    ) -> Tally:
+        """Forward and backward passes of all rows of the lane; gradients land in the parameters' .grad, times `scale`.
+
+        Args:
+            batch: the lane's rows of the step; may be empty.
+            count: micro-batches to compute; more than the rows make are filled with padding that teaches nothing, so
+                that workers which share experts keep step. With `turns`: their number, over which the rows are spread.
+            counts: of the whole step.
+            weights: of the parts of the loss.
+            confined: attention stays within documents.
+            length: into sequences of so many tokens rows are cut.
+            scale: this worker's loss scale, a power of two; messages carry what is not scaled.
+        """
+        started, waited = time.perf_counter(), self.crew.watch.waited
+        batch, rows = self._cut(batch, count)
+        self.broken.zero_()
+        if self.turns is not None:
+            self.turns.begin_step(scale)
+        tally = Tally.empty(self.model.device)
+        flights: dict[int, _Flight] = {}
+        sending: Sending = []
+        depths = bool(weights.mtp)
+        for kind, micro in order(self.place.team.schedule, self.place.stage, self.place.team.stages, count):
+            if kind == "F":
+                if self.turns is not None:
+                    self.turns.begin(backward=True)
+                if not _any(rows[micro]):
+                    continue
+                part = batch_rows(batch, rows[micro], self.model.device).cut(length)
+                received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
+                with self.working("forward", micro):
+                    flight = self._forward(part, received, counts, weights, confined, depths, tally, scale)
+                flights[micro] = flight
+                self._look(1, received)
+                self._look(0, flight.loss if flight.sent is None else flight.sent)
+                if flight.sent is not None:
+                    self._send(flight.sent.detach(), self.place.ranks[self.place.stage + 1], sending)
+            elif kind == "B" and not _any(rows[micro]):
+                assert self.turns is not None
+                self.turns.finish()
+            elif kind == "B":
+                flight = flights[micro]
+                grad = None if self.place.last else self._receive(flight.batch, self.place.ranks[self.place.stage + 1])
+                with self.working("backward", micro):
+                    self._look(2, grad)
+                    self._backward(flight, grad, scale)
+                if self.turns is not None:
+                    self.turns.finish()
+                if flight.received is not None:
+                    assert flight.received.grad is not None
+                    true = (flight.received.grad.float() / scale).to(self.wire)
+                    self._send(true, self.place.ranks[self.place.stage - 1], sending)
+                if self._later is None:
+                    del flights[micro]
+            else:
+                with self.working("weights", micro), torch.no_grad():
+                    for work in flights.pop(micro).later:
+                        work()
+        self._finish(sending)
+        self.span_seconds = time.perf_counter() - started
+        if self.turns is not None:  # each message is a wait for everyone
+            self.span_seconds -= self.crew.watch.waited - waited
+        return tally
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, count: int, confined: bool) -> float:
+        """Summed loss in nats of the lane's rows (0 on stages without the head); `count` as in `run`."""
+        total = 0.0
+        batch, rows = self._cut(batch, count)
+        sending: Sending = []
+        for part_rows in rows:
+            if self.turns is not None:
+                self.turns.begin(backward=False)
+                if not _any(part_rows):
+                    self.turns.finish()
+                    continue
+            part = batch_rows(batch, part_rows, self.model.device)
+            received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
+            tally = Tally.empty(self.model.device)
+            counts = Counts(1, (), 1)
+            flight = self._forward(part, received, counts, LossWeights(0.0, 0.0), confined, False, tally, 1.0)
+            total += float(tally.main)
+            if flight.sent is not None:
+                self._send(flight.sent, self.place.ranks[self.place.stage + 1], sending)
+        self._finish(sending)
+        return total
+
+    def _forward(
+        self,
+        part: Batch,
+        received: Tensor | None,
+        counts: Counts,
+        weights: LossWeights,
+        confined: bool,
+        depths: bool,
+        tally: Tally,
+        scale: float,
+    ) -> _Flight:
+        model = self.model
+        documents = attended_documents(part, confined)
+        where = model.where(part.input_ids, documents)
+        x = model.embed(part.input_ids) if received is None else received.to(model.dtype)
+        routings: list[Routing] = []
+        for block in self._layers:
+            x, routing = model.run(block, x, where)
+            routings += [] if routing is None else [routing]
+        loss: Tensor | float = 0.0
+        sent = None
+        if self.place.last:
+            main = model.model.norm(x)
+            further, more = model.further(main, part.input_ids, documents, part.documents) if depths else ([], [])
+            if self.turns is None:
+                loss = predicted_loss(model, main, further, part, counts, weights, tally, scale)
+            else:
+                loss = self.turns.predicted_loss(model, main, further, part, counts, weights, tally)
+            routings = routings + more
+        else:
+            sent = x.to(self.wire)
+        layers = self._config.num_hidden_layers + (self._config.num_nextn_predict_layers if depths else 0)
+        moe = sum(self._config.is_moe_layer(layer) for layer in range(layers))
+        loss = loss + tally.add_routings(routings, counts, weights.balance, max(1, moe))
+        return _Flight(part, received, sent, loss)
+
+    def _cut(self, batch: Batch, count: int) -> tuple[Batch, Sequence[slice]]:
+        """(the batch, the rows of each of `count` micro-batches)."""
+        if self.turns is None:
+            return _filled(batch, self.place.team.micro_batch, count)
+        rows = len(batch.input_ids)
+        return batch, [slice(rows * number // count, rows * (number + 1) // count) for number in range(count)]
+
+    def _backward(self, flight: _Flight, grad: Tensor | None, scale: float) -> None:
+        outputs, grads = [], []
+        if isinstance(flight.loss, Tensor) and flight.loss.requires_grad:
+            outputs.append(flight.loss)
+            grads.append(torch.full_like(flight.loss, scale))
+        if flight.sent is not None:
+            assert grad is not None
+            outputs.append(flight.sent)
+            grads.append(grad * scale)
+        torch.autograd.backward(outputs, grads)
+        flight.sent, flight.loss = None, 0.0
+        if self._later is not None:
+            flight.later = list(self._later)
+            self._later.clear()
+
+    @torch.no_grad()
+    def _look(self, which: int, seen: Tensor | float | None) -> None:
+        """Take note where a message or a loss is not finite."""
+        if isinstance(seen, Tensor):
+            self.broken[which] += ~seen.isfinite().all()
+
+    @contextmanager
+    def working(self, kind: str, micro_batch: int = -1) -> Iterator[None]:
+        """Time what is done inside as work of this kind, waits inside left out, and let `pace` slow it down."""
+        self._settle()
+        with self.crew.watch.at(kind, micro_batch):
+            started, waited = time.perf_counter(), self.crew.watch.waited
+            yield
+            self._settle()
+            self.pace(time.perf_counter() - started - (self.crew.watch.waited - waited))
+
+    def _settle(self) -> None:
+        """Wait for a device that computes behind the host's back, so that its time is what is measured."""
+        if self.crew.device.type == "cuda":
+            torch.cuda.synchronize(self.crew.device)
+
+    def _receive(self, part: Batch, source: int) -> Tensor:
+        tensor = torch.empty(*part.input_ids.shape, self._config.hidden_size, dtype=self.wire, device=self.model.device)
+        return self.crew.receive(tensor, source, self.crew.patience).requires_grad_()
+
+    def _send(self, tensor: Tensor, to: int, sending: Sending) -> None:
+        """Begin to send; `sending` keeps what is under way, as much as a pipeline can hold."""
+        sending += self.crew.begin_to_send(tensor, to)
+        self._finish(sending, 4 * self.place.team.stages)  # over a pretended cable a message comes in two
+
+    def _finish(self, sending: Sending, left: int = 0) -> None:
+        limit = timedelta(seconds=self.crew.patience)
+        while len(sending) > left:
+            work, _ = sending.pop(0)
+            self.crew.talk("sending along a pipeline", lambda: work.wait(limit) if work is not None else None)  # noqa: B023
+
+
+def _any(rows: slice) -> bool:
+    return rows.stop > rows.start
+
+
+def _filled(batch: Batch, micro_batch: int, count: int) -> tuple[Batch, Sequence[slice]]:
+    """(the batch with rows of padding behind, `count` micro-batches of it)."""
+    rows = list(micro_batches(batch, micro_batch))
+    missing = count - len(rows)
+    if missing < 0:
+        raise ValueError(f"{len(batch.input_ids)} rows do not fit {count} micro-batches of {micro_batch}")
+    if missing:
+        have, seq = batch.input_ids.shape
+        empty = Batch(
+            batch.input_ids.new_zeros(missing, seq),
+            batch.targets.new_full((missing, seq), -100),
+            batch.documents.new_full((missing, seq), -1),
+        )
+        joined = zip(
+            (batch.input_ids, batch.targets, batch.documents),
+            (empty.input_ids, empty.targets, empty.documents),
+            strict=True,
+        )
+        batch = Batch(*(torch.cat(pair) for pair in joined))
+        rows += [slice(have + extra, have + extra + 1) for extra in range(missing)]
+    return batch, rows

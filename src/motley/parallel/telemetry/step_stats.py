@@ -1,0 +1,179 @@
+"""What all workers measured of a step: one small message each step, as numbers for shares, metrics and people."""
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from motley.fleet.probe import device_name
+from motley.parallel.communicator import Crew
+from motley.parallel.layout import Layout, Place, place_of
+from motley.parallel.telemetry.step_timer import KINDS, OTHER, WAITS, WORK, Span, visible
+
+SETTLED = 3  # the first step that is no longer a warm-up
+DRAWN = 16  # steps of a run, about, whose spans are kept
+
+
+def introduction(world: Crew, place: Place, rows: int, planned: bool = False, island: int = 0) -> dict[str, Any]:
+    """For the metrics: each worker's chip, island (where there are several), team, lane and stage.
+
+    Teams and lanes are numbered through all islands. With a plan: the seconds that it foresees for computing `rows`.
+
+    Args:
+        world: all workers.
+        place: of this one, in its island.
+        rows: that its island takes in a step; of several islands, in a round.
+        planned: whether there is a plan.
+        island: this worker's.
+    """
+    layout = place.layout
+    seconds = rows / sum(layout.rates) if planned else 0.0
+    mine = (device_name(world.device), platform.node(), island, place.team_number, place.lane_number, place.stage)
+    told = world.all_values((*mine, len(layout.teams), len(layout.lanes), seconds))
+    chips, hosts, islands, teams, lanes, stages, more_teams, more_lanes, foreseen = map(list, zip(*told, strict=True))
+    several = len(set(hosts)) > 1
+    first_teams, first_lanes = _firsts(islands, more_teams), _firsts(islands, more_lanes)
+    return {
+        "names": [f"{chip}, {host}" if several else chip for chip, host in zip(chips, hosts, strict=True)],
+        **({"islands": islands} if len(set(islands)) > 1 else {}),
+        "teams": [first_teams[own] + team for own, team in zip(islands, teams, strict=True)],
+        "lanes": [first_lanes[own] + lane for own, lane in zip(islands, lanes, strict=True)],
+        "stages": stages,
+        **({"predicted_step_seconds": max(foreseen)} if planned else {}),
+    }
+
+
+def _firsts(islands: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Of each island, how many of what its workers count as `counts` lie in the islands before it."""
+    by_island = dict(zip(islands, counts, strict=True))
+    return [sum(by_island[before] for before in range(island)) for island in range(max(islands) + 1)]
+
+
+def is_drawn(step: int, steps: int) -> bool:
+    """Whether a step of a run of `steps` is among the few of which everyone's spans are kept."""
+    return step in (SETTLED, steps) or step % math.ceil(steps / DRAWN) == 0
+
+
+def everyones_spans(crew: Crew, step_seconds: float) -> list[list[list[Any]]]:
+    """[worker][span] of the step that just ended: kind, micro-batch, workers waited for, start and end in seconds."""
+    inside = [span for span in crew.watch.spans if span.start < step_seconds]  # islands may have met behind it
+    return crew.all_values(rounded(visible(inside, step_seconds)))
+
+
+def rounded(spans: Sequence[Span]) -> list[list[Any]]:
+    """For the metrics: to the microsecond."""
+    return [[*span[:3], round(span.start, 6), round(span.end, 6)] for span in spans]
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most that a GPU had to hold so far; of a CPU, what this process holds."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def measured_here(crew: Crew) -> list[float]:
+    """This worker's numbers of the step that ends, as `Timing.of` reads them."""
+    watch = crew.watch
+    total = watch.stop()
+    return [total, *(watch.seconds[kind] for kind in KINDS), watch.sent, watch.received, memory_bytes(crew.device)]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one step, or of a round of islands, lists by worker unless they say otherwise; empty before the first.
+
+    Attributes:
+        rows: of each lane.
+        step_seconds: until the last worker was done.
+        seconds: by kind (stopwatch.KINDS); they add up to step_seconds.
+        tokens: in the rows of the worker's lane.
+        share: of the step's rows.
+        sent, received: bytes.
+        memory: bytes.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    step_seconds: float = 0.0
+    seconds: list[dict[str, float]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    share: list[float] = field(default_factory=list)
+    sent: list[float] = field(default_factory=list)
+    received: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, rows: Sequence[int], layout: Layout, seq_len: int, measured: Sequence[Sequence[float]]) -> "Timing":
+        """From what every worker measured (`measured_here`).
+
+        That message is itself a wait, which nobody can measure before it: who is done early waits for the last.
+        """
+        step_seconds = max(row[0] for row in measured)
+        seconds: list[dict[str, float]] = [dict(zip(KINDS, row[1:], strict=False)) for row in measured]
+        for worker, row in zip(seconds, measured, strict=True):
+            worker["numbers"] += step_seconds - row[0]
+        own = [rows[place_of(layout, rank).lane_number] for rank in range(len(measured))]
+        sent, received, memory = ([row[column] for row in measured] for column in (-3, -2, -1))
+        return cls(
+            list(rows), step_seconds, seconds, [count * seq_len for count in own],
+            [count / max(1, sum(rows)) for count in own], sent, received, memory,
+        )  # fmt: skip
+
+    @property
+    def worker_seconds(self) -> list[float]:
+        """Of computing."""
+        return [sum(worker[kind] for kind in WORK) for worker in self.seconds]
+
+    @property
+    def exchange_seconds(self) -> float:
+        """That sums of gradients and the way of new weights take by themselves: what the last to come waits for too."""
+        return sum(min(worker[kind] for worker in self.seconds) for kind in ("gradients", "spreading"))
+
+    @property
+    def own_seconds(self) -> list[float]:
+        """Of anything but waiting for others."""
+        return [self.step_seconds - sum(worker[kind] for kind in WAITS) for worker in self.seconds]
+
+    @property
+    def idle_share(self) -> list[float]:
+        """Share of the step spent waiting for others."""
+        return [sum(worker[kind] for kind in WAITS) / max(self.step_seconds, 1e-9) for worker in self.seconds]
+
+    @property
+    def meeting_share(self) -> list[float]:
+        """Share of a round spent waiting for other islands."""
+        return [worker["meeting"] / max(self.step_seconds, 1e-9) for worker in self.seconds]
+
+    @property
+    def tokens_per_second(self) -> list[float]:
+        """Each worker's own speed: the tokens of its lane by what it computed for them itself."""
+        return [
+            tokens / spent if spent > 0 else 0.0 for tokens, spent in zip(self.tokens, self.worker_seconds, strict=True)
+        ]
+
+    @property
+    def link_bytes_per_second(self) -> list[float]:
+        """Sent and received, spread over the step."""
+        both = zip(self.sent, self.received, strict=True)
+        return [(sent + received) / max(self.step_seconds, 1e-9) for sent, received in both]
+
+    def numbers(self) -> dict[str, Any]:
+        """For the metrics."""
+        return {
+            "rows": self.rows,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "share": self.share,
+            "busy_seconds": self.worker_seconds,
+            "wait_seconds": {kind: [worker[kind] for worker in self.seconds] for kind in WAITS},
+            "other_seconds": [worker[OTHER] for worker in self.seconds],
+            "idle_share": self.idle_share,
+            "memory_bytes": self.memory,
+            "sent_bytes": self.sent,
+            "received_bytes": self.received,
+            "link_bytes_per_second": self.link_bytes_per_second,
+        }

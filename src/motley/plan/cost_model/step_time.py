@@ -1,0 +1,357 @@
+"""Seconds of one optimizer step of a layout on equal chips: what the search minimises and `evaluate` prints.
+
+|F F F F|B F B F B F ...|B B B B|  all-reduce  optimizer       1F1B, m micro-batches over p stages
+step = (m - 1) x slowest stage + sum of stages (x what the schedule leaves of its bubble)
+     + exposed gradient exchange + optimizer + fixed cost
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motley.plan.cost_model.balance import balanced
+from motley.plan.cost_model.configs import SCHEDULES, Floats, Ints, Layouts
+from motley.plan.cost_model.framework import Engine
+from motley.plan.cost_model.hardware import Hardware
+from motley.plan.cost_model.operators import (
+    VALUE_BYTES,
+    LayerSeconds,
+    embedding_seconds,
+    head_seconds,
+    layer_seconds,
+    mtp_seconds,
+    muon_seconds,
+    summed,
+)
+from motley.plan.network.spec import Block, Shape
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Arrays [candidates] of seconds; they add up to `total`."""
+
+    compute: Floats
+    communication: Floats
+    bubble: Floats
+    optimizer: Floats
+
+    @property
+    def total(self) -> Floats:
+        return self.compute + self.communication + self.bubble + self.optimizer
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a piece, or a stage of them, holds before any parallelism, in dense parts and in routed experts.
+
+    `muon` seconds: orthogonalising its updates on one chip. Numbers, or arrays of candidates.
+    """
+
+    dense: Floats | float
+    experts: Floats | float
+    dense_muon: Floats | float = 0.0
+    expert_muon: Floats | float = 0.0
+
+    def __add__(self, other: "Held") -> "Held":
+        return Held(
+            self.dense + other.dense,
+            self.experts + other.experts,
+            self.dense_muon + other.dense_muon,
+            self.expert_muon + other.expert_muon,
+        )
+
+    def __mul__(self, factor: Floats | float) -> "Held":
+        return Held(self.dense * factor, self.experts * factor, self.dense_muon * factor, self.expert_muon * factor)
+
+
+@dataclass(frozen=True)
+class Items:
+    """The pieces that stages are made of, in order: embedding, layers, MTP modules, head. Seconds per micro-batch.
+
+    `kinds[i]` is (what, block or None); equal kinds share their arrays. The last `together` pieces are never parted.
+    """
+
+    kinds: tuple[tuple[str, Block | None], ...]
+    seconds: tuple[LayerSeconds, ...]
+    held: tuple["Held", ...]
+    together: int
+
+    def cut(self, pp: int, engine: Engine, candidate: int) -> list[slice]:
+        """The stages into which an engine cuts them for a candidate."""
+        if not engine.balanced_stages or pp == 1:
+            return even_stages(self, pp)
+        return balanced([float(piece.total[candidate]) for piece in self.seconds], pp, self.together)
+
+
+def items(shape: Shape, layouts: Layouts, seq: int, hardware: Hardware, engine: Engine, precision: str) -> Items:
+    """Cost every piece of the network once per kind."""
+    costed: dict[Block, LayerSeconds] = {
+        block: layer_seconds(block, shape, layouts, seq, hardware, engine, precision) for block, _ in shape.runs
+    }
+    kinds: list[tuple[str, Block | None]] = [("embedding", None)]
+    seconds = [embedding_seconds(shape, layouts, seq, hardware, engine)]
+    held = [Held(float(shape.embedding_parameters), 0.0)]
+    for block in shape.blocks:
+        kinds.append(("layer", block))
+        seconds.append(costed[block])
+        held.append(_held(block, hardware, engine, precision))
+    for block in shape.mtp:
+        kinds.append(("mtp", block))
+        seconds.append(mtp_seconds(block, shape, layouts, seq, hardware, engine, precision))
+        around = shape.mtp_projection().parameters + 3 * shape.hidden_size
+        held.append(_held(block, hardware, engine, precision) + Held(float(around), 0.0))
+    kinds.append(("head", None))
+    seconds.append(head_seconds(shape, layouts, seq, hardware, engine, precision))
+    # A tied head is the embedding's table: the last stage keeps a copy of it when the first is another one.
+    held.append(Held(float(shape.head.parameters) + shape.final_norm, 0.0))
+    together = 1 + len(shape.mtp) if engine.mtp_with_head else 1
+    return Items(tuple(kinds), tuple(seconds), tuple(held), together)
+
+
+def _held(block: Block, hardware: Hardware, engine: Engine, precision: str) -> Held:
+    experts = float(block.expert_parameters)
+    return Held(block.parameters - experts, experts, *muon_seconds(block, hardware, engine, precision))
+
+
+def even_stages(pieces: Items, pp: int) -> list[slice]:
+    """Megatron's split: equal numbers of layers (the first stages take what is left over); ends ride along."""
+    layers = sum(1 for what, _ in pieces.kinds if what == "layer")
+    base, extra = divmod(layers, pp)
+    bounds = np.cumsum([0] + [base + (stage < extra) for stage in range(pp)]) + 1
+    bounds[0], bounds[-1] = 0, len(pieces.kinds)
+    return [slice(int(start), int(stop)) for start, stop in pairwise(bounds)]
+
+
+def step_seconds(
+    shape: Shape, layouts: Layouts, seq: int, hardware: Hardware, engine: Engine, precision: str
+) -> StepSeconds:
+    """Steps of layouts, cut into stages as the engine does. All layouts must share the same `pp`."""
+    pp = int(layouts.pp[0])
+    if not (layouts.pp == pp).all():
+        raise ValueError("step_seconds takes layouts of one pipeline depth at a time")
+    pieces = items(shape, layouts, seq, hardware, engine, precision)
+    if not engine.balanced_stages or pp == 1:
+        return _of_stages(shape, layouts, hardware, engine, pieces, pieces.cut(pp, engine, 0), seq)
+    rows = []
+    for index in range(len(layouts)):
+        cut = pieces.cut(pp, engine, index)
+        own = replace(pieces, seconds=tuple(piece.at(index) for piece in pieces.seconds))
+        rows.append(_of_stages(shape, layouts[index], hardware, engine, own, cut, seq))
+    names = ("compute", "communication", "bubble", "optimizer")
+    return StepSeconds(*(np.concatenate([getattr(row, name) for row in rows]) for name in names))
+
+
+def _of_stages(
+    shape: Shape, layouts: Layouts, hardware: Hardware, engine: Engine, pieces: Items, cut: list[slice], seq: int
+) -> StepSeconds:
+    total = [summed(pieces.seconds[part]) for part in cut]
+    held = [sum(pieces.held[part], start=Held(0.0, 0.0)) for part in cut]
+    if shape.tied and len(cut) == 1:
+        held[0] = held[0] + Held(-float(shape.head.parameters), 0.0)
+    return combine(shape, layouts, seq, hardware, engine, total, held)
+
+
+def combine(
+    shape: Shape,
+    layouts: Layouts,
+    seq: int,
+    hardware: Hardware,
+    engine: Engine,
+    stages: list[LayerSeconds],
+    held: list[Held],
+) -> StepSeconds:
+    """From seconds per micro-batch and stage to the whole step."""
+    pp, m = len(stages), layouts.micro_batches.astype(np.float64)
+    tokens = layouts.micro_batch * seq / layouts.cp
+    if pp > 1 and (layouts.schedule == SCHEDULES.index("dualpipe")).all():
+        # A chip holds stages i and p-1-i, and works on both directions in turn.
+        stages = [(stage + twin) * 0.5 for stage, twin in zip(stages, reversed(stages), strict=True)]
+        held = [(own + twin) * 0.5 for own, twin in zip(held, reversed(held), strict=True)]
+    slowest = np.max([stage.total for stage in stages], axis=0)
+    busiest = stages[int(np.argmax([float(np.max(stage.total)) for stage in stages]))]
+    compute = m * (busiest.forward + busiest.backward)
+    exposed = m * busiest.communication
+    uneven = m * slowest - compute - exposed
+    hop = np.zeros(len(layouts))
+    if pp > 1:
+        message = tokens * shape.hidden_size * VALUE_BYTES / layouts.tp
+        one = hardware.send(message, _stages_leave_node(layouts, hardware), engine)
+        hop = 2 * (pp - 1) * one
+        slowest = np.maximum(slowest, one)  # messages run beside computing, unless the link is slower than that
+    free = slowest - np.max([stage.hidden for stage in stages], axis=0)
+    gradients = gradient_seconds(shape, layouts, hardware, engine, held, m * slowest, np.maximum(free, 0.0))
+    nodes = np.maximum(layouts.chips / hardware.chips_per_node, 1)
+    waiting = (compute + exposed) * engine.skew * np.log2(nodes)
+    return StepSeconds(
+        compute,
+        exposed + hop + gradients + waiting,
+        bubble_seconds(layouts, stages) + np.maximum(uneven, 0),
+        optimizer_seconds(shape, layouts, hardware, engine, held),
+    )
+
+
+def _stages_leave_node(layouts: Layouts, hardware: Hardware) -> NDArray[np.bool_]:
+    """Whether neighbouring stages sit on different nodes: pipelines are the outermost dimension."""
+    return layouts.tp * layouts.cp * layouts.dp >= hardware.chips_per_node
+
+
+def bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
+    """Idle seconds that a schedule leaves in the pipeline.
+
+    1F1B: (p-1)(F+B), cut by interleaved chunks; zero bubble: `zero_bubble_seconds`; DualPipe: (p/2-1)(F&B+B-3W), with
+    B the whole backward pass and F&B a forward and a backward that overlap (DualPipe README; V3 report, table 2).
+    """
+    pp = len(stages)
+    if pp == 1:
+        return np.zeros(len(layouts))
+    mean = summed(stages) * (1 / pp)
+    slowest = np.max([stage.total for stage in stages], axis=0)
+    through = np.sum([stage.total for stage in stages], axis=0)
+    whole = through - slowest  # (p-1)(F+B) when stages are equal
+    weight = np.minimum(mean.weight, mean.total / 3)
+    both, backward = mean.total, mean.backward + mean.communication / 2
+    dual = np.maximum((pp / 2 - 1) * (both + backward - 3 * weight), 0.0)
+    once = layouts.schedule == SCHEDULES.index("1f1b")
+    zero = layouts.schedule == SCHEDULES.index("zero_bubble")
+    unequal = zero_bubble_seconds(layouts, stages) if zero.any() else dual
+    return np.select([once, zero], [whole / layouts.chunks, unequal], dual)
+
+
+def zero_bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
+    """Idle seconds of unequal stages under ZB-H1, with at least as many micro-batches as stages.
+
+    Of the paths through each stage s, with F, B, W its forward pass and the gradients of inputs and of weights:
+
+        F of earlier stages | hole | m (F + B + W) | hole | B and W of the first, beside which s does what W it put off
+
+    A hole is what a micro-batch needs to go through later stages and back, less what stage s does meanwhile. Exact for
+    two stages, a few percent low for more; for equal ones (p-1)(F+B-W), as in Zero Bubble Pipeline Parallelism
+    (arXiv 2401.10241).
+    """
+    pp = len(stages)
+    total = np.stack([stage.total for stage in stages])
+    weight = np.minimum(np.stack([stage.weight for stage in stages]), total / 3)
+    forward = np.stack([stage.forward + stage.communication / 3 for stage in stages])
+    inputs = total - forward - weight
+    number = np.arange(pp)[:, None]
+    behind, m = pp - 1 - number, np.maximum(layouts.micro_batches, pp)
+
+    def earlier(values: Floats) -> Floats:
+        """Of each stage: the sum over those before it."""
+        return np.cumsum(values, axis=0) - values
+
+    round_trip = np.sum(forward + inputs, axis=0) - np.cumsum(forward + inputs, axis=0)
+    filling = np.maximum(round_trip - behind * forward, 0.0)
+    draining = np.maximum(round_trip - behind * (inputs + weight), 0.0)
+    last = np.maximum(earlier(inputs) + weight[0] - (number + 1) * weight, 0.0) * (number > 0)
+    paths = earlier(forward) + filling + m * total + draining + last
+    return np.max(paths, axis=0) - m * np.max(total, axis=0)
+
+
+def gradient_seconds(
+    shape: Shape,
+    layouts: Layouts,
+    hardware: Hardware,
+    engine: Engine,
+    held: list[Held],
+    behind: Floats,
+    free: Floats,
+) -> Floats:
+    """What the exchange of gradients over the data-parallel group adds to the step (busiest stage).
+
+    It hides behind `behind`, the seconds of computing in the step; what ZeRO-3 gathers for each micro-batch only
+    behind `free`, those of one micro-batch that hide nothing else yet.
+    """
+    once = np.zeros(len(layouts))
+    each = np.zeros(len(layouts))
+    for stage in held:
+        one, every = exchange_seconds(stage, layouts, hardware, engine)
+        once, each = np.maximum(once, one), np.maximum(each, every)
+    sharded = layouts.micro_batches * (each - engine.hidden_shards * np.minimum(each, free))
+    return (
+        sharded
+        + once
+        - engine.hidden_gradients * np.minimum(once, behind)
+        + tied_seconds(shape, layouts, hardware, engine)
+    )
+
+
+def exchange_seconds(held: Held, layouts: Layouts, hardware: Hardware, engine: Engine) -> tuple[Floats, Floats]:
+    """Seconds (once a step, with every micro-batch) to exchange what a stage with so many parameters has to.
+
+    Once: gradients are summed over the group. ZeRO-3 instead gathers weights for the forward and for the backward pass
+    of every micro-batch and scatters its gradients. Under DualPipe a chip's two stages hold so much on average, and
+    each lies on a mirrored chip too, with which its part of the sum is summed. Where islands share, gradients go to
+    owners (from ZeRO 2 on with every micro-batch), and weights come back once, or with ZeRO 3 twice a micro-batch.
+    """
+    span = layouts.tp * layouts.cp * layouts.dp
+    group = layouts.dp * layouts.cp
+    copies = np.maximum(group // layouts.ep, 1)
+    own, routed = held.dense / layouts.tp, held.experts / (layouts.tp * layouts.ep)
+    size = engine.gradient_bytes
+    if engine.zero_over == "island":
+
+        def one_way(bytes_each: float) -> Floats:
+            dense = np.where(group > 1, hardware.all_gather(group, span, own * bytes_each, engine), 0.0)
+            return dense + np.where(copies > 1, hardware.all_gather(copies, span, routed * bytes_each, engine), 0.0)
+
+        return sent_when(layouts.zero, one_way(size), one_way(engine.weight_bytes))
+    once = np.where(group > 1, hardware.all_reduce(group, span, own * size, engine), 0.0)
+    once = once + np.where(copies > 1, hardware.all_reduce(copies, span, routed * size, engine), 0.0)
+    whole = (own + routed) * engine.weight_bytes
+    each = np.where(group > 1, 3 * hardware.all_gather(group, span, whole, engine), 0.0)
+    sharded = layouts.zero == 3
+    dual = layouts.schedule == SCHEDULES.index("dualpipe")
+    mirrored = 2 * (own / group + routed / copies) * size
+    pair = np.where(dual, hardware.all_reduce(*_two_ends(layouts, hardware), mirrored, engine), 0.0)
+    return np.where(sharded, 0.0, np.where(dual, 2.0, 1.0) * once) + pair, np.where(sharded, each, 0.0)
+
+
+def sent_when(zero: Ints, gradients: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """(once a step, with every micro-batch) of the seconds in which an island's gradients, or weights, travel once."""
+    once = np.where(zero < 2, gradients, 0.0) + np.where(zero < 3, weights, 0.0)
+    return once, np.where(zero >= 2, gradients, 0.0) + np.where(zero >= 3, 2 * weights, 0.0)
+
+
+def _two_ends(layouts: Layouts, hardware: Hardware) -> tuple[Ints, Ints]:
+    """(degree, span) of a group of two chips at opposite stages of a pipeline."""
+    two = np.full(len(layouts), 2)
+    return two, np.where(layouts.chips > hardware.chips_per_node, 2 * hardware.chips_per_node, 2)
+
+
+def tied_seconds(shape: Shape, layouts: Layouts, hardware: Hardware, engine: Engine) -> Floats:
+    """A tied table lies on the first and the last stage, whose gradients are summed."""
+    if not shape.tied:
+        return np.zeros(len(layouts))
+    table = shape.head.parameters / layouts.tp * engine.gradient_bytes
+    return np.where(layouts.pp > 1, hardware.all_reduce(*_two_ends(layouts, hardware), table, engine), 0.0)
+
+
+def optimizer_seconds(shape: Shape, layouts: Layouts, hardware: Hardware, engine: Engine, held: list[Held]) -> Floats:
+    """Of the busiest stage, with what every step costs besides."""
+    slowest = np.max([update_seconds(stage, layouts, hardware, engine) for stage in held], axis=0)
+    return slowest + engine.optimizer_seconds * shape.num_layers / layouts.pp + engine.step_seconds
+
+
+def update_seconds(held: Held, layouts: Layouts, hardware: Hardware, engine: Engine) -> Floats:
+    """Reading and writing parameters, gradients, states once, and Muon's products; sharded states divide the work."""
+    group: Ints = layouts.dp * layouts.cp
+    sharded = layouts.zero > 0
+    twice = np.where(layouts.schedule == SCHEDULES.index("dualpipe"), 2.0, 1.0)  # two stages; shards halve them
+    dense_over = layouts.tp * np.where(sharded, group, 1)
+    experts_over = layouts.tp * layouts.ep * np.where(sharded, np.maximum(group // layouts.ep, 1), 1)
+    rate = hardware.memory_bandwidth * engine.stream_efficiency / engine.optimizer_passes
+    own = held.dense / dense_over + held.experts / experts_over
+    muon = held.dense_muon / dense_over + held.expert_muon / experts_over
+    return np.where(sharded, 1.0, twice) * (own / rate + muon)
+
+
+def whole_update_seconds(pieces: Items, hardware: Hardware, engine: Engine) -> float:
+    """Of one chip that updates the whole model by itself."""
+    whole = sum(pieces.held, start=Held(0.0, 0.0))
+    alone = Layouts.of(
+        tp=1, cp=1, ep=1, dp=1, pp=1, micro_batch=1, micro_batches=1, recompute=0, schedule=0, chunks=1, zero=0
+    )
+    return float(np.squeeze(update_seconds(whole, alone, hardware, engine)))

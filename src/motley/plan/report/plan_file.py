@@ -1,0 +1,385 @@
+"""A found plan spelled out: who holds and does what, how long each part of a step takes, what it costs.
+
+The result is plain values: the plan file that the runtime takes, the table, the JSON and the picture all come from it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from motley.fleet.inventory import Pool
+from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Layouts
+from motley.plan.cost_model.memory import (
+    FRAGMENTATION,
+    KEPT_ONCE_FROM,
+    buffer_bytes,
+    in_flight,
+    logit_bytes,
+    saved_bytes,
+    state_bytes,
+    working_bytes,
+)
+from motley.plan.cost_model.step_time import Held, items, update_seconds
+from motley.plan.search.candidates import Member
+from motley.plan.search.search import Searcher
+from motley.plan.search.solution import Chosen, Found, hours_between_failures
+from motley.plan.search.step_lines import Options, bubbles, busiest, held_at, stage_sums
+
+PLAN_VERSION = 1
+JOULES_PER_KWH = 3.6e6
+SPREAD = "spread by free memory"
+
+
+def spelled_out(found: Found) -> dict[str, Any]:
+    """The plan as plain values."""
+    job, fleet = found.job, found.fleet
+    teams = [_team(found, team) for team in found.teams]
+    _spread_states(found, teams)
+    pools = _pools(found, teams)
+    split = _split(found, teams)
+    goodput, interval = found.goodput
+    seconds = found.expected_seconds
+    watts = sum(pool["chips"] * pool["power_watts"] for pool in pools)
+    return {
+        "plan_version": PLAN_VERSION,
+        "model": job.shape.name,
+        "model_source": job.shape.source,
+        "fleet": fleet.name,
+        "currency": fleet.currency,
+        "engine": job.engine,
+        "tokens": job.tokens,
+        "seq_len": job.seq_len,
+        "global_batch": job.global_batch,
+        "steps": job.steps,
+        "step_seconds": found.step_seconds,
+        "step_split_seconds": split,
+        "tokens_per_second": found.tokens_per_second,
+        "days": seconds / 86400,
+        "days_without_failures": found.seconds / 86400,
+        "goodput": goodput,
+        "checkpoint_interval_seconds": interval,
+        "chips": found.chips,
+        "chips_rented": sum(found.rented.values()),
+        "chip_hours": sum(found.rented.values()) * seconds / 3600,
+        "cost": found.cost,
+        "energy_kwh": watts * seconds / JOULES_PER_KWH,
+        "inner_steps": found.inner_steps,
+        "outer_seconds_per_step": found.outer_seconds,
+        "pools": pools,
+        "teams": teams,
+        "notes": _notes(found, teams),
+    }
+
+
+def compared(searcher: Searcher, found: Found) -> dict[str, Any]:
+    """`mixed_efficiency`, and `comparison`: the even split, each pool alone, what each pool is worth.
+
+    The mixed efficiency divides the plan's speed by what the pools it uses reach alone, added up. A pool that cannot
+    hold the model alone counts with the best share of its peak that any pool reaches (alone, or else in the plan).
+    """
+    pools = searcher.fleet.pools
+    names = [pool.name for pool in pools]
+    alone = {name: searcher.alone(name) for name in names}
+    known = {name: plan for name, plan in alone.items() if plan is not None}
+    even = searcher.even() if len(names) > 1 else None
+    fastest = min(known, key=lambda name: known[name].step_seconds, default=None)
+    worth = []
+    for name in names if len(names) > 1 else ():
+        rest = searcher.best([other for other in names if other != name])
+        entry: dict[str, Any] = {
+            "pool": name,
+            "alone_tokens_per_second": known[name].tokens_per_second if name in known else None,
+        }
+        if rest is None:
+            entry |= {"needed": True, "slower": None, "cheaper": None}
+        else:
+            entry |= {
+                "needed": False,
+                "slower": rest.step_seconds / found.step_seconds - 1,
+                "cheaper": 1 - rest.cost / found.cost if found.cost else 0.0,
+            }
+        worth.append(entry)
+    used = [pool for pool in pools if found.used[pool.name]]
+    comparison = {
+        "even_split": None if even is None else _brief(even, found),
+        "fastest_pool": None if fastest is None else {"pool": fastest, **_brief(known[fastest], found)},
+        "alone": {name: _brief(plan, found) for name, plan in known.items()},
+        "pools_that_cannot_alone": [pool.name for pool in used if pool.name not in known],
+        "marginal_value": worth,
+    }
+    return {"mixed_efficiency": _mixed_efficiency(searcher, found, used, known), "comparison": comparison}
+
+
+def _mixed_efficiency(searcher: Searcher, found: Found, used: Sequence[Pool], known: Mapping[str, Found]) -> float:
+    """The plan's speed over what the pools it uses reach alone, added up."""
+    job = searcher.job
+    peaks = {pool.name: pool.chips * pool.flops(job.precision_for(pool)) / job.flops_per_token for pool in used}
+    shares = [known[pool.name].tokens_per_second / peaks[pool.name] for pool in used if pool.name in known]
+    share = max(shares, default=found.tokens_per_second / sum(peaks.values()))
+    total = sum(known[pool.name].tokens_per_second if pool.name in known else share * peaks[pool.name] for pool in used)
+    return found.tokens_per_second / total
+
+
+def _brief(plan: Found, found: Found) -> dict[str, Any]:
+    return {
+        "step_seconds": plan.step_seconds,
+        "tokens_per_second": plan.tokens_per_second,
+        "days": plan.expected_seconds / 86400,
+        "cost": plan.cost,
+        "chips": plan.chips,
+        "relative_speed": plan.tokens_per_second / found.tokens_per_second,
+    }
+
+
+def _spread_states(found: Found, teams: Sequence[dict[str, Any]]) -> None:
+    """Where some team's chips cannot hold its states, all states of its island lie where there is room."""
+    for island in {team["island"] for team in teams}:
+        together = [team for team in teams if team["island"] == island]
+        names = {name for team in together for name in team["pools"]}
+        engines = [found.job.engine_for(pool) for pool in found.fleet.pools if pool.name in names]
+        if not any(team["states"] == SPREAD for team in together):
+            continue
+        room = sum(team["spare_bytes"] for team in together)
+        filled = found.job.parameters * max(engine.state_bytes["optimizer"] for engine in engines) / room
+        for team in together:
+            team["states"] = SPREAD
+            team["state_share"] = team["spare_bytes"] / room
+            for stage in team["stages"]:
+                parts = stage["memory_bytes"]
+                parts["optimizer"] = 0.0
+                parts["fragmentation"] = FRAGMENTATION * (sum(parts.values()) - parts["fragmentation"])
+                parts["optimizer"] = filled * max(stage["memory_limit_bytes"] - sum(parts.values()), 0.0)
+
+
+# ------------------------------------------------------------------------------------------------- parts
+
+
+def _team(found: Found, chosen: Chosen) -> dict[str, Any]:
+    """One team: its layout, its stages, its part of the batch and the parts of its step."""
+    options, job = chosen.options.take(np.array([chosen.index])), found.job
+    layouts = options.layouts
+    first = layouts[0]
+    pp = int(first.pp[0])
+    costed = [
+        items(job.shape, own, job.seq_len, member.hardware, member.engine, member.precision)
+        for own, member in zip(layouts, options.members, strict=True)
+    ]
+    seconds, held = stage_sums(costed, options.stage_of, options.pool_of)
+    line = float(busiest(first, seconds.total)[0])
+    m = chosen.micro_batches
+    slowest = int(np.argmax(seconds.total[:pp, 0]))
+    factor = line / float(seconds.total[slowest, 0])  # DualPipe: a chip shares a slow and a fast stage
+    compute = m * factor * float(seconds.forward[slowest, 0] + seconds.backward[slowest, 0])
+    bubble = float(bubbles(first, seconds, first.pp)[0])
+    bubble += max(int(first.least_micro_batches[0]) - m, 0) * line  # too few micro-batches for the schedule
+    optimizer = _update(options, held, chosen)
+    stages = [_stage(found, chosen, options, costed, held_at(held, stage), stage) for stage in range(pp)]
+    steps = chosen.steps
+    return {
+        "pools": [member.pool.name for member in options.members],
+        "island": chosen.island,
+        "dp": int(first.dp[0]),
+        "pp": pp,
+        "cp": int(first.cp[0]),
+        "ep": int(first.ep[0]),
+        "tp": {m_.pool.name: int(own.tp[0]) for m_, own in zip(options.members, layouts, strict=True)},
+        "precision": {member.pool.name: member.precision for member in options.members},
+        "zero": int(first.zero[0]) if options.chips.sum() > 1 or chosen.update is not None else 0,
+        "states": _states(chosen),
+        "schedule": SCHEDULES[int(first.schedule[0])],
+        "recompute": RECOMPUTES[int(first.recompute[0])],
+        "micro_batch": int(first.micro_batch[0]),
+        "micro_batches": m,
+        "sequences": chosen.sequences,
+        "share": chosen.sequences / job.global_batch,
+        "chips": {m_.pool.name: int(count) for m_, count in zip(options.members, options.chips[:, 0], strict=True)},
+        "state_share": chosen.kept,
+        "spare_bytes": float(options.spare[0]),
+        "seconds": {
+            "compute": compute * steps,
+            "bubble": bubble * steps,
+            "optimizer": optimizer * steps,
+            "communication": max(chosen.seconds - compute - bubble - optimizer, 0.0) * steps,
+            "waiting": max(found.step_seconds - chosen.seconds * steps, 0.0),
+        },
+        "stages": stages,
+    }
+
+
+def _states(chosen: Chosen) -> str:
+    """Who keeps what is kept once."""
+    if chosen.update is not None:
+        return "shared in the island"
+    return "own chips" if chosen.options.own_states[chosen.index] else SPREAD
+
+
+def _stage(
+    found: Found, chosen: Chosen, options: Options, costed: Sequence[Any], held: Held, stage: int
+) -> dict[str, Any]:
+    """What one stage holds, with the memory of one of its chips."""
+    number = int(options.pool_of[stage, 0])
+    member, layouts = options.members[number], options.layouts[number]
+    pieces = [piece for piece in range(len(options.stage_of)) if options.stage_of[piece, 0] == stage]
+    kinds = [costed[number].kinds[piece] for piece in pieces]
+    layers = [piece - 1 for piece, (what, _) in zip(pieces, kinds, strict=True) if what == "layer"]
+    seconds = sum(float(costed[number].seconds[piece].total[0]) for piece in pieces)
+    routed = found.job.shape.experts
+    return {
+        "pool": member.pool.name,
+        "chip": member.hardware.chip,
+        "chips": int((layouts.tp * layouts.cp * layouts.dp)[0]),
+        "layers": [layers[0], layers[-1]] if layers else None,
+        "embedding": any(what == "embedding" for what, _ in kinds),
+        "mtp": sum(1 for what, _ in kinds if what == "mtp"),
+        "head": any(what == "head" for what, _ in kinds),
+        "experts_per_chip": routed // int(layouts.ep[0]) if routed else 0,
+        "seconds_per_micro_batch": seconds,
+        "parameters_per_chip": float(np.squeeze(held.dense / layouts.tp + held.experts / (layouts.tp * layouts.ep))),
+        "memory_bytes": memory_parts(found, chosen, options, member, layouts, kinds, held, stage),
+        "memory_limit_bytes": member.hardware.memory_bytes,
+    }
+
+
+def memory_parts(
+    found: Found,
+    chosen: Chosen,
+    options: Options,
+    member: Member,
+    layouts: Layouts,
+    kinds: Sequence[Any],
+    held: Held,
+    stage: int,
+) -> dict[str, float]:
+    """Bytes on one chip of a stage by what they are for."""
+    job, engine = found.job, member.engine
+    states = state_bytes(held.dense / layouts.tp, held.experts / (layouts.tp * layouts.ep), layouts, engine)
+    if chosen.update is not None:
+        kept = (
+            part * np.where(layouts.zero >= first, chosen.kept, 1.0)
+            for part, first in zip(states, KEPT_ONCE_FROM, strict=True)
+        )
+        weights, gradients, optimizer = kept
+    else:
+        weights, gradients, optimizer = states
+    elsewhere = _states(chosen) == SPREAD
+    flights = in_flight(layouts, np.array([stage]))
+    blocks = [block for _, block in kinds if block is not None]
+    saved = sum((saved_bytes(block, job.shape, layouts, engine, job.seq_len) for block in blocks), start=np.zeros(1))
+    all_blocks = {block for block, _ in job.shape.runs} | set(job.shape.mtp)
+    working = max(float(working_bytes(block, job.shape, layouts, engine, job.seq_len)[0]) for block in all_blocks)
+    heads = sum(1 for what, _ in kinds if what in ("head", "mtp"))
+    parts = {
+        "weights": float(weights[0]),
+        "gradients": float(gradients[0]),
+        "optimizer": 0.0 if elsewhere else float(optimizer[0]),
+        "activations": float((saved * flights)[0])
+        + working
+        + heads * float(logit_bytes(job.shape, layouts, job.seq_len)[0]),
+        "buffers": float(buffer_bytes(job.shape, layouts, engine, job.seq_len)[0]),
+    }
+    parts["fragmentation"] = FRAGMENTATION * sum(parts.values())
+    return parts
+
+
+def _update(options: Options, held: Held, chosen: Chosen) -> float:
+    """Seconds the optimizer takes on the busiest chip."""
+    step = max(member.engine.step_seconds for member in options.members)
+    if chosen.update is not None:
+        return chosen.update + step
+    first = options.layouts[0]
+    each = np.zeros((options.pool_of.shape[0], 1))
+    for stage in range(int(first.pp[0])):
+        number = int(options.pool_of[stage, 0])
+        member, own = options.members[number], options.layouts[number]
+        each[stage] = update_seconds(held_at(held, stage), own, member.hardware, member.engine)
+    return float(busiest(first, each)[0]) + step
+
+
+def _pools(found: Found, teams: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each pool's part: chips, tokens, share of its peak, the parts of its step."""
+    job = found.job
+    rows = []
+    for pool in found.fleet.pools:
+        own = [team for team in teams if pool.name in team["pools"]]
+        used = sum(team["chips"][pool.name] for team in own)
+        row: dict[str, Any] = {
+            "pool": pool.name,
+            "chip": pool.sheet.name,
+            "site": found.fleet.site_of(pool),
+            "chips": used,
+            "chips_idle": pool.chips - used,
+            "price_per_hour": pool.price,
+            "power_watts": pool.sheet.power_watts,
+            "hours_between_failures": hours_between_failures(pool),
+            "nodes": pool.nodes,
+            "chips_per_node": pool.per_node,
+            "availability": pool.availability,
+        }
+        if own:
+            flops = sum(_flops_on(found, team, pool.name) for team in own)
+            precision = own[0]["precision"][pool.name]
+            wide = precision if precision != "fp8" else pool.sheet.best_precision()
+            row |= {
+                "precision": precision,
+                "mfu": flops / (used * pool.flops(wide) * found.step_seconds),
+                "flops_share": flops / (job.flops_per_token * job.seq_len * job.global_batch),
+                "memory_bytes": max(
+                    sum(stage["memory_bytes"].values())
+                    for team in own
+                    for stage in team["stages"]
+                    if stage["pool"] == pool.name
+                ),
+                "memory_limit_bytes": own[0]["stages"][0]["memory_limit_bytes"]
+                if len(own[0]["pools"]) == 1
+                else next(s["memory_limit_bytes"] for s in own[0]["stages"] if s["pool"] == pool.name),
+            }
+        rows.append(row)
+    return rows
+
+
+def _flops_on(found: Found, team: dict[str, Any], pool: str) -> float:
+    """FLOPs of the mathematics that a pool's stages of a team do in one step."""
+    job = found.job
+    shape, seq = job.shape, job.seq_len
+    head = 2 * shape.head.active
+    total = 0.0
+    for stage in team["stages"]:
+        if stage["pool"] != pool:
+            continue
+        if stage["layers"]:
+            first, last = stage["layers"]
+            total += sum(block.forward_flops(seq) for block in shape.blocks[first : last + 1])
+        for block in shape.mtp[: stage["mtp"]]:
+            total += block.forward_flops(seq) + 2 * shape.mtp_projection().active + head
+        total += head * stage["head"]
+    return 3 * total * team["sequences"] * seq
+
+
+def _split(found: Found, teams: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The parts of a step, of the team that is busy longest, so that they add up to the step."""
+    longest = min(teams, key=lambda team: team["seconds"]["waiting"])
+    parts = dict(longest["seconds"])
+    parts["communication"] += parts.pop("waiting")
+    return parts
+
+
+def _notes(found: Found, teams: Sequence[dict[str, Any]]) -> list[str]:
+    notes = []
+    engines = {member.engine.name: member.engine for team in found.teams for member in team.options.members}
+    for engine in engines.values():
+        if any("assumed" in line for line in engine.fitted):
+            notes.append(f"engine {engine.name}: {engine.fitted[0]}")
+    if found.inner_steps:
+        notes.append(
+            f"islands meet every {found.inner_steps} steps: published losses of doing so are "
+            "+0.3 to +2 % at 4 islands, less at larger models (DiLoCo scaling laws)"
+        )
+    if any(team["states"] == SPREAD for team in teams):
+        notes.append("optimizer states are spread over the fleet in proportion to free memory")
+    if any(pool.availability < 1 for pool in found.fleet.pools):
+        notes.append("availability below 1 is not in these figures: `motley plan simulate` replays it")
+    idle = [pool.name for pool in found.fleet.pools if not any(pool.name in team["pools"] for team in teams)]
+    if idle:
+        notes.append(f"left out, because the plan is better at what was asked for without them: {', '.join(idle)}")
+    return notes

@@ -1,0 +1,197 @@
+"""Which layouts of a team are worth costing: degrees of parallelism, micro-batch, recomputation, schedule, ZeRO stage.
+
+A *team* is one pool, or a few that form a pipeline together (memory-rich chips first). Its degrees are powers of two
+and round numbers; what is left of a pool when they do not divide it stays idle, so that every number of copies counts.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+
+from motley.fleet.inventory import Pool
+from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Ints, Layouts
+from motley.plan.cost_model.framework import Engine
+from motley.plan.cost_model.hardware import Hardware
+from motley.plan.workload import Job
+
+TENSOR = (1, 2, 4, 8)
+CONTEXT = (1, 2, 4, 8, 16)
+PIPELINE = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
+DEEPEST = 64
+NEARLY_ALL = 0.97  # of a pool: a depth besides those of PIPELINE is tried if it leaves fewer chips idle than this
+CHUNKS = (2, 4, 8)  # of an interleaved stage
+MOST_EXPERT_RANKS = 320
+MICRO_BATCH = (1, 2, 4, 8, 16)
+LONG_CONTEXT = 16_384  # tokens from which context parallelism is considered
+SMALL_TEAM = 16  # tensor-parallel groups up to which every number of copies and stages is tried
+
+
+@dataclass(frozen=True)
+class Member:
+    """A pool as part of a team, with what its chips run."""
+
+    pool: Pool
+    hardware: Hardware
+    engine: Engine
+    precision: str
+
+
+def members_of(pools: Sequence[Pool], job: Job) -> tuple[Member, ...]:
+    """Memory-rich chips first: the first stages hold most micro-batches in flight."""
+    made = [Member(pool, Hardware.of_pool(pool), job.engine_for(pool), job.precision_for(pool)) for pool in pools]
+    return tuple(
+        sorted(
+            made,
+            key=lambda m: (-m.hardware.memory_bytes, -m.hardware.flops[m.precision], -m.hardware.network, m.pool.chips),
+        )
+    )
+
+
+def candidates_of(members: tuple[Member, ...], job: Job) -> tuple[list[Layouts], Ints] | None:
+    """(a Layouts for each member, [members, candidates] stages on it)."""
+    blocks = list(_blocks(members, job))
+    if not blocks:
+        return None
+    table = np.concatenate(blocks)
+    cp, dp, pp, ep, micro, recompute, schedule, chunks, zero = table[:, :9].T
+    layouts = [
+        Layouts.of(
+            tp=table[:, 9 + i],
+            cp=cp,
+            ep=ep,
+            dp=dp,
+            pp=pp,
+            micro_batch=micro,
+            micro_batches=1,
+            recompute=recompute,
+            schedule=schedule,
+            chunks=chunks,
+            zero=zero,
+        )
+        for i in range(len(members))
+    ]
+    return layouts, table[:, 9 + len(members) :].T.copy()
+
+
+def _blocks(members: tuple[Member, ...], job: Job) -> Iterator[Ints]:
+    """Rows of degrees, a block for each way to place pipelines: what is fixed there beside a grid of what is free."""
+    shape = job.shape
+    heads = shape.blocks[0].heads
+    most_context = min(member.engine.most_context for member in members)
+    contexts = [cp for cp in CONTEXT if cp <= most_context] if job.seq_len > LONG_CONTEXT else [1]
+    tensors = [
+        [tp for tp in TENSOR if tp <= min(member.pool.per_node, member.engine.most_tensor) and heads % tp == 0]
+        for member in members
+    ]
+    most_zero = min(member.engine.most_zero for member in members)
+    over_island = members[0].engine.zero_over == "island"
+    recomputes = tuple(
+        number for number, name in enumerate(RECOMPUTES) if all(name in member.engine.recomputes for member in members)
+    )
+    allowed = set.intersection(*(set(member.engine.schedules) for member in members))
+    for cp, tps in product(contexts, product(*tensors)):
+        groups = [
+            member.pool.nodes * (member.pool.per_node // tp) // cp for member, tp in zip(members, tps, strict=True)
+        ]
+        for stages, dp in _pipelines(groups, shape.num_layers):
+            pp = sum(stages)
+            experts = tuple(ep for ep in _expert_degrees(shape.experts) if (dp * cp) % ep == 0)
+            micros = tuple(micro for micro in MICRO_BATCH if micro * dp <= job.global_batch)
+            if not micros:
+                continue
+            # Sharding less than a schedule allows costs memory and gains nothing: 1 (with stages) or 2, and 3.
+            zeros = (0,) if dp * cp == 1 else (min(2 if pp == 1 else 1, most_zero), 3)[: 1 + (most_zero == 3)]
+            if over_island:  # others share too, and with every micro-batch from 2 on
+                zeros = tuple(range(1, (most_zero if pp == 1 else 1) + 1))
+            schedules = _schedules(allowed, pp, len(members), shape.num_layers)
+            grid = _grid(experts, micros, schedules, zeros, recomputes, over_island)
+            row = np.array([cp, dp, pp, *tps, *stages], np.int64)
+            block = np.empty((len(grid), 3 + grid.shape[1] + 2 * len(members)), np.int64)
+            block[:, :3], block[:, 3 : 3 + grid.shape[1]], block[:, 3 + grid.shape[1] :] = row[:3], grid, row[3:]
+            yield block
+
+
+@lru_cache(maxsize=512)
+def _grid(
+    experts: tuple[int, ...],
+    micros: tuple[int, ...],
+    schedules: tuple[tuple[int, int], ...],
+    zeros: tuple[int, ...],
+    recomputes: tuple[int, ...],
+    over_island: bool,
+) -> Ints:
+    """[combinations, 6] of expert degree, micro-batch, recomputation, schedule, chunks, ZeRO stage.
+
+    What an island shares from stage 2 on are weights of chips that hold all experts; from 3 on they leave after each
+    pass, and come back for a backward pass that computes again.
+    """
+    full = RECOMPUTES.index("full")
+    rows = [
+        (ep, micro, recompute, *schedule, zero)
+        for ep, micro, recompute, schedule, zero in product(experts, micros, recomputes, schedules, zeros)
+        if not over_island or zero < 2 or (ep == 1 and (zero < 3 or recompute == full))
+    ]
+    return np.array(rows, np.int64)
+
+
+def _schedules(allowed: set[str], pp: int, members: int, layers: int) -> tuple[tuple[int, int], ...]:
+    """(schedule, chunks of a stage) that the engines run and the depth allows."""
+    plain = SCHEDULES.index("1f1b")
+    if pp == 1:
+        return ((plain, 1),)
+    found = [(plain, 1)]
+    if "interleaved" in allowed and members == 1:
+        found += [(plain, chunks) for chunks in CHUNKS if layers >= pp * chunks]
+    if "zero_bubble" in allowed:
+        found.append((SCHEDULES.index("zero_bubble"), 1))
+    if "dualpipe" in allowed and members == 1 and pp % 2 == 0:
+        found.append((SCHEDULES.index("dualpipe"), 1))
+    return tuple(found)
+
+
+def _pipelines(groups: Sequence[int], layers: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """(stages on each member, copies).
+
+    Small teams try everything; larger ones of one pool a depth from PIPELINE, of several all chips, half, a quarter.
+    """
+    if min(groups) < 1:
+        return
+    if sum(groups) <= SMALL_TEAM:
+        for dp in range(1, min(groups) + 1):
+            for stages in product(*(range(1, group // dp + 1) for group in groups)):
+                if sum(stages) <= layers:
+                    yield stages, dp
+        return
+    if len(groups) == 1:
+        for pp in range(1, min(groups[0], layers, DEEPEST) + 1):
+            for dp in _copies(groups[0] // pp):
+                if pp in PIPELINE or pp * dp >= NEARLY_ALL * groups[0]:
+                    yield (pp,), dp
+        return
+    seen = set()
+    for dp in _copies(min(groups)):
+        most = [group // dp for group in groups]
+        for scale in (1.0, 0.5, 0.25):
+            stages = tuple(max(1, int(count * scale)) for count in most)
+            if sum(stages) <= min(layers, DEEPEST) and (stages, dp) not in seen:
+                seen.add((stages, dp))
+                yield stages, dp
+
+
+def _copies(most: int) -> list[int]:
+    """Numbers of copies to try: all there is room for, and rounder ones that experts divide."""
+    if most <= SMALL_TEAM:
+        return list(range(1, most + 1))
+    top = int(math.log2(most))
+    multiples = {most // step * step for step in (1, 2, 4, 8, 16, 32, 64, 128, 256)} - {0}
+    return sorted(multiples | {2**top, 2 ** (top - 1)})
+
+
+def _expert_degrees(experts: int) -> list[int]:
+    if not experts:
+        return [1]
+    return [ep for ep in range(1, min(experts, MOST_EXPERT_RANKS) + 1) if experts % ep == 0]

@@ -1,0 +1,107 @@
+"""A plan as the search knows it: teams with their parts of the batch, what a step takes, what the run costs."""
+
+import math
+from dataclasses import dataclass
+
+from motley.fleet.inventory import Fleet, Pool
+from motley.plan.search.step_lines import Options
+from motley.plan.simulation.simulate import CHECKPOINT_SECONDS, RESTART_SECONDS, expected_goodput
+from motley.plan.workload import Job
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One team of the plan: its options, the one taken, and its part of the batch.
+
+    Attributes:
+        sequences: of the batch.
+        micro_batches: of a copy in one step of its island.
+        seconds: that the team is busy in such a step.
+        update: seconds of it in which the island updates what it keeps once; None: the team updates its own.
+        kept: the team's part of that, of 1.
+        steps: of its island for each step of the run.
+    """
+
+    team: frozenset[str]
+    options: Options
+    index: int
+    sequences: int
+    micro_batches: int
+    seconds: float
+    update: float | None = None
+    kept: float = 1.0
+    island: int = 0
+    steps: float = 1.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan as the search knows it.
+
+    Attributes:
+        step_seconds: of one step over the whole batch.
+        inner_steps: steps between two meetings of islands; 0: one synchronous step over all chips.
+        outer_seconds: per step, what meeting costs.
+    """
+
+    job: Job
+    fleet: Fleet
+    teams: tuple[Chosen, ...]
+    step_seconds: float
+    inner_steps: int
+    outer_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.job.global_batch * self.job.seq_len / self.step_seconds
+
+    @property
+    def chips(self) -> int:
+        return sum(self.used.values())
+
+    @property
+    def used(self) -> dict[str, int]:
+        """Pool → chips that work."""
+        counts = dict.fromkeys((pool.name for pool in self.fleet.pools), 0)
+        for team in self.teams:
+            for member, count in zip(team.options.members, team.options.chips[:, team.index], strict=True):
+                counts[member.pool.name] += int(count)
+        return counts
+
+    @property
+    def rented(self) -> dict[str, int]:
+        """Pool → chips that must be paid for: those of every node that works."""
+        used = self.used
+        return {pool.name: math.ceil(used[pool.name] / pool.per_node) * pool.per_node for pool in self.fleet.pools}
+
+    @property
+    def price_per_hour(self) -> float:
+        rented = self.rented
+        return sum(pool.price * rented[pool.name] for pool in self.fleet.pools)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run if nothing ever failed."""
+        return self.step_seconds * self.job.steps
+
+    @property
+    def goodput(self) -> tuple[float, float]:
+        """(useful share of the time, seconds between checkpoints) with the pools' failures."""
+        used = self.used
+        failing = sum(used[pool.name] / hours_between_failures(pool) for pool in self.fleet.pools)
+        return expected_goodput(1 / failing if failing else math.inf, CHECKPOINT_SECONDS, RESTART_SECONDS)
+
+    @property
+    def expected_seconds(self) -> float:
+        """Of the whole run with failures."""
+        return self.seconds / self.goodput[0]
+
+    @property
+    def cost(self) -> float:
+        return self.price_per_hour * self.expected_seconds / 3600
+
+
+def hours_between_failures(pool: Pool) -> float:
+    """Mean hours between failures of one chip, when whole nodes fail too."""
+    node = pool.hours_between_node_failures
+    return 1 / (1 / pool.hours_between_failures + (1 / (node * pool.per_node) if node else 0.0))

@@ -1,0 +1,254 @@
+"""The real commands under torchrun: uneven workers learn what one process learns, and go on whoever is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawned_ranks import free_port, on_crew
+from test_resume import STEPS, command
+from test_resume import data as data  # the fixture
+from test_resume import shape as shape
+
+from motley.errors import CrewError, InputError
+from motley.parallel import build as start
+from motley.parallel import communicator as crew_module
+from motley.parallel.communicator import Crew, join_crew
+from motley.parallel.layout import islands_side_by_side
+from motley.parallel.load_balance import Shares
+from motley.plan.search.pool_packing import apportion
+
+
+def torchrun(workers: int, arguments: list[str], *options: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={workers}", *options]
+    return [*launcher, f"--master-port={free_port()}", "-m", "motley", *arguments[3:]]
+
+
+def losses(out: Path) -> list[float]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] in ("train", "valid")]
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    done = subprocess.run(command(out, data, shape, precision="fp32"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow(60)
+def test_a_crew_learns_what_one_process_learns_and_any_crew_goes_on_from_its_checkpoint(
+    data: Path, shape: Path, alone: Path, tmp_path: Path
+):
+    """Three workers are killed half-way, one of them first; two go on, and one process ends the run."""
+    out = tmp_path / "run"
+    arguments = command(out, data, shape, precision="fp32", emulate="1:2:4", emulate_by="wait")
+    process = subprocess.Popen(torchrun(3, arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until(lambda: len(list((out / "checkpoints").glob("step-????????"))) >= 1, process)
+    victim = children(process.pid)[-1]
+    subprocess.run(["kill", "-9", str(victim)], check=True)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert " lost " in text or "Signal 9" in text
+    assert list((out / "checkpoints").glob("step-????????"))
+    two = subprocess.Popen(
+        torchrun(2, command(out, data, shape, precision="fp32", zero=0)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    written = len(losses(out))
+    until(lambda: len(losses(out)) >= written + 6, two)
+    two.send_signal(signal.SIGTERM)
+    two.communicate(timeout=120)
+    last = subprocess.run(command(out, data, shape, precision="fp32"), capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    found, expected = losses(out), losses(alone)
+    assert len(found) == len(expected) >= STEPS
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+PLANNED = """
+pools:
+  - {name: strong, chip: Xeon-SPR-core, chips_per_node: 1}
+  - {name: weak, chip: EPYC-9004-core, chips_per_node: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def plan(shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    fleet, plan = folder / "fleet.yaml", folder / "plan.json"
+    fleet.write_text(PLANNED)
+    asked = ["plan", str(shape), f"--fleet={fleet}", "--tokens=1M", "--seq-len=64", "--global-batch=4", f"--out={plan}"]
+    made = subprocess.run([sys.executable, "-m", "motley", *asked], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return plan
+
+
+@pytest.mark.slow(15)
+def test_a_plan_runs_as_it_is_written(data: Path, shape: Path, alone: Path, plan: Path, tmp_path: Path):
+    values = json.loads(plan.read_text())
+    out = tmp_path / "run"
+    arguments = command(out, data, shape, precision="fp32", plan=plan)
+    done = subprocess.run(torchrun(values["chips"], arguments), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
+    wrong = subprocess.run(
+        torchrun(values["chips"] + 1, [*arguments[:3], *command(tmp_path / "x", data, shape, plan=plan)[3:]]),
+        capture_output=True,
+        text=True,
+    )
+    assert wrong.returncode != 0
+    assert f"{values['chips'] + 1} were started" in wrong.stderr
+
+
+@pytest.mark.slow(8)
+def test_a_plan_runs_in_fp8_where_that_is_asked(data: Path, shape: Path, alone: Path, plan: Path, tmp_path: Path):
+    out, workers = tmp_path / "run", json.loads(plan.read_text())["chips"]
+    arguments = command(out, data, shape, precision="fp8", plan=plan)
+    done = subprocess.run(torchrun(workers, arguments), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for worker in range(workers):
+        assert f"worker {worker} computes in fp8" in done.stderr
+    assert losses(out) == pytest.approx(losses(alone), rel=0.01)
+    assert losses(out) != pytest.approx(losses(alone), rel=1e-4), "products are rounded"
+
+
+def until(condition: Any, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert time.monotonic() < deadline
+
+
+def children(parent: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def disagree(crew: Crew) -> str:
+    with pytest.raises(InputError) as refused:
+        crew.agree({"data": "abc" if crew.rank != 1 else "xyz", "steps": 5})
+    return str(refused.value)
+
+
+def test_a_worker_with_other_data_is_named_on_every_worker():
+    for message in on_crew(3, disagree):
+        assert message.startswith("worker 1 has data xyz, worker 0 has abc;")
+
+
+def meet_as(crew: Crew, kinds: list[str], port: int) -> tuple[bool, list[list[float]], float, list[float]]:
+    """Crews meet anew as torchrun's workers do, on devices of these kinds; all tensors lie in the host's memory."""
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(crew.rank), "WORLD_SIZE": str(crew.size), "MASTER_PORT": str(port)}
+    crew_module.seat_of = lambda device: str(device)  # there is no GPU to ask
+    met = join_crew(torch.device(kinds[crew.rank]))
+    ours = met.part([[0, 1]])
+    passed = torch.full((3,), float(crew.rank))
+    ours.send(passed, 1) if crew.leads else ours.receive(passed, 0)
+    return ours.by_host, ours.everyone([float(crew.rank)]), float(ours.sum(torch.ones(()))), passed.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "by_host"), [(["cpu", "cpu"], False), (["cpu", "cuda:0"], True), (["cuda:0", "cuda:0"], True)]
+)
+def test_cpus_and_gpus_and_those_who_share_a_gpu_meet_in_the_hosts_memory(kinds: list[str], by_host: bool):
+    for found in on_crew(2, meet_as, kinds, free_port()):
+        assert found == (by_host, [[0.0], [1.0]], 2.0, [0.0, 0.0, 0.0])
+
+
+def of_makes(crew: Crew, makes: list[str], zero: int) -> str:
+    start.kind_of_chip = lambda device: makes[crew.rank]  # type: ignore[assignment]
+    try:
+        start.check_devices(islands_side_by_side("1", crew.size, 2, 1, zero), crew)  # type: ignore[arg-type]
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_copies_of_the_model_on_chips_of_several_kinds_are_refused_on_all():
+    first, second = on_crew(2, of_makes, ["one kind", "another"], 0)
+    assert first == second
+    assert "workers 0 (one kind) and 1 (another) round differently" in first
+    assert "choose --zero 1" in first
+    assert on_crew(2, of_makes, ["one kind", "another"], 1) == on_crew(2, of_makes, ["one", "one"], 0) == ["", ""]
+
+
+def test_a_worker_that_is_gone_ends_the_others_with_a_sentence():
+    first, second = on_crew(2, lose_one)
+    assert first.startswith("worker 0 lost the others while adding up: ")
+    assert second == "gone"
+
+
+def lose_one(crew: Crew) -> str:
+    if crew.rank == 1:
+        crew.leave()
+        return "gone"
+    try:
+        crew.sum(torch.ones(1))
+    except CrewError as error:
+        return str(error)
+    return "never noticed"
+
+
+def wait_in_vain(crew: Crew) -> str:
+    try:
+        if crew.leads:
+            crew.receive(torch.empty(3), 1, seconds=0.5)
+        crew.share(None)  # until the other one is gone
+    except CrewError as error:
+        return str(error)
+    return "never noticed"
+
+
+def test_who_sends_no_message_is_waited_for_no_longer_than_is_said():
+    """PyTorch's limit between two workers is that with which they met, half an hour here."""
+    first, _ = on_crew(2, wait_in_vain, seconds=60)
+    assert first.startswith("worker 0 lost the others while waiting for worker 1: ")
+
+
+def test_shares_follow_speed_and_absorb_a_straggler_within_ten_steps():
+    speeds = [1.0, 2.0, 4.0, 1.0]
+    shares = Shares([1.0] * 4)
+    idle = []
+    for step in range(30):
+        if step == 15:
+            speeds[2] = 1.0
+        rows = shares.rows(64)
+        assert sum(rows) == 64
+        seconds = [count / speed for count, speed in zip(rows, speeds, strict=True)]
+        idle.append(64 / sum(speeds) / max(seconds))
+        shares.measured(rows, seconds)
+    assert idle[0] < 0.6
+    assert min(idle[2:15]) > 0.97
+    assert idle[15] < 0.5
+    assert min(idle[25:]) > 0.95
+
+
+def test_a_lane_that_got_nothing_gets_rows_again_when_the_others_slow_down():
+    shares = Shares([0.001, 1.0])
+    assert shares.rows(8) == [0, 8]
+    shares.measured([0, 8], [0.0, 8000.0])
+    assert shares.rows(8)[0] >= 4
+
+
+def test_a_lane_that_was_slow_for_a_while_comes_back_when_it_is_fast_again():
+    shares = Shares([1.0] * 8)
+    for step in range(400):
+        slow = 1 / 30 if 5 <= step < 9 else 1.0
+        rows = shares.rows(16)
+        shares.measured(rows, [count / (slow if lane == 0 else 1.0) for lane, count in enumerate(rows)])
+    assert shares.rows(16) == [2] * 8
+
+
+def test_shares_are_the_nearest_whole_numbers():
+    assert apportion(36, [4, 1, 2]) == [21, 5, 10]
+    assert apportion(1, [1, 1, 1]) == [1, 0, 0]

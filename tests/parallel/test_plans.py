@@ -1,0 +1,175 @@
+"""What the planner proposes for motley's own runtime, the runtime runs as it is written."""
+
+import dataclasses
+import json
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_communicator import alone as alone  # fixtures
+from test_communicator import losses, torchrun
+from test_layouts import DEEP
+from test_resume import TINY, command
+from test_resume import data as data
+from test_resume import shape as shape
+
+from motley.fleet.inventory import Fleet, parse_fleet
+from motley.launch.torchrun import hosts_of, seats_of
+from motley.model import ModelConfig
+from motley.parallel.layout import islands_of_plan
+from motley.parallel.zero.partition import held_bytes
+from motley.plan.network.spec import deepseek
+from motley.plan.report.plan_file import spelled_out
+from motley.plan.search.search import Searcher
+from motley.plan.workload import Job
+from motley.train.metrics import read_metrics
+from motley.train.mixed_precision import check_formats
+
+CHIPS = ("desktop-core", "EPYC-9004-core", "A100", "RTX-3090", "V100", "T4")
+
+
+def random_fleet(chance: random.Random, tight: bool) -> Fleet:
+    """Up to three pools of up to three chips at up to two sites; `tight`: with little memory each."""
+    sites = [chance.choice(["north", "south"]) for _ in range(chance.randint(1, 3))]
+    lines = ["pools:"]
+    for number, site in enumerate(sites):
+        memory = f", memory: {chance.choice([2, 3, 5, 8])} MB" if tight else ""
+        lines.append(
+            f"  - {{name: pool{number}, chip: {chance.choice(CHIPS)}, chips_per_node: {chance.randint(1, 3)}, "
+            f"site: {site}, emulated: {{speed: {chance.choice([0.1, 0.3, 1.0])}{memory}}}}}"
+        )
+    rate = chance.choice(["1 Mb/s", "100 Gb/s"])
+    if len(set(sites)) > 1:
+        lines += ["links:", f"  - {{sites: [north, south], bandwidth: {rate}, latency: 1 ms}}"]
+    return parse_fleet("\n".join(lines), "random")
+
+
+def planned(fleet: Fleet, config: ModelConfig, rows: int, seq_len: int = 64) -> dict[str, Any] | None:
+    """The plan as it would be read from its file."""
+    found = Searcher(fleet, Job(deepseek(config), 1e6, seq_len, rows)).best()
+    return None if found is None else json.loads(json.dumps(spelled_out(found)))
+
+
+def assert_laid_out_as_planned(plan: dict[str, Any], config: ModelConfig) -> None:
+    """Islands, stages, shares, ZeRO and formats are the plan's, and no worker keeps more than it has room for."""
+    islands = islands_of_plan(plan, config)
+    assert [rank for island in islands for rank in island.ranks] == list(range(plan["chips"]))
+    assert len(seats_of(plan, hosts_of(plan, [f"{pool['pool']}=here" for pool in plan["pools"]]))) == plan["chips"]
+    numbers = list(dict.fromkeys(team["island"] for team in plan["teams"]))
+    assert len(islands) == len(numbers) == (2 if plan["inner_steps"] else 1)
+    for number, island in zip(numbers, islands, strict=True):
+        teams, layout = [team for team in plan["teams"] if team["island"] == number], island.layout
+        layout.check(config, len(island.ranks))
+        assert {layout.zero} == {team["zero"] for team in teams}
+        assert layout.zero or len(island.ranks) == 1
+        rates = iter(layout.rates)
+        formats, limits = [], []
+        for team, laid in zip(teams, layout.teams, strict=True):
+            spans = [laid.stage_layers(stage) for stage in range(laid.stages)]
+            laid_out = [[span.start, span.stop - 1] if span else None for span in spans]
+            assert laid_out == [stage["layers"] for stage in team["stages"]]
+            assert len(laid.lanes) == team["dp"]
+            assert (laid.schedule, laid.micro_batch) == (team["schedule"], team["micro_batch"])
+            assert laid.recompute == (team["recompute"] == "full")
+            assert laid.expert_lanes == team["ep"]
+            own = [next(rates) for _ in laid.lanes]
+            assert sum(own) == pytest.approx(team["sequences"] / plan["step_seconds"])
+            formats += list(laid.formats) * team["dp"]
+            limits += [stage["memory_limit_bytes"] for stage in team["stages"]] * team["dp"]
+        check_formats(formats, layout)
+        for rank, limit in enumerate(limits):
+            assert held_bytes(config, layout, rank, "muon").total <= limit
+    assert sum(team["sequences"] for team in plan["teams"]) == plan["global_batch"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_planned_is_laid_out_as_the_plan_says(seed: int):
+    chance = random.Random(seed)
+    config = dataclasses.replace(
+        DEEP,
+        num_hidden_layers=chance.choice([3, 4, 6]),
+        num_nextn_predict_layers=chance.choice([0, 1]),
+        vocab_size=chance.choice([64, 4096]),
+    )
+    plan = planned(random_fleet(chance, tight=bool(seed % 2)), config, rows=chance.choice([6, 16, 40]))
+    if plan is not None:
+        assert_laid_out_as_planned(plan, config)
+
+
+# ------------------------------------------------------------------------------------------ the real commands
+
+PRETEND = """
+pools:
+  - {name: fast, chip: desktop-core, chips_per_node: 1, precision: fp32, emulated: {speed: 0.6}}
+  - {name: slow, chip: desktop-core, chips_per_node: 1, precision: fp32, emulated: {speed: 0.3}}
+"""
+APART = """
+pools:
+  - {name: near, chip: desktop-core, chips_per_node: 1, precision: fp32, site: here}
+  - {name: far, chip: desktop-core, chips_per_node: 1, precision: fp32, site: there}
+links:
+  - {sites: [here, there], bandwidth: 1 Mb/s, latency: 10 ms}
+"""
+
+
+TINY_SHAPE = ModelConfig.from_hf(TINY)
+
+
+def plan_file(
+    folder: Path, fleet: str, config: ModelConfig = TINY_SHAPE, **changed: Any
+) -> tuple[Path, dict[str, Any]]:
+    """A plan of two workers for a model (default: the tiny one), and its file; `changed` in every team.
+
+    For more rows than the runs have: four would be done before a second worker is worth its messages.
+    """
+    plan = planned(parse_fleet(fleet, "fleet"), config, rows=64)
+    assert plan is not None
+    assert plan["chips"] == 2
+    for team in plan["teams"]:
+        team.update(changed)
+    file = folder / "plan.json"
+    file.write_text(json.dumps(plan))
+    return file, plan
+
+
+def pretrain(arguments: list[str]) -> str:
+    done = subprocess.run(torchrun(2, arguments), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow(15)
+def test_a_plan_for_a_pretended_fleet_is_played_by_the_workers_that_it_names(
+    data: Path, shape: Path, alone: Path, tmp_path: Path
+):
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text(PRETEND)
+    file, plan = plan_file(tmp_path, PRETEND)
+    out = tmp_path / "run"
+    said = pretrain(command(out, data, shape, precision="fp32", plan=file, emulate=fleet, emulate_by="wait"))
+    for rank, team in enumerate(plan["teams"]):
+        assert f"worker {rank} plays chip 0 of pool {team['pools'][0]}" in said
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
+
+
+@pytest.mark.slow(15)
+def test_a_plan_that_shares_gradients_and_weights_learns_what_one_process_learns(
+    data: Path, shape: Path, alone: Path, tmp_path: Path
+):
+    file, _ = plan_file(tmp_path, PRETEND, zero=3)
+    pretrain(command(tmp_path / "run", data, shape, precision="fp32", plan=file))
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+
+
+@pytest.mark.slow(15)
+def test_a_plan_with_islands_runs_in_rounds_of_its_length(data: Path, shape: Path, tmp_path: Path):
+    file, plan = plan_file(tmp_path, APART)
+    assert plan["inner_steps"] in (10, 30, 100, 300)
+    plan["inner_steps"] = 10
+    file.write_text(json.dumps(plan))
+    pretrain(command(tmp_path / "run", data, shape, precision="fp32", plan=file))
+    rounds = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "islands"]
+    assert [record["steps"] for record in rounds] == [10, 10, 10]
+    assert all(len(record["inner_steps"]) == 2 for record in rounds)
