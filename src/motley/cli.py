@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -180,16 +180,43 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[Any, b
     """(config, whether --json was asked for); leaves with status 2 when an option is wrong, as tyro does."""
     import tyro
 
-    flat = Annotated[find(command.config), tyro.conf.arg(name="")]
-    fields: list[Any] = [("config", flat)]
+    config = find(command.config)
+    groups: dict[str, Any] = getattr(config, "GROUPS", {"": config})
+    fields: list[Any] = []
+    for title, group in groups.items():
+        shown = group(**{one.name: config.defaults()[one.name] for one in dataclasses.fields(group)}) if title else None
+        kind = group if title else Annotated[group, tyro.conf.arg(name="")]
+        fields.append((title or "first", kind, *([dataclasses.field(default=shown)] if title else [])))
     if command.report is not None:
         on = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print the result as one JSON object.")]
         fields.append(("json", on, dataclasses.field(default=False)))
     options = dataclasses.make_dataclass("Options", fields)
     beside = f" Beside it: motley {', motley '.join(group)}." if (group := inside(name)) else ""
     description = f"{command.summary.capitalize()}.{beside}"
-    chosen = tyro.cli(options, args=list(arguments), prog=f"motley {name}", description=description)
-    return chosen.config, getattr(chosen, "json", False)
+    arguments = _with_new_names(name, arguments, getattr(config, "RENAMED", {}))
+    chosen = tyro.cli(
+        options, args=arguments, prog=f"motley {name}", description=description, config=(tyro.conf.OmitArgPrefixes,)
+    )
+    if groups == {"": config}:
+        made = chosen.first
+    else:
+        parts = [getattr(chosen, title or "first") for title in groups]
+        made = config(**{one.name: getattr(part, one.name) for part in parts for one in dataclasses.fields(part)})
+    return made, getattr(chosen, "json", False)
+
+
+def _with_new_names(name: str, arguments: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
+    """Options by the names that they have now; says so where an old one was given."""
+    found = []
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        new = renamed.get(option.removeprefix("--").replace("-", "_")) if option.startswith("--") else None
+        if new is not None:
+            now = f"--{new.replace('_', '-')}"
+            print(f"motley {name}: {option} is called {now} now", file=sys.stderr)
+            word = f"{now}{equals}{value}"
+        found.append(word)
+    return found
 
 
 def main() -> None:

@@ -42,28 +42,9 @@ SLACK = 1.05  # room for parts that do not fill it to the byte
 STATES = {"muon": 1, "adamw": 2}  # tensors of a parameter's size (Muon leaves AdamW's two to the few others)
 
 
-def state_bytes(config: ModelConfig, optimizer: OptimizerName, moments: Moments = "fp32") -> int:
-    """The least that training holds: weights, gradients and optimizer state; activations come on top."""
-    each = 2 * FP32_BYTES + STATES[optimizer] * MOMENTS[moments].itemsize
-    return sum(part.parameters for part in parts(config, 0)) * each
-
-
 def gathered_bytes(config: ModelConfig, optimizer: OptimizerName) -> int:
     """Of the whole state at a worker that writes a checkpoint: weights and optimizer state, all in fp32 there."""
     return sum(part.parameters for part in parts(config, 0)) * (1 + STATES[optimizer]) * FP32_BYTES
-
-
-def check_memory(
-    config: ModelConfig, optimizer: OptimizerName, device: torch.device, moments: Moments = "fp32"
-) -> None:
-    """Raises InputError when `device` cannot hold the training state of such a model."""
-    held = device_memory(device)[1] or host_memory()[0]
-    needed = state_bytes(config, optimizer, moments)
-    if needed > held:
-        raise InputError(
-            f"training this model takes at least {in_gigabytes(needed)} for weights, gradients and optimizer state, "
-            f"and {device} has {in_gigabytes(held)}; choose a smaller --model"
-        )
 
 
 # ------------------------------------------------------------------------------------------ a crew

@@ -1,38 +1,38 @@
 """Checkpoints: the model in Hugging Face form and the training state beside it, complete or absent.
 
     checkpoints/step-00000100/   config.json, model.safetensors, tokenizer files     the model, for any tool
-                                 training.safetensors, training.json                 what going on exactly needs
+                                 training.safetensors, training.json                 what resuming exactly needs
 
-    islands/1/step-00000100/     training.safetensors, training.json             what island 1 alone needs besides
-
-Training state is safetensors and JSON, so that nothing here ever unpickles a file. Of several islands each leader
-writes its own part where it is: a checkpoint sends nothing over a slow link. The model is the one that all share.
+Training state is safetensors and JSON, so nothing here ever unpickles a file. A checkpoint knows nothing of the ranks
+that wrote it: any number of them, in any layout, goes on from it.
 """
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from motley.data.conversation import ConversationEncoder
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.files import read_json, remove_unfinished, temporary_name, whole_folder, write_json
-from motley.model import Transformer
+from motley.model import ModelConfig, Transformer
 from motley.model.checkpoint import load, write_tensors, write_weights
-from motley.parallel.diloco.diloco import Island
-from motley.parallel.full_state import TIED, State
-from motley.parallel.rank import Worker
-from motley.progress import note
+from motley.train.expert_balance import ExpertBalance
+from motley.train.loss_spike import LossSpikeGuard
+from motley.train.metrics import records_of
+from motley.train.optimizer import OptimizerName, State, momentum_names
+from motley.train.run_state import Position, RunState
+from motley.train.strategy import Strategy, TrainingState
 
 TRAINING_TENSORS, TRAINING_FACTS = "training.safetensors", "training.json"
-OUTER_TENSORS = "outer.safetensors"
+TIED = "lm_head.weight"  # where it is the embedding, it is no parameter of its own
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -44,88 +44,57 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-????????") if (path / TRAINING_FACTS).is_file())
 
 
-def own_folder(run: Path, island: Island) -> Path:
-    """Where an island keeps what it alone needs."""
-    return run / "islands" / str(island.number)
-
-
 def save_checkpoint(
-    run: Path, island: Island, facts: dict[str, Any], own_facts: dict[str, Any], tokenizer: Tokenizer
+    run: Path, strategy: Strategy, shared: Mapping[str, Any], own: Mapping[str, Any], tokenizer: Tokenizer
 ) -> None:
-    """Write the checkpoint of step facts["step"].
-
-    Every worker calls this. Raises InputError on all of them when one that writes could not.
+    """Write the checkpoint of step shared["step"]. Every rank calls this.
 
     Args:
         run: its folder.
-        island: this worker's.
-        facts: every number the loop needs to go on.
-        own_facts: those that each island has for itself.
+        strategy: that carries out the steps.
+        shared: numbers that resuming needs, the same on all ranks.
+        own: those that each island of ranks has for itself.
         tokenizer: of the model.
+
+    Raises InputError, on every rank, when one that writes could not.
     """
-    state = island.whole_state()
-    if island.count > 1:
-        _save_own(own_folder(run, island) / step_folder(run, facts["step"]).name, island, state, own_facts)
+    saved = strategy.state()
+    strategy.save_own(run, shared["step"], own)
 
-    def besides(folder: Path, states: dict[str, Tensor]) -> None:
-        write_tensors(states, folder / TRAINING_TENSORS)
-        if island.count > 1:
-            write_tensors(island.momentum(), folder / OUTER_TENSORS)
-        write_json(folder / TRAINING_FACTS, facts | island.facts() | own_facts)
-
-    _save(step_folder(run, facts["step"]), island, state, tokenizer, besides)
-
-
-def save_model(folder: Path, island: Island, tokenizer: Tokenizer) -> None:
-    """Write the finished model; as `save_checkpoint`."""
-    _save(folder, island, island.whole_state(), tokenizer, lambda folder, states: None)
-
-
-def _save_own(folder: Path, island: Island, state: tuple[State, State] | None, own_facts: dict[str, Any]) -> None:
-    """Every island's leader writes what only its island has; a failure of one is raised on all workers."""
-    failure, own = None, island.own_state(state)
-    if own is not None:
-        tensors, numbers = own
-        try:
-            with whole_folder(folder) as temporary:
-                write_tensors(tensors, temporary / TRAINING_TENSORS)
-                write_json(temporary / TRAINING_FACTS, {**own_facts, **numbers})
-        except InputError as error:
-            failure = str(error)
-    for reason in island.world.all_values(failure):
-        if reason is not None:
-            raise InputError(reason)
-
-
-def _save(
-    folder: Path,
-    island: Island,
-    state: tuple[State, State] | None,
-    tokenizer: Tokenizer,
-    besides: Callable[[Path, dict[str, Tensor]], None],
-) -> None:
     def write() -> None:
-        assert state is not None
-        weights, states = state
+        assert saved is not None
+        with whole_folder(step_folder(run, shared["step"])) as folder:
+            _write_model(folder, strategy, saved, tokenizer)
+            for name, tensors in {TRAINING_TENSORS: saved.optimizer, **saved.others}.items():
+                write_tensors(tensors, folder / name)
+            write_json(folder / TRAINING_FACTS, {**shared, **saved.facts, **own})
+
+    strategy.led(write)
+
+
+def save_model(folder: Path, strategy: Strategy, tokenizer: Tokenizer) -> None:
+    """Write the finished model. Every rank calls this."""
+    saved = strategy.state()
+
+    def write() -> None:
+        assert saved is not None
         with whole_folder(folder) as temporary:
-            write_weights(_whole_model(island.worker, weights), temporary)
-            save_tokenizer(tokenizer, temporary, island.config.max_position_embeddings)
-            besides(temporary, states)
+            _write_model(temporary, strategy, saved, tokenizer)
 
-    island.world.led(write)
+    strategy.led(write)
 
 
-def _whole_model(worker: Worker, weights: dict[str, Tensor]) -> Transformer:
-    if worker.crew.alone and worker.crew.whole is None:
-        return worker.model
+def _write_model(folder: Path, strategy: Strategy, saved: TrainingState, tokenizer: Tokenizer) -> None:
     with torch.device("meta"):
-        model = Transformer(worker.config)
-    if worker.config.tie_word_embeddings:
-        weights = {**weights, TIED: weights["model.embed_tokens.weight"]}
+        model = Transformer(strategy.shape)
+    weights = dict(saved.weights)
+    if strategy.shape.tie_word_embeddings:
+        weights[TIED] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
-    if worker.config.tie_word_embeddings:
+    if strategy.shape.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model
+    write_weights(model, folder)
+    save_tokenizer(tokenizer, folder, strategy.shape.max_position_embeddings)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
@@ -136,84 +105,81 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> N
         tokenizer.save(folder)
 
 
-def restore(run: Path, island: Island) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Put every worker back as it was in the run's newest checkpoint, whatever layout or number of islands wrote it.
+@dataclass
+class SavedCheckpoint:
+    """A checkpoint as it was read, and the facts beside it."""
 
-    Returns (the loop's facts, those of this island), or None where there is no checkpoint. Raises InputError, on every
-    worker, when the checkpoint does not belong to this model or optimizer.
-    """
-    found = checkpoints(run)[-1:] if island.world.leads else []
-    facts, failure, state, momentum = None, None, None, None
-    for folder in found:
-        try:
-            facts = read_json(folder / TRAINING_FACTS)
-            saved = load(folder, dtype=None)
-            if saved.config != island.config:
-                raise InputError(f"{folder} holds another model than this run's settings ask for; choose another --out")
-            states = _states(folder, island.worker)
-            state = {name: tensor.float() for name, tensor in saved.state_dict().items()}, states
-            if (folder / OUTER_TENSORS).is_file():
-                momentum = load_file(folder / OUTER_TENSORS)
-        except InputError as error:
-            failure = str(error)
-    if (failure := island.world.share(failure)) is not None:
-        raise InputError(failure)
-    facts = island.world.share(facts)
-    if facts is None:
-        return None
-    own = _own(own_folder(run, island) / step_folder(run, facts["step"]).name, island, facts)
-    island.take_state(state, momentum, own)
-    island.go_on(facts)
-    return facts, island.worker.crew.share(facts if own is None else own[1])
+    state: TrainingState
+    facts: dict[str, Any]
 
 
-def _own(folder: Path, island: Island, facts: dict[str, Any]) -> tuple[State, dict[str, Any]] | None:
-    """What the leader of an island saved for it alone; None where it saved nothing, which is said aloud."""
-    before = facts["islands"]["count"] if "islands" in facts else 1
-    if before != island.count and island.world.leads:
-        note(f"{before} island{'s' * (before > 1)} wrote the checkpoint, {island.count} go on from the shared model")
-    if island.count == 1 or not island.worker.crew.leads:
-        return None
-    # One island writes nothing of its own: what lies there then, a save that was killed left of islands before it.
-    if before > 1 and island.number < before and (folder / TRAINING_FACTS).is_file():
-        return load_file(folder / TRAINING_TENSORS), read_json(folder / TRAINING_FACTS)
-    note(
-        f"island {island.number} finds nothing of its own in {folder}: it begins from the shared model, with "
-        f"{'the optimizer state of the checkpoint' if island.number == 0 else 'a new optimizer'}"
-    )
-    return None
+def read_checkpoint(folder: Path, shape: ModelConfig, optimizer: OptimizerName) -> SavedCheckpoint:
+    """Read a checkpoint of a model of this shape. Raises InputError when it belongs to another model or optimizer."""
+    facts = read_json(folder / TRAINING_FACTS)
+    model = load(folder, dtype=None)
+    if model.config != shape:
+        raise InputError(f"{folder} holds another model than this run's settings ask for; choose another --out")
+    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    others = {
+        file.name: load_file(file)
+        for file in folder.glob("*.safetensors")
+        if file.name != TRAINING_TENSORS and not file.name.startswith("model")
+    }
+    return SavedCheckpoint(TrainingState(weights, _optimizer_state(folder, shape, optimizer), others), facts)
 
 
-def _states(folder: Path, worker: Worker) -> dict[str, Tensor]:
-    """The optimizer state of a checkpoint. Raises InputError where it is broken or another optimizer's."""
+def _optimizer_state(folder: Path, shape: ModelConfig, optimizer: OptimizerName) -> State:
+    """Raises InputError where it is broken or another optimizer's."""
     try:
         states = load_file(folder / TRAINING_TENSORS)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{folder / TRAINING_TENSORS} cannot be read ({error}); remove {folder} to go on before it"
         ) from None
-    lacking = [name for name in worker.momentum_names() if f"{name}:momentum" not in states]
-    if lacking or (states and worker.settings.optimizer == "adamw" and any(n.endswith(":momentum") for n in states)):
+    with torch.device("meta"):
+        wanted = momentum_names(Transformer(shape), optimizer)
+    lacking = [name for name in wanted if f"{name}:momentum" not in states]
+    if lacking or (states and optimizer == "adamw" and any(name.endswith(":momentum") for name in states)):
         what = f"no state for {lacking[0]}" if lacking else "it holds momentum"
         raise InputError(f"{folder} was written by another optimizer ({what}); choose another --out")
     return states
 
 
-def prune(run: Path, island: Island, keep_last: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the best. Every worker calls this."""
-    if island.world.leads:
+def resume(strategy: Strategy) -> RunState:
+    """Put every rank back as it was in the run's newest checkpoint, if there is one; where the run stands.
+
+    Raises InputError, on every rank, when the checkpoint does not belong to this model or optimizer.
+    """
+    config, run = strategy.config, strategy.config.out
+    saved: SavedCheckpoint | None = None
+
+    def read() -> dict[str, Any] | None:
+        nonlocal saved
+        if found := checkpoints(run)[-1:]:
+            saved = read_checkpoint(found[0], strategy.shape, config.optimizer)
+        return None if saved is None else saved.facts
+
+    if (facts := strategy.led(read)) is None:
+        return RunState()
+    own = strategy.load(None if saved is None else saved.state, facts, run)
+    strategy.scaler.restore(own["scales"])
+    at = Position(**facts["position"])
+    recent = records_of(run, at.step) if config.elastic else []
+    balance = ExpertBalance(**own.get("balance", {}))  # checkpoints from before there was one
+    return RunState(at, LossSpikeGuard(**own["guard"]), recent=recent, balance=balance)
+
+
+def prune(run: Path, strategy: Strategy, keep_last: int, best_step: int | None) -> None:
+    """Delete all checkpoints but the newest `keep_last` and the best. Every rank calls this."""
+    if strategy.leads:
         remove_unfinished(run / "checkpoints")
         best = None if best_step is None else step_folder(run, best_step)
-        _remove(folder for folder in checkpoints(run)[:-keep_last] if folder != best)
-    if island.count > 1:
-        kept = set(island.world.share([folder.name for folder in checkpoints(run)] if island.world.leads else []))
-        if island.worker.crew.leads:
-            remove_unfinished(own_folder(run, island))
-            _remove(folder for folder in own_folder(run, island).glob("step-????????") if folder.name not in kept)
+        remove_folders(folder for folder in checkpoints(run)[:-keep_last] if folder != best)
+    strategy.prune_own(run, lambda: [folder.name for folder in checkpoints(run)])
 
 
-def _remove(folders: Iterable[Path]) -> None:
-    """A kill in the middle leaves nothing that looks whole."""
+def remove_folders(folders: Iterable[Path]) -> None:
+    """Delete folders so that a kill in the middle leaves nothing that looks whole."""
     for folder in folders:
         going = temporary_name(folder)
         os.replace(folder, going)

@@ -44,7 +44,7 @@ MOST_UNEVEN = 3.0
 
 
 @dataclass
-class Balance:
+class ExpertBalance:
     """Looks at the loads of every step until it has something to say.
 
     Attributes:

@@ -1,20 +1,17 @@
-"""Loss scales: fp16 loses small gradients, so workers that compute in it multiply theirs by a power of two.
+"""Loss scales: fp16 loses small gradients, so ranks that compute in it multiply their loss by a power of two.
 
-    worker 0  bf16       activations ─▶   worker 1  fp16, scale 65536
+    rank 0  bf16         activations ─▶   rank 1  fp16, scale 65536
     gradient of what     ◀── gradient     receives and sends true gradients, in the wire's format; multiplies what it
     it sent, as it is                     receives, divides (in fp32) what it sends and its parameters' gradients
 
-A power of two changes no digit, so that scales change no gradient that fits. One that does not fit overflows: then no
-worker takes the step, and the scale of the worker where it happened halves. After many good steps it doubles again.
-
-Every worker keeps the scales of all, and follows what all saw: nobody has to be told.
+A power of two changes no digit, so a scale changes no gradient that fits. If a gradient overflows on any rank, all ranks
+skip the step, and the scale of the rank where it overflowed halves. After many good steps it doubles again. Every rank
+keeps the scales of all ranks and updates them from the same numbers, so they need no message of their own.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from motley.fleet.device import Format
 
@@ -23,34 +20,34 @@ GOOD_STEPS = 2000  # in a row, before a scale doubles
 
 
 @dataclass
-class LossScales:
-    """The loss scale of every worker; part of the training state.
+class LossScaler:
+    """The loss scale of every rank; part of the training state.
 
     Attributes:
         values: by rank; 1 where the format needs none.
         good: steps since the scale last changed.
-        workers: ranks of those that need one.
+        ranks: those that need one.
     """
 
     values: list[float]
     good: list[int]
-    workers: list[int]
+    ranks: list[int]
 
     @classmethod
-    def of(cls, formats: Sequence[Format]) -> "LossScales":
+    def of(cls, formats: Sequence[Format]) -> "LossScaler":
         """To begin with."""
-        workers = [rank for rank, name in enumerate(formats) if name == "fp16"]
-        values = [FIRST if rank in workers else 1.0 for rank in range(len(formats))]
-        return cls(values, [0] * len(formats), workers)
+        ranks = [rank for rank, name in enumerate(formats) if name == "fp16"]
+        values = [FIRST if rank in ranks else 1.0 for rank in range(len(formats))]
+        return cls(values, [0] * len(formats), ranks)
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint's scales. Another crew's begin at the lowest of them, and grow from there."""
-        before = LossScales(**saved)
-        if before.workers == self.workers and len(before.values) == len(self.values):
+        """Go on from a checkpoint's scales. With other ranks they begin at the lowest of them, and grow from there."""
+        before = LossScaler(saved["values"], saved["good"], saved.get("ranks", saved.get("workers", [])))
+        if before.ranks == self.ranks and len(before.values) == len(self.values):
             self.values, self.good = before.values, before.good
-        elif before.workers:
-            lowest = min(before.values[rank] for rank in before.workers)
-            for rank in self.workers:
+        elif before.ranks:
+            lowest = min(before.values[rank] for rank in before.ranks)
+            for rank in self.ranks:
                 self.values[rank], self.good[rank] = lowest, 0
 
     def follow(self, culprits: Sequence[int]) -> str | None:
@@ -59,10 +56,10 @@ class LossScales:
         None where nobody's did, or where lowering scales does not help.
         """
         if not culprits:
-            for rank in self.workers:
+            for rank in self.ranks:
                 self._count(rank)
             return None
-        if not set(culprits) <= set(self.workers) or any(self.values[rank] == LOWEST for rank in culprits):
+        if not set(culprits) <= set(self.ranks) or any(self.values[rank] == LOWEST for rank in culprits):
             return None
         for rank in culprits:
             self.values[rank], self.good[rank] = self.values[rank] / 2, 0
@@ -70,8 +67,8 @@ class LossScales:
 
     def hopeless(self, culprits: Sequence[int]) -> str:
         """What to do about those that overflow at the lowest scale, to end a sentence with."""
-        ranks = [rank for rank in culprits if rank in self.workers and self.values[rank] == LOWEST]
-        return f"; {_named(ranks)} overflowed fp16 at a loss scale of 1: give it --precision fp32" if ranks else ""
+        lowest = [rank for rank in culprits if rank in self.ranks and self.values[rank] == LOWEST]
+        return f"; {_named(lowest)} overflowed fp16 at a loss scale of 1: give it --precision fp32" if lowest else ""
 
     def _count(self, rank: int) -> None:
         self.good[rank] += 1
@@ -79,19 +76,5 @@ class LossScales:
             self.values[rank], self.good[rank] = self.values[rank] * 2, 0
 
 
-def culprits(seen: Tensor, groups: Iterable[Sequence[int]]) -> list[int]:
-    """Ranks where numbers that are not finite came from, of groups that exchange numbers within each pass.
-
-    seen: [workers, 4], above 0 where a worker saw what is not finite: in what it made in forward passes, in the
-        activations it received, in its gradient, in the gradients it received.
-    """
-    found: list[int] = []
-    for ranks in groups:
-        made, received, gradient, received_gradient = (seen[list(ranks)].sum(0) > 0).tolist()
-        if (made and not received) or (gradient and not received and not received_gradient):
-            found += ranks
-    return sorted(found)
-
-
 def _named(ranks: Sequence[int]) -> str:
-    return ("worker " if len(ranks) == 1 else "workers ") + " and ".join(map(str, ranks))
+    return ("rank " if len(ranks) == 1 else "ranks ") + " and ".join(map(str, ranks))

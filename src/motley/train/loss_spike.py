@@ -1,4 +1,4 @@
-"""Steps that would harm the model are not taken."""
+"""Skip optimizer steps whose loss or gradient norm jumped far above the recent median, or is not finite."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ PATIENCE = 10  # harmful steps in a row before the run stops
 
 
 @dataclass
-class Guard:
+class LossSpikeGuard:
     """Looks at each step's loss and gradient norm; part of the training state, so that resuming judges alike."""
 
     losses: list[float] = field(default_factory=list)

@@ -20,6 +20,7 @@ from motley.model import native
 from motley.model.products import wide
 
 OptimizerName = Literal["muon", "adamw"]
+State = dict[str, Tensor]
 Moments = Literal["fp32", "bf16"]
 MOMENTS: dict[Moments, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What momenta, and AdamW's first and second moments, are kept in between steps; all is computed in fp32."""
@@ -273,3 +274,8 @@ class Optimizer:
                 self.adamw.state[parameter][kind] = tensor.to(device=parameter.device, dtype=dtype, copy=True)
         if lacking:
             raise KeyError(f"{min(lacking)}:momentum")
+
+
+def momentum_names(model: nn.Module, kind: OptimizerName) -> set[str]:
+    """Parameters of a model that have a momentum: all that Muon updates."""
+    return {name for name, parameter in model.named_parameters() if by_muon(kind, name, parameter.dim())}

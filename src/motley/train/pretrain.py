@@ -1,6 +1,7 @@
 """`motley pretrain`: a model from text, a new one or one that goes on."""
 
 import dataclasses
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,15 @@ from motley.files import read_json
 from motley.fleet.probe import Machine
 from motley.model import SIZES, ModelConfig, Transformer, load
 from motley.model.find import find_model
-from motley.parallel.build import as_planned, plan_of
-from motley.parallel.carry_out import carry_out, with_crew
-from motley.parallel.communicator import Crew
-from motley.parallel.elastic.agent import Memory
-from motley.parallel.own_inputs import own_data, own_model, prepared_folder
 from motley.plan.network.registry import trainable
 from motley.progress import note
+from motley.train.checkpoint import resume
 from motley.train.config import PretrainConfig
-from motley.train.input_checks import check_data, check_length
+from motley.train.input_checks import check_data, check_length, own_data, own_model, prepared_folder
+from motley.train.job import Job, Stage, single_process
 from motley.train.lr_schedule import check_stages
-from motley.train.run_folder import Run, as_begun, kept_speed, open_run
+from motley.train.run_folder import as_begun, claimed, kept_speed, open_run
+from motley.train.trainer import train
 
 
 def new_model_config(name: str, tokenizer: Tokenizer) -> ModelConfig:
@@ -67,47 +66,49 @@ def _source(config: PretrainConfig) -> Path | None:
     return find_model(Path(config.model)) if config.model not in SIZES and Path(config.model).is_dir() else None
 
 
-def own(config: PretrainConfig, data: Path) -> dict[str, str]:
-    """What this worker's own --data and --model come to, beside the prepared `data` in use."""
+def own_inputs(config: PretrainConfig, data: Path) -> dict[str, str]:
+    """What this rank's own --data and --model come to, beside the prepared `data` in use."""
     found = own_data(config.data, data, lambda: inputs_of(_data_config(config, _source(config))))
     return {"--data": found, "--model": config.model if config.model in SIZES else own_model(config.model)}
 
 
-def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str, Any] | None:
+def prepare_job(config: PretrainConfig, data: Path | None = None) -> Job:
+    """Open the run folder, prepare the data unless it is prepared in `data`, see that all belongs together."""
+    source = _source(config)
+    check_stages(config.seq_len_warmup, config.seq_len)
+    data = data or prepared_data(config, source)
+    check_data(data, TEXT, source)
+    if source is None:
+        shape = new_model_config(config.model, Tokenizer.load(data))
+    else:
+        shape = ModelConfig.from_hf(read_json(source / "config.json"), str(source / "config.json"))
+    check_length(shape, config.seq_len)
+    run = open_run(config.out, "pretrain", config, {"data": read_json(data / DATA_FILE).get("fingerprint")})
+    return Job(config, shape, data, run, data, "pretraining")
+
+
+def new_weights(job: Job[PretrainConfig], device: torch.device) -> Transformer:
+    """The model to begin with: random weights, or those of the folder that --model names."""
+    if (source := _source(job.config)) is not None:
+        return load(source, device=device).float()
+    model = Transformer(job.shape)
+    model.initialize(job.config.seed)
+    return model.to(device)
+
+
+STAGE = Stage(prepare_job, new_weights, own_inputs)
+
+
+def pretrain(config: PretrainConfig, machine: Machine | None = None) -> dict[str, Any]:
     """Train a model from random weights, or from those of a folder; goes on where the same command stopped.
 
-    Returns what the run amounts to; None on workers that do not lead.
+    machine: what was measured before, if anything.
+
+    Returns what the run amounts to.
     """
-    return with_crew(config, own, lambda crew, memory: _pretrain(config, crew, machine, memory))
-
-
-def _pretrain(config: PretrainConfig, crew: Crew, machine: Machine | None, memory: Memory) -> dict[str, Any] | None:
-    config = as_begun(config, crew.led(lambda: kept_speed(config.out)))
-    config = as_planned(config, crew.led(lambda: plan_of(config)), crew.leads)
-    source = _source(config)
-
-    def prepare_run() -> tuple[Path, ModelConfig, Run]:
-        check_stages(config.seq_len_warmup, config.seq_len)
-        data = memory.data or prepared_data(config, source)
-        check_data(data, TEXT, source)
-        if source is None:
-            shape = new_model_config(config.model, Tokenizer.load(data))
-        else:
-            shape = ModelConfig.from_hf(read_json(source / "config.json"), str(source / "config.json"))
-        check_length(shape, config.seq_len)
-        inputs = {"data": read_json(data / DATA_FILE).get("fingerprint")}
-        return data, shape, open_run(config.out, "pretrain", config, inputs)
-
-    data, shape, run = crew.led(prepare_run)
-    tokenizer = Tokenizer.load(data)
-    if run.finished is not None:
-        return run.finished
-
-    def weights(device: torch.device) -> Transformer:
-        if source is not None:
-            return load(source, device=device).float()
-        model = Transformer(shape)
-        model.initialize(config.seed)
-        return model.to(device)
-
-    return carry_out(config, shape, crew, memory, run, data, machine, weights, tokenizer, "pretraining")
+    with claimed(config.out):
+        job = prepare_job(as_begun(config, kept_speed(config.out)))
+        if job.run.finished is not None:
+            return job.run.finished
+        strategy = single_process(job, new_weights, machine)
+        return job.run.finish(asdict(train(strategy, resume(strategy), job.inputs())))

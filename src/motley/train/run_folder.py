@@ -32,9 +32,9 @@ except ImportError:  # Windows
 
 CONFIG_FILE, MACHINE_FILE, RESULT_FILE, LOCK_FILE = "config.json", "machine.json", "result.json", "lock"
 FORMATS_FILE = "formats.json"
-FREE_TO_CHANGE = {  # these do not change what is learned, beyond how each worker rounds
+FREE_TO_CHANGE = {  # these do not change what is learned, beyond how each rank rounds
     "out", "micro_batch", "precision", "moments", "recompute", "device", "plan", "zero", "emulate", "emulate_by",
-    "emulate_links", "islands", "live", "patience", "valid_every", "valid_rows", "checkpoint_every", "keep_last",
+    "emulate_links", "islands", "elastic", "comm_timeout", "valid_every", "valid_rows", "checkpoint_every", "keep_last",
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """An opened run folder; `finished` is its result if it was already complete."""
 
     folder: Path
@@ -114,7 +114,7 @@ def as_begun(config: Config, kept: float | None) -> Config:
     return dataclasses.replace(config, bias_speed=kept)
 
 
-def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str, Any]) -> Run:
+def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str, Any]) -> RunFolder:
     """Open or create the run folder of one stage.
 
     Args:
@@ -130,7 +130,7 @@ def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str,
     file = folder / CONFIG_FILE
     if file.is_file():
         # A setting that did not exist when the run began was at what is now its default.
-        before = _plain(config.defaults()) | read_json(file)
+        before = _plain(config.defaults()) | {config.RENAMED.get(name, name): v for name, v in read_json(file).items()}
         for name in sorted(set(before) | set(asked)):
             if name not in FREE_TO_CHANGE and before.get(name) != asked.get(name):
                 raise InputError(
@@ -139,7 +139,7 @@ def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str,
                 )
     write_json(file, asked)
     result = folder / RESULT_FILE
-    return Run(folder, read_json(result) if result.is_file() else None)
+    return RunFolder(folder, read_json(result) if result.is_file() else None)
 
 
 def trained_within_documents(model: Path) -> bool | None:

@@ -1,7 +1,6 @@
-"""What took far longer than it usually does is told of, with who was busy and who waited.
+"""Report steps, rounds, validations and checkpoints that took far longer than usual, with the ranks that were busy.
 
-A worker that is paused for less than the patience of the others, a laptop that slept, a disk that hung: nothing is
-lost, but who looks at the run later wants to know where the time went.
+A process that was suspended, a laptop that slept, a disk that hung: nothing is lost, but the log says where the time went.
 """
 
 import statistics
@@ -14,7 +13,7 @@ GUILTY = 0.5  # share of the time that one was busy for who made the others wait
 
 
 @dataclass
-class Pace:
+class SlowStepWatch:
     """How long steps, rounds, validations and checkpoints of a run take; the first two of each say nothing yet.
 
     TensorBoard is imported behind the first step, for seconds, and a new machine is slow in other ways.

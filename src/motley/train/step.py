@@ -1,6 +1,6 @@
 """One exact training step: the gradient does not depend on how the batch was cut.
 
-    loss = sum of token losses / all valid tokens of the step        (blended with n-grams, if there are hints)
+    loss = sum of token losses / all valid tokens of the step        (blended with n-gram soft targets, if there are any)
          + mtp_weight / D * sum over depths of (their token losses / all tokens they predict)
          + balance_weight * sum over MoE layers of (sum over sequences of balance * tokens) / all tokens
 
@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from motley.data.stream import Batch
 from motley.model import Transformer
 from motley.model.moe import Routing
 from motley.train.loss import blended_cross_entropy, summed_cross_entropy
-from motley.train.ngram_targets import Hints
+from motley.train.ngram_targets import NgramTargets
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LossWeights:
 
     mtp: float = 0.3
     balance: float = 1e-4
-    hints: Hints | None = None
+    ngrams: NgramTargets | None = None
 
 
 @dataclass
@@ -46,7 +46,7 @@ class StepLosses:
     expert_counts: list[Tensor]
     tokens: int
     culprits: list[int] = field(default_factory=list)
-    """Workers where numbers that are not finite came from."""
+    """Ranks where numbers that are not finite came from."""
 
     @property
     def finite(self) -> bool:
@@ -145,11 +145,11 @@ def predicted_loss(
     head = model.lm_head.weight
     slope = 2.0 ** round(math.log2(scale / max(1, counts.tokens)))
     targets = batch.targets.flatten()
-    if weights.hints is None:
+    if weights.ngrams is None:
         total = seen = summed_cross_entropy(main.flatten(0, 1), head, targets, slope)
     else:
-        expected = weights.hints.ngrams.expected(batch.input_ids)
-        total, seen = blended_cross_entropy(main.flatten(0, 1), head, targets, expected, weights.hints.weight, slope)
+        expected = weights.ngrams.counts.expected(batch.input_ids)
+        total, seen = blended_cross_entropy(main.flatten(0, 1), head, targets, expected, weights.ngrams.share, slope)
     total = total / max(1, counts.tokens)
     tally.main += seen.detach() / max(1, counts.tokens)
     for depth, state in enumerate(further, start=1):
@@ -167,8 +167,9 @@ def accumulate(
     micro_batch: int,
     weights: LossWeights,
     confined: bool,
+    scale: float = 1.0,
 ) -> StepLosses:
-    """Add the gradient of a whole step's loss to the parameters' .grad: what a crew does, in one process.
+    """Add the gradient of a whole step's loss, times `scale`, to the parameters' .grad.
 
     Args:
         model: what is trained.
@@ -176,19 +177,59 @@ def accumulate(
         micro_batch: rows computed at a time (memory); does not change the result.
         weights: of the parts of the loss.
         confined: attention stays within documents.
+        scale: loss scale of fp16, a power of two.
     """
     depths = len(model.mtp) if weights.mtp else 0
     counts = Counts.of(batch, depths)
     tally = Tally.empty(model.device)
     for rows in micro_batches(batch, micro_batch):
         part = batch_rows(batch, rows, model.device)
-        documents = attended_documents(part, confined)
-        hidden = model.hidden(part.input_ids, documents, mtp=bool(depths), packed=part.documents)
-        total = predicted_loss(model, hidden.main, hidden.further, part, counts, weights, tally)
+        hidden = model.hidden(
+            part.input_ids, attended_documents(part, confined), mtp=bool(depths), packed=part.documents
+        )
+        total = predicted_loss(model, hidden.main, hidden.further, part, counts, weights, tally, scale)
         total = total + tally.add_routings(hidden.routings, counts, weights.balance, max(1, len(hidden.routings)))
-        total.backward()
-    tokens = int((batch.targets >= 0).sum())
-    return StepLosses(tally.main.item(), tally.mtp.item(), tally.balance.item(), tally.expert_counts, tokens)
+        torch.autograd.backward([total], [torch.full_like(total, scale)])
+    expert_counts = [counted.cpu() for counted in tally.expert_counts]
+    return StepLosses(tally.main.item(), tally.mtp.item(), tally.balance.item(), expert_counts, counts.tokens)
+
+
+def is_trained(name: str, mtp: bool) -> bool:
+    """Whether the loss depends on a parameter; `mtp`: it has a part that the MTP modules predict."""
+    return mtp or not name.startswith("mtp.")
+
+
+@torch.no_grad()
+def gradient_norm(grads: Sequence[Tensor]) -> float:
+    """Length of a whole gradient."""
+    return math.sqrt(float(squared_length(grads)))
+
+
+@torch.no_grad()
+def squared_length(grads: Sequence[Tensor]) -> Tensor:
+    """Sum of squares of a gradient, fp64."""
+    lengths = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    return torch.stack(lengths).cpu().double().square().sum() if lengths else torch.zeros((), dtype=torch.float64)
+
+
+@torch.no_grad()
+def clip_gradient(parameters: Sequence[nn.Parameter], largest: float, norm: float) -> None:
+    """Shorten a gradient of length `norm` to `largest`."""
+    if norm > largest:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(clip_factor(largest, norm))
+
+
+def clip_factor(largest: float, norm: float) -> float:
+    """By which a gradient of length `norm` is multiplied."""
+    return largest / (norm + 1e-6) if norm > largest else 1.0
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all numbers are, by the ends of each tensor's range: no memory of its size, one answer to wait for."""
+    ends = [torch.stack(torch.aminmax(tensor)) for tensor in tensors if tensor.numel()]
+    return not ends or bool(torch.stack(ends).isfinite().all())
 
 
 def attended_documents(batch: Batch, confined: bool) -> Tensor | None:
