@@ -28,7 +28,7 @@ from budget import QUICK_SECONDS, Budget, kept
 from processes import TookTooLong, spawned
 
 from motley.data.stream import Batch
-from motley.emulation.cpu_throttle import Handicap, handicap
+from motley.emulation.cpu_throttle import Throttle, throttle
 from motley.emulation.roles import speeds_of
 from motley.model import SIZES, Transformer
 from motley.parallel.communicator import Crew, free_port
@@ -71,7 +71,7 @@ class Way:
         steps: of each counted step what it took and was spent on.
     """
 
-    def __init__(self, crew: Crew, slow: Handicap, speeds: list[float], rows: int, even: bool) -> None:
+    def __init__(self, crew: Crew, slow: Throttle, speeds: list[float], rows: int, even: bool) -> None:
         config = PretrainConfig(batch_rows=rows, micro_batch=MICRO_BATCH, seq_len=SEQ_LEN, steps=1000, precision="fp32")
         layout = side_by_side(crew.size, SHAPE.num_hidden_layers, MICRO_BATCH, zero=0 if crew.alone else 1)
         if not even and not crew.alone:
@@ -110,7 +110,7 @@ class Way:
 
 
 def compared(
-    crew: Crew, slow: Handicap, speeds: list[float], rows: int, rounds: int, patience: float
+    crew: Crew, slow: Throttle, speeds: list[float], rows: int, rounds: int, patience: float
 ) -> dict[str, Any]:
     """Steps of each way in turn, so that whatever else the machine does is shared out among them.
 
@@ -138,7 +138,7 @@ def compared(
     return {"rows": own} | {what: way.steps for what, way in ways.items()}
 
 
-def straggling(crew: Crew, slow: Handicap, speeds: list[float], rows: int) -> dict[str, Any]:
+def straggling(crew: Crew, slow: Throttle, speeds: list[float], rows: int) -> dict[str, Any]:
     """Seconds of steps, before the tenth of which worker 0 slows down to a fifth."""
     way = Way(crew, slow, speeds, rows, even=False)
     for number in range(-3, 26):
@@ -156,7 +156,7 @@ def work(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     crew = Crew(rank, len(speeds))
     dist.init_process_group("gloo", rank=rank, world_size=crew.size)
-    slow = handicap(speeds[rank], how)  # type: ignore[arg-type]
+    slow = throttle(speeds[rank], how)  # type: ignore[arg-type]
     with short_pauses():  # as `motley pretrain` does
         answer = (
             compared(crew, slow, speeds, rows, rounds, patience) if rounds else straggling(crew, slow, speeds, rows)

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import Annotated, Any
 
 from motley import __version__
@@ -107,6 +108,15 @@ COMMANDS: dict[str, Command] = {
 }  # fmt: skip
 
 
+REMOVED = {
+    (
+        "--emulate-by",
+        "priority",
+    ): "choose cap (a control group limits CPU time) or wait (sleep after work)",
+}
+"""Choices that there were once, and what to do instead."""
+
+
 def usage(group: str = "") -> str:
     """What commands there are; of one group, such as `fleet`, those whose name begins with it."""
     listed = inside(group) if group else list(COMMANDS)
@@ -152,8 +162,9 @@ def run(arguments: Sequence[str]) -> int:
         print(f"motley: there is no command {' '.join(arguments[:2])!r}; {there_are}", file=sys.stderr)
         return 2
     try:
+        refuse_removed(arguments)
         config, as_json = parse(name, command, arguments[len(name.split()) :])
-        result = find(command.function)(config)
+        result = find(command.function)(config, **emulation_for(config))
         if command.report is not None and result is not None:
             print(json.dumps(result, ensure_ascii=False) if as_json else find(command.report)(result), flush=True)
         if command.after is not None and not as_json:
@@ -174,6 +185,20 @@ def run(arguments: Sequence[str]) -> int:
         print(f"\nmotley {name}: {stopped or 'stopped'}", file=sys.stderr)
         return 130
     return 0
+
+
+def refuse_removed(arguments: Sequence[str]) -> None:
+    """Raises InputError for a choice that there was once."""
+    for (option, choice), instead in REMOVED.items():
+        if f"{option}={choice}" in arguments or (option, choice) in pairwise(arguments):
+            raise InputError(f"{option} {choice} was removed; {instead}")
+
+
+def emulation_for(config: Any) -> dict[str, Any]:
+    """The emulated fleet that a training stage asks for, as an argument; only this file knows both rooms."""
+    if not getattr(config, "emulate", ""):
+        return {}
+    return {"emulation": find("motley.emulation.apply:EmulatedFleet").asked_by(config)}
 
 
 def parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[Any, bool]:

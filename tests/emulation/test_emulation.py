@@ -20,10 +20,10 @@ from test_layouts import DEEP, FEW, TWO_STAGES, Rows, settings
 from test_resume import command
 from test_resume import data as data  # the fixture
 
-from motley.emulation import cpu_throttle as handicap_module
-from motley.emulation.cpu_throttle import GROUP, Handicap, _groups, handicap
-from motley.emulation.link_delay import Links
-from motley.emulation.roles import parts_of, speeds_of
+from motley.emulation import cpu_throttle
+from motley.emulation.cpu_throttle import GROUP, Throttle, _groups, throttle
+from motley.emulation.link_delay import DelayedLinks
+from motley.emulation.roles import roles_of, speeds_of
 from motley.errors import InputError
 from motley.model import experts
 from motley.parallel.communicator import Crew
@@ -53,11 +53,11 @@ def fleet(tmp_path: Path) -> str:
 
 
 def test_workers_play_the_chips_in_the_order_of_the_file(fleet: str):
-    parts = parts_of(fleet, 3, None)
-    assert [(part.pool, part.chip) for part in parts] == [("big", 0), ("small", 0), ("small", 1)]
-    assert [part.emulated.speed for part in parts] == [1.0, 0.25, 0.25]
-    assert [part.fails_after for part in parts] == [None, (4, "steps"), None]
-    assert parts[1].words("relay") == (
+    roles = roles_of(fleet, 3, None)
+    assert [(role.pool, role.chip) for role in roles] == [("big", 0), ("small", 0), ("small", 1)]
+    assert [role.emulated.speed for role in roles] == [1.0, 0.25, 0.25]
+    assert [role.fails_after for role in roles] == [None, (4, "steps"), None]
+    assert roles[1].words("relay") == (
         "; computes in fp32; 1 MB/s and 30 ms to other pools, over a true link (network namespaces and a relay)"
         "; dies after 4 steps"
     )
@@ -69,18 +69,18 @@ def test_with_a_plan_each_worker_plays_the_chip_that_the_plan_gave_it(fleet: str
         {"dp": 1, "stages": [{"pool": "small"}, {"pool": "big"}]},
         {"dp": 1, "stages": [{"pool": "small"}]},
     ]
-    parts = parts_of(fleet, 3, {"pools": pools, "teams": teams})
-    assert [(part.pool, part.chip) for part in parts] == [("small", 0), ("big", 0), ("small", 1)]
+    roles = roles_of(fleet, 3, {"pools": pools, "teams": teams})
+    assert [(role.pool, role.chip) for role in roles] == [("small", 0), ("big", 0), ("small", 1)]
     with pytest.raises(InputError, match="the plan is for 3 workers, but 4 were started"):
-        parts_of(fleet, 4, {"pools": pools, "teams": teams})
+        roles_of(fleet, 4, {"pools": pools, "teams": teams})
     teams[0]["dp"] = 2
     with pytest.raises(InputError, match=r"2 workers in pool big, .* has 1 such chips; make the plan with --fleet"):
-        parts_of(fleet, 5, {"pools": pools, "teams": teams})
+        roles_of(fleet, 5, {"pools": pools, "teams": teams})
 
 
 def test_another_number_of_workers_than_chips_is_refused(fleet: str):
     with pytest.raises(InputError, match=r"pretend.yaml has 3 chips, but 4 workers were started"):
-        parts_of(fleet, 4, None)
+        roles_of(fleet, 4, None)
 
 
 @pytest.mark.parametrize(
@@ -116,21 +116,21 @@ class Clock:
 
 def test_waiting_makes_work_last_as_long_as_on_a_slower_chip(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
-    monkeypatch.setattr(handicap_module, "time", clock)
-    slow = Handicap(0.25, "wait", _cpu=0.0)
+    monkeypatch.setattr(cpu_throttle, "time", clock)
+    slow = Throttle(0.25, "wait", _cpu=0.0)
     clock.cpu += 2.0
     assert slow.pace(2.0) == clock.slept == 6.0
     clock.cpu += 2.0  # others took half of the machine: the work alone would have taken 2 seconds
     assert slow.pace(4.0) == 4.0
     clock.cpu += 6.0  # of three threads
     assert slow.pace(2.0) == 6.0
-    assert Handicap(1.0, "wait", _cpu=0.0).pace(2.0) == 0.0
+    assert Throttle(1.0, "wait", _cpu=0.0).pace(2.0) == 0.0
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, 1.5])
 def test_a_speed_that_is_no_share_is_refused(speed: float):
     with pytest.raises(InputError, match="above 0 and at most 1"):
-        handicap(speed)
+        throttle(speed)
 
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -140,7 +140,7 @@ def capped(pipe: Any) -> None:
     """Work for a while at a tenth of a core; then say how much CPU time that took, and wait to be killed."""
     torch.set_num_threads(1)
     try:
-        slow = handicap(0.1, "cap")
+        slow = throttle(0.1, "cap")
     except InputError as error:
         return pipe.send(str(error))
     started, used = time.perf_counter(), time.process_time()
@@ -151,7 +151,7 @@ def capped(pipe: Any) -> None:
     slow.end()
     pipe.send("free")
     pipe.recv()
-    handicap(0.1, "cap")
+    throttle(0.1, "cap")
     pipe.send("capped again")
     pipe.recv()
 
@@ -178,7 +178,7 @@ def test_a_cap_takes_cpu_time_away_and_leaves_no_group_behind_even_when_its_proc
     worker.kill()
     worker.join()
     assert group.is_dir(), "nobody is left who could remove it"
-    handicap_module._remove_stale(home)
+    cpu_throttle._remove_stale(home)
     assert not group.exists()
 
 
@@ -186,8 +186,8 @@ def version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, **root:
     """(the root of a played hierarchy, this process's group in it)."""
     mount = Group.mounted(tmp_path / "cgroup", **root)
     (tmp_path / "membership").write_text(f"0::{own}\n")
-    monkeypatch.setattr(handicap_module, "MOUNT", mount)
-    monkeypatch.setattr(handicap_module, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(cpu_throttle, "MOUNT", mount)
+    monkeypatch.setattr(cpu_throttle, "MEMBERSHIP", tmp_path / "membership")
     group = mount
     for name in own.strip("/").split("/") if own != "/" else ():
         (group / "cgroup.subtree_control").write_text("+cpu")
@@ -206,7 +206,7 @@ def test_version_2_caps_beside_the_own_group_and_puts_everything_back(
     dead, alive = home / f"{GROUP}{2**30}", home / f"{GROUP}{os.getppid()}"
     for other in (dead, alive):
         other.mkdir()
-    slow = handicap(0.25, "cap")
+    slow = throttle(0.25, "cap")
     made = home / f"{GROUP}{os.getpid()}"
     assert slow.means == "CPU time capped by a control group (version 2)"
     assert "cpu" in home.handed_on
@@ -232,35 +232,17 @@ def test_version_2_without_a_cpu_controller_for_new_groups_waits_instead_and_lea
 ) -> None:
     mount, group = version_2(tmp_path, monkeypatch, own, **root)
     with pytest.raises(InputError, match="CPU time cannot be capped here"):
-        handicap(0.25, "cap")
-    assert handicap(0.25).way == "wait"
+        throttle(0.25, "cap")
+    assert throttle(0.25).by == "wait"
     assert [child for child in mount.iterdir() if child.is_dir()] == []
     assert group.processes == [str(os.getpid())]
-
-
-def with_priority(pipe: Any) -> None:
-    torch.set_num_threads(1)
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    handicap(0.25, "priority", fastest=1.0)
-    pipe.send((os.getpriority(os.PRIO_PROCESS, 0) - before, len(os.sched_getaffinity(0))))
-
-
-def test_priority_puts_a_slow_worker_behind_on_the_cores_of_all():
-    ours, theirs = SPAWN.Pipe()
-    SPAWN.Process(target=with_priority, args=(theirs,), daemon=True).start()
-    assert ours.recv() == (6, 1), "1.25 ** 6 = 3.8"
-
-
-def test_priority_says_what_it_cannot_reach():
-    with pytest.raises(InputError, match="choose --emulate-by wait"):
-        handicap(0.001, "priority", fastest=1.0)
 
 
 # ------------------------------------------------------------------------------------------ cables
 
 
-def links(rank: int, *pools: str, latency: float = 0.05, rate: float = 1e6) -> Links:
-    return Links(rank, pools, (latency,) * len(pools), (rate,) * len(pools))
+def links(rank: int, *pools: str, latency: float = 0.05, rate: float = 1e6) -> DelayedLinks:
+    return DelayedLinks(rank, pools, (latency,) * len(pools), (rate,) * len(pools))
 
 
 def test_a_cable_carries_one_message_after_the_other():
@@ -339,9 +321,9 @@ def test_a_chip_that_fails_is_killed_at_its_step_and_the_restarted_crew_learns_w
     arguments = command(out, data, shape, precision="fp32", steps=12, emulate=file, emulate_by="wait")
     done = subprocess.run(torchrun(2, arguments, "--max-restarts=1"), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "worker 0 plays chip 0 of pool big: 1 of full speed" in done.stderr
-    assert "worker 1 plays chip 0 of pool small: 0.25 of full speed, by waiting after each piece" in done.stderr
-    assert "worker 1 dies now" in done.stderr
+    assert "rank 0 emulates chip 0 of pool big: 1 of full speed" in done.stderr
+    assert "rank 1 emulates chip 0 of pool small: 0.25 of full speed, by waiting after each piece" in done.stderr
+    assert "rank 1 fails now" in done.stderr
     undisturbed = tmp_path / "undisturbed"
     subprocess.run(command(undisturbed, data, shape, precision="fp32", steps=12), check=True, capture_output=True)
     assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-4)

@@ -20,10 +20,10 @@ from test_resume import shape as shape
 
 from motley.cli import run
 from motley.emulation import netns as slow_link
-from motley.emulation.apply import links_of
+from motley.emulation.apply import EmulatedFleet
 from motley.emulation.launch import EmulatedLaunchConfig, worker_words
 from motley.emulation.netns import Cable, SlowLinks, downlink, places_of, uplink, wiring
-from motley.emulation.roles import parts_of
+from motley.emulation.roles import roles_of
 from motley.emulation.user_relay import End, relay
 from motley.errors import InputError
 from motley.parallel.communicator import Crew
@@ -208,9 +208,9 @@ def test_the_commands_of_netem_work_with_a_plain_queue_in_its_place(monkeypatch:
 
 
 def test_a_worker_that_was_promised_a_true_link_and_has_none_says_so(fleet: Path):
-    parts = parts_of(str(fleet), 3, None)
-    with pytest.raises(InputError, match="is what `motley launch emulated` tells workers"):
-        links_of(parts, "relay", Crew())
+    emulated = EmulatedFleet(str(fleet), "wait", "relay", roles_of(str(fleet), 3, None))
+    with pytest.raises(InputError, match="is what `motley launch emulated` tells ranks"):
+        emulated.links(Crew())
 
 
 def test_a_chip_that_failed_is_a_repaired_one_after_the_next_start(fleet: Path):

@@ -14,11 +14,11 @@ from test_resume import data as data  # the fixture
 from motley.fleet.inventory import Emulated, EmulatedLink, parse_fleet
 from motley.fleet.links import Links, PairRate
 from motley.fleet.probe import Machine, MatmulRate
-from motley.parallel.auto_plan import Chip, fleet_of, pools_of, seated, seats
+from motley.parallel.auto_plan import ProbedRank, fleet_of, pools_of, seated, seats
 from motley.parallel.layout import IslandLayout, Layout, Team
 
 MACHINE = Machine("cpu", "a chip", 4, 1, 10**10, 10**10, None, (MatmulRate("fp32", 64, 64, 64, 50.0),), 10.0, "fp32")
-CHIP = Chip("here", MACHINE, 2e9, "fp32", Emulated())
+CHIP = ProbedRank("here", MACHINE, 2e9, "fp32", Emulated())
 LINKS = Links(
     ("here", "here", "there"), (PairRate(0, 1, 1e-5, 2e9), PairRate(0, 2, 3e-4, 1e8)), ()
 )  # a slow network between two hosts

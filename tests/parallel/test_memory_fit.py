@@ -13,6 +13,7 @@ from test_loss_spike import data as data  # the fixture
 from test_loss_spike import settings as run_settings
 from test_loss_spike import tiny as tiny  # the fixture: nano is a few thousand parameters
 
+from motley.emulation.apply import EmulatedFleet
 from motley.errors import InputError
 from motley.fleet.device import Format
 from motley.fleet.probe import host_memory
@@ -171,7 +172,8 @@ def test_memory_above_the_budget_is_an_event_and_a_line(
         leaked.append(torch.ones(125_000_000 if len(leaked) == 2 else 1))
 
     monkeypatch.setattr(Worker, "update", leaking)
-    pretrain(run_settings(tmp_path / "run", data, steps=5, emulate=str(fleet)))
+    config = run_settings(tmp_path / "run", data, steps=5, emulate=str(fleet))
+    pretrain(config, emulation=EmulatedFleet.asked_by(config))
     events = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "event"]
     (event,) = [event for event in events if "usually it takes" not in event["message"]]
     found = re.fullmatch(r"worker 0 holds (\d+) MB for training, and may hold 400 MB", event["message"])

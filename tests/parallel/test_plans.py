@@ -150,7 +150,7 @@ def test_a_plan_for_a_pretended_fleet_is_played_by_the_workers_that_it_names(
     out = tmp_path / "run"
     said = pretrain(command(out, data, shape, precision="fp32", plan=file, emulate=fleet, emulate_by="wait"))
     for rank, team in enumerate(plan["teams"]):
-        assert f"worker {rank} plays chip 0 of pool {team['pools'][0]}" in said
+        assert f"rank {rank} emulates chip 0 of pool {team['pools'][0]}" in said
     assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
 
 

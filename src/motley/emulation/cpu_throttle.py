@@ -1,19 +1,17 @@
-"""Slow chips for those who have none: a worker made slower, truly or by waiting.
+"""Make a rank slower, so that a fleet of unequal chips can be emulated on one machine.
 
-    cap        a control group gives the process its share of CPU time: caches, memory and pauses are as real as it gets
-    priority   all workers on the same cores, the slow ones with low priority: shares hold only while all have work
-    wait       after every piece of work the worker sleeps as long as a slower chip would have worked on
+    cap    a control group limits the CPU time of the process: caches, memory and pauses behave as on a busy machine
+    wait   after every piece of work the rank sleeps for as long as a slower chip would have gone on working
 
-A cap needs the right to write control groups: root, or on version 2 a user whose session was given them.
+A cap needs the right to write control groups: root, or with version 2 a user to whose session they were delegated.
 
     version 1   /sys/fs/cgroup/cpu/OWN GROUP/motley-PID          inside the process's own group: its limits still hold
     version 2   /sys/fs/cgroup/PARENT OF OWN GROUP/motley-PID    beside it: a group there has processes or children
 
-A group goes when its process ends. One whose process was killed is removed by the next worker that makes one there.
+A process removes its group when it ends. A killed one leaves it, and the next rank that makes a group there removes it.
 """
 
 import atexit
-import math
 import os
 import time
 from collections.abc import Callable
@@ -26,47 +24,44 @@ import psutil
 import torch
 
 from motley.errors import InputError
+from motley.train.config import EmulateBy
 
-Way = Literal["auto", "cap", "priority", "wait"]
 PERIOD_MICROSECONDS = 20_000
 LEAST_QUOTA_MICROSECONDS = 1_000  # the kernel's
 MOUNT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")  # which groups this process is in
 GROUP = "motley-"
-NICE_STEP = 1.25  # the kernel's: of the CPU time that one step of priority is worth
-MOST_NICE = 19
-AUTOGROUP = Path("/proc/self/autogroup")  # sessions share the CPU before their processes do
 
 
 @dataclass
-class Handicap:
-    """What slows this process down.
+class Throttle:
+    """A limit on the speed of this process.
 
     Attributes:
         speed: share of its full speed.
-        way: how.
-        means: the same in words.
-        end: gives the process its full speed back.
+        by: what makes it slow.
+        means: the same for people.
+        end: lifts the limit.
     """
 
     speed: float
-    way: Literal["cap", "priority", "wait"]
+    by: Literal["cap", "wait"]
     means: str = "by waiting after each piece of work"
     end: Callable[[], None] = lambda: None
     _cpu: float = field(default_factory=time.process_time)
 
     def begin(self) -> None:
-        """Work begins: what came before is nobody's slowness."""
+        """Work begins; CPU time spent before does not count."""
         self._cpu = time.process_time()
 
     def pace(self, seconds: float) -> float:
-        """After `seconds` of work: wait as long as a slower chip would have; returns the seconds waited.
+        """After `seconds` of work: sleep for the time that a slower chip would have needed on top; returns seconds.
 
-        What counts is the CPU time of the work where that is less, so that a machine shared by many workers slows none
-        of them twice.
+        Where the CPU time of the work is less than `seconds`, the CPU time counts: ranks that share cores already had
+        to wait for them, and are not slowed down for that a second time.
         """
         spent, self._cpu = time.process_time() - self._cpu, time.process_time()
-        if self.way != "wait" or self.speed >= 1:
+        if self.by != "wait" or self.speed >= 1:
             return 0.0
         rest = max(0.0, min(spent, seconds) / self.speed - seconds)
         time.sleep(rest)
@@ -74,41 +69,38 @@ class Handicap:
         return rest
 
 
-def handicap(speed: float, way: Way = "auto", fastest: float = 1.0) -> Handicap:
+def throttle(speed: float, by: EmulateBy = "auto") -> Throttle:
     """Slow this process down.
 
     Args:
-        speed: share of its full speed, above 0 and at most 1: that of its threads, each with a core to itself.
-        way: "auto" caps where the system allows it and waits elsewhere.
-        fastest: speed of the fastest worker beside it, against which priorities count.
+        speed: share, above 0 and at most 1, of its full speed, which its threads have with a core each.
+        by: "auto" caps where the system allows it and waits elsewhere.
 
-    Raises InputError for a speed that is none, and for a way that is asked for and not allowed.
+    Raises InputError for a speed out of range, and for "cap" where the system does not allow it.
     """
     if not 0 < speed <= 1:
-        raise InputError(f"a handicap of {speed:g}: a speed is a share of the full one, above 0 and at most 1")
-    if way == "priority":
-        return _priority(speed, fastest)
-    if way == "wait" or speed == 1:
-        return Handicap(speed, "wait", "at full speed" if speed == 1 else Handicap.means)
+        raise InputError(f"emulated speed {speed:g}: it must be a share of the full speed, above 0 and at most 1")
+    if by == "wait" or speed == 1:
+        return Throttle(speed, "wait", "at full speed" if speed == 1 else Throttle.means)
     try:
         return _cap(speed)
     except OSError as error:
-        if way == "cap":
+        if by == "cap":
             raise InputError(f"CPU time cannot be capped here ({error}); choose --emulate-by wait") from None
-        return Handicap(speed, "wait", f"{Handicap.means} (CPU time cannot be capped here: {error})")
+        return Throttle(speed, "wait", f"{Throttle.means} (CPU time cannot be capped here: {error})")
 
 
 # ------------------------------------------------------------------------------------------ control groups
 
 
-def _cap(speed: float) -> Handicap:
-    """Give this process its share of CPU time. Raises OSError where it may not."""
+def _cap(speed: float) -> Throttle:
+    """Limit the CPU time of this process. Raises OSError where the system does not allow it."""
     version, own, home = _groups()
     _remove_stale(home)
     group = home / f"{GROUP}{os.getpid()}"
     quota = max(LEAST_QUOTA_MICROSECONDS, int(speed * torch.get_num_threads() * PERIOD_MICROSECONDS))
     if version == 2:
-        with suppress(OSError):  # already on, or not ours to switch; whether cpu.max can be written says it
+        with suppress(OSError):  # already on, or not allowed; writing cpu.max below fails then
             (home / "cgroup.subtree_control").write_text("+cpu")
     group.mkdir(exist_ok=True)
     try:
@@ -124,16 +116,16 @@ def _cap(speed: float) -> Handicap:
 
     def end() -> None:
         atexit.unregister(end)
-        with suppress(OSError):  # a child of this process may live on in the group; it is removed later
+        with suppress(OSError):  # a child of this process may still run in the group; it is removed later
             (own / "cgroup.procs").write_text(str(os.getpid()))
             group.rmdir()
 
     atexit.register(end)
-    return Handicap(speed, "cap", f"CPU time capped by a control group (version {version})", end)
+    return Throttle(speed, "cap", f"CPU time capped by a control group (version {version})", end)
 
 
 def _groups() -> tuple[int, Path, Path]:
-    """(version, this process's group of the cpu controller, where to make ours). Raises OSError: no control groups."""
+    """(version, this process's group of the cpu controller, parent of the new group). Raises OSError without groups."""
     lines = [line.split(":", 2) for line in MEMBERSHIP.read_text().splitlines()]
     paths = {name: path.lstrip("/") for _, names, path in lines for name in names.split(",")}
     if (MOUNT / "cgroup.controllers").is_file():
@@ -148,31 +140,9 @@ def _groups() -> tuple[int, Path, Path]:
 
 
 def _remove_stale(home: Path) -> None:
-    """Remove the groups of processes that are gone: a killed one removes nothing itself."""
+    """Remove the groups of processes that were killed and could not remove them."""
     for group in home.glob(f"{GROUP}*"):
         number = group.name.removeprefix(GROUP)
         if number.isdigit() and not psutil.pid_exists(int(number)):
-            with suppress(OSError):  # another worker was quicker
+            with suppress(OSError):  # another rank removed it first
                 group.rmdir()
-
-
-# ------------------------------------------------------------------------------------------ priority
-
-
-def _priority(speed: float, fastest: float) -> Handicap:
-    """Share the first cores with all others, with a priority that is worth `speed` beside the fastest one's."""
-    if not hasattr(os, "sched_setaffinity"):
-        raise InputError("this system does not bind processes to cores; choose --emulate-by wait")
-    cores = sorted(os.sched_getaffinity(0))
-    steps = round(math.log(fastest / speed) / math.log(NICE_STEP))
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
-    if nice + steps > MOST_NICE:
-        raise InputError(
-            f"priorities reach down to 1/{NICE_STEP ** (MOST_NICE - nice):.0f} of the fastest worker's speed, "
-            f"{speed / fastest:.1%} is below; choose --emulate-by wait"
-        )
-    os.sched_setaffinity(0, cores[: torch.get_num_threads()])
-    os.nice(steps)
-    with suppress(OSError):  # systems without it go by the process's priority alone
-        AUTOGROUP.write_text(str(nice + steps))
-    return Handicap(speed, "priority", f"priority {nice + steps} on the cores of all others (coarse: while all work)")

@@ -18,13 +18,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from motley.emulation.netns import DEVICE, Cable, SlowLinks, places_of
-from motley.emulation.roles import LINKS, Part, parts_of
+from motley.emulation.roles import LINKS, Role, roles_of
 from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.inventory import load_fleet
 from motley.fleet.units import size_text
-from motley.launch.torchrun import Group, Seat, held, ranks_of_pools, run_again, words_of
+from motley.launch.torchrun import Group, Seat, held, run_again, words_of
 from motley.parallel.communicator import free_port
+from motley.parallel.layout import ranks_of_pools
 from motley.progress import note
 
 OURS = ("--plan", "--emulate", "--emulate-links")
@@ -84,22 +85,22 @@ def summary(result: dict[str, Any]) -> str:
     return f"{said}; {size_text(sum(result['bytes_sent']))} went {LINKS[result['links']]} to other pools"
 
 
-def cast_of(config: EmulatedLaunchConfig) -> list[Part]:
+def cast_of(config: EmulatedLaunchConfig) -> list[Role]:
     """What each worker plays."""
     fleet = load_fleet(config.fleet)
     if config.plan is None:
-        return parts_of(str(config.fleet), fleet.chips, None)
+        return roles_of(str(config.fleet), fleet.chips, None)
     plan = read_json(config.plan)
     try:
         workers = sum(map(len, ranks_of_pools(plan).values()))
-        return parts_of(str(config.fleet), workers, plan)
+        return roles_of(str(config.fleet), workers, plan)
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{config.plan} is no plan as `motley plan --out` writes it: {error!r} is missing or wrong"
         ) from None
 
 
-def true_links(parts: Sequence[Part], wanted: Literal["true", "auto", "wait"]) -> SlowLinks | None:
+def true_links(parts: Sequence[Role], wanted: Literal["true", "auto", "wait"]) -> SlowLinks | None:
     """The links of the parts; None where they are to be waited for, or none is pretended."""
     ends = [part.emulated.link for part in parts]
     if wanted == "wait" or not any(end.bandwidth or end.latency for end in ends):

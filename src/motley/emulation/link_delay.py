@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Links:
+class DelayedLinks:
     """The cables of all workers, seen from one of them.
 
     Attributes:
@@ -35,9 +35,9 @@ class Links:
     rates: tuple[float, ...]
     _free_at: float = 0.0
 
-    def among(self, members: tuple[int, ...]) -> "Links":
+    def among(self, members: tuple[int, ...]) -> "DelayedLinks":
         """The same cables for some of the workers, numbered from 0 again."""
-        return Links(
+        return DelayedLinks(
             members.index(self.rank),
             tuple(self.pools[rank] for rank in members),
             tuple(self.latencies[rank] for rank in members),

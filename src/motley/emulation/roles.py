@@ -8,14 +8,14 @@ with a plan      worker r is the chip that the plan gives rank r, as `motley lau
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from motley.errors import InputError
 from motley.fleet.inventory import Emulated, load_fleet
 from motley.fleet.units import rate_text, size_text
-from motley.launch.torchrun import ranks_of_pools
+from motley.parallel.layout import ranks_of_pools
+from motley.train.config import EmulateLinks
 
-LinksBy = Literal["wait", "netem", "relay"]
 LINKS = {
     "wait": "by waiting",
     "netem": "over a true link (network namespaces and netem)",
@@ -24,7 +24,7 @@ LINKS = {
 
 
 @dataclass(frozen=True)
-class Part:
+class Role:
     """What one worker plays: chip number `chip` (from 0) of a pool."""
 
     pool: str
@@ -36,7 +36,7 @@ class Part:
         times = self.emulated.fails_after
         return times[self.chip] if self.chip < len(times) else None
 
-    def words(self, links_by: LinksBy) -> str:
+    def words(self, links_by: EmulateLinks) -> str:
         """What is pretended besides speed."""
         link, said = self.emulated.link, []
         if self.emulated.memory:
@@ -51,7 +51,7 @@ class Part:
         return "".join(f"; {words}" for words in said)
 
 
-def parts_of(text: str, workers: int, plan: Mapping[str, Any] | None) -> list[Part]:
+def roles_of(text: str, workers: int, plan: Mapping[str, Any] | None) -> list[Role]:
     """What each worker plays.
 
     Args:
@@ -62,10 +62,10 @@ def parts_of(text: str, workers: int, plan: Mapping[str, Any] | None) -> list[Pa
     Raises InputError where file or speeds do not fit the workers.
     """
     if not Path(text).is_file():
-        return [Part(text, rank, Emulated(speed=speed)) for rank, speed in enumerate(speeds_of(text, workers))]
+        return [Role(text, rank, Emulated(speed=speed)) for rank, speed in enumerate(speeds_of(text, workers))]
     pools = load_fleet(Path(text)).pools
     whole = {
-        pool.name: [Part(pool.name, chip, pool.emulated or Emulated()) for chip in range(pool.chips)] for pool in pools
+        pool.name: [Role(pool.name, chip, pool.emulated or Emulated()) for chip in range(pool.chips)] for pool in pools
     }
     if plan is None:
         parts = [part for pool in whole.values() for part in pool]
@@ -74,7 +74,7 @@ def parts_of(text: str, workers: int, plan: Mapping[str, Any] | None) -> list[Pa
                 f"{text} has {len(parts)} chips, but {workers} workers were started; start one for each chip"
             )
         return parts
-    seats: dict[int, Part] = {}
+    seats: dict[int, Role] = {}
     for name, ranks in ranks_of_pools(plan).items():
         if len(ranks) > len(whole.get(name, ())):
             raise InputError(

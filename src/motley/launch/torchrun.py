@@ -29,6 +29,7 @@ import tyro
 
 from motley.errors import InputError
 from motley.files import read_json
+from motley.parallel.layout import ranks_of_pools
 from motley.progress import note
 
 STAGES_OF_TRAINING = ("pretrain", "sft")
@@ -196,18 +197,6 @@ def hosts_of(plan: Mapping[str, Any], named: Sequence[str]) -> dict[str, list[st
             "name this machine as the others know it"
         )
     return hosts
-
-
-def ranks_of_pools(plan: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Which ranks, in the order of `from_plan`, work on the first, second, ... chip of each pool."""
-    ranks: dict[str, list[int]] = {entry["pool"]: [] for entry in plan["pools"]}
-    workers = 0
-    for team in plan["teams"]:
-        stages, copies = team["stages"], team["dp"]
-        for number, stage in enumerate(stages):
-            ranks[stage["pool"]] += [workers + copy * len(stages) + number for copy in range(copies)]
-        workers += copies * len(stages)
-    return ranks
 
 
 def seats_of(plan: Mapping[str, Any], hosts: Mapping[str, Sequence[str]]) -> list[Seat]:

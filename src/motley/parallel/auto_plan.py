@@ -22,10 +22,9 @@ from motley.fleet.links import Links, links_between
 from motley.fleet.probe import Machine, most_seconds, probe
 from motley.fleet.units import rate_text
 from motley.fleet.write import fleet_text
-from motley.launch.torchrun import ranks_of_pools
 from motley.model import ModelConfig
 from motley.parallel.communicator import PREPARING_SECONDS, Crew
-from motley.parallel.layout import IslandLayout, islands_of_plan, side_by_side
+from motley.parallel.layout import IslandLayout, islands_of_plan, ranks_of_pools, side_by_side
 from motley.parallel.zero.partition import NUMBER_BYTES, held_bytes
 from motley.plan.network.spec import deepseek
 from motley.plan.report.html import write_plan
@@ -41,7 +40,7 @@ FLEET_FILE, PLAN_FILE = "fleet.yaml", "plan.json"
 
 
 @dataclass(frozen=True)
-class Chip:
+class ProbedRank:
     """What one worker says of itself.
 
     Attributes:
@@ -105,9 +104,9 @@ def planned_from_probe(
     if crew.leads:
         note(f"{short}; so a plan is made from a probe of these workers")
     machine = probe(PROBE_SECONDS, crew.device, grid=True, shown=crew.leads)
-    own = Chip(socket.gethostname(), machine, memory, precision, emulated)
+    own = ProbedRank(socket.gethostname(), machine, memory, precision, emulated)
     with crew.waiting(max(crew.patience, PREPARING_SECONDS) + most_seconds(PROBE_SECONDS)):
-        chips: list[Chip] = crew.all_values(own)
+        chips: list[ProbedRank] = crew.all_values(own)
         hosts = [chip.host for chip in chips]
         # Messages between two workers go by way of the host, in training too.
         links = crew.talk("measuring links", lambda: links_between(hosts, torch.device("cpu")))
@@ -149,7 +148,7 @@ def planned_from_probe(
     return folder / PLAN_FILE, seated(islands_of_plan(plan, shape), seats(plan, chips))
 
 
-def pools_of(chips: Sequence[Chip]) -> dict[str, list[int]]:
+def pools_of(chips: Sequence[ProbedRank]) -> dict[str, list[int]]:
     """Workers of each pool, one node after another, by the pool's name."""
     nodes: dict[tuple[Any, ...], list[int]] = {}
     for rank, chip in enumerate(chips):
@@ -160,7 +159,7 @@ def pools_of(chips: Sequence[Chip]) -> dict[str, list[int]]:
     return {f"pool{number}": ranks for number, ranks in enumerate(alike.values())}
 
 
-def fleet_of(chips: Sequence[Chip], links: Links) -> str:
+def fleet_of(chips: Sequence[ProbedRank], links: Links) -> str:
     """The fleet file of these workers; nodes, and pools, are joined as slowly as any two hosts are."""
     pools, everyone = [], range(len(chips))
     across = links.slowest(everyone, same_host=False) or links.slowest(everyone, same_host=True)
@@ -188,7 +187,7 @@ def fleet_of(chips: Sequence[Chip], links: Links) -> str:
     return yaml.safe_dump({"name": f"{len(chips)} workers", "pools": pools}, sort_keys=False)
 
 
-def seats(plan: Mapping[str, Any], chips: Sequence[Chip]) -> list[int]:
+def seats(plan: Mapping[str, Any], chips: Sequence[ProbedRank]) -> list[int]:
     """The worker that takes each seat of the plan, seats in the order of `from_plan`."""
     taken: dict[int, int] = {}
     workers = pools_of(chips)

@@ -9,13 +9,11 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from motley import __version__
-from motley.emulation.apply import links_of, play
-from motley.emulation.roles import parts_of
 from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.device import Format, choose_device
@@ -23,7 +21,7 @@ from motley.fleet.inventory import Emulated
 from motley.fleet.probe import GLANCE_SECONDS, Machine, glance, most_seconds
 from motley.model import ModelConfig, Transformer
 from motley.parallel.auto_plan import may_be_planned, planned_from_probe
-from motley.parallel.communicator import Crew, join_crew
+from motley.parallel.communicator import Crew, LinkModel, join_crew
 from motley.parallel.diloco.diloco import USUAL_ROUND, Island
 from motley.parallel.expert.placement import experts_by_memory
 from motley.parallel.layout import IslandLayout, Zero, island_of, islands_of_plan, islands_side_by_side
@@ -172,6 +170,22 @@ def check_devices(islands: Sequence[IslandLayout], crew: Crew) -> None:
         )
 
 
+class Emulation(Protocol):
+    """Makes the ranks of this machine as unequal as the chips of a fleet (`--emulate`). All ranks make each call."""
+
+    def chip(self, crew: Crew, plan: Mapping[str, Any] | None) -> Emulated:
+        """What this rank emulates; called first. Raises InputError where the fleet does not fit the ranks."""
+        ...
+
+    def links(self, crew: Crew) -> LinkModel | None:
+        """Delays of the emulated links; None where there are none, or where the system makes the links slow."""
+        ...
+
+    def apply(self, worker: Worker, crew: Crew) -> None:
+        """Slow this rank down and let it fail as its chip does; called when it is ready to train."""
+        ...
+
+
 def employ(
     config: TrainingConfig,
     shape: ModelConfig,
@@ -180,6 +194,7 @@ def employ(
     data: Path,
     machine: Machine | None,
     weights: Callable[[torch.device], Transformer] | None,
+    emulation: Emulation | None = None,
 ) -> Island:
     """This worker, in its place in its island and with its weights.
 
@@ -191,9 +206,14 @@ def employ(
         data: the prepared data, which every worker reads for itself.
         machine: what was measured before, if anything.
         weights: makes the whole model on a device; called by worker 0 only. None: its state comes later.
+        emulation: makes the workers unequal, where the settings ask for it.
+
+    Raises InputError, on every worker, where they cannot train so.
     """
+    if config.emulate and emulation is None:
+        raise InputError("the setting `emulate` needs an `emulation` beside the settings, as motley.cli passes one")
     plan = crew.led(lambda: plan_of(config))
-    pretended = crew.led(lambda: parts_of(config.emulate, crew.size, plan)) if config.emulate else []
+    emulated = emulation.chip(crew, plan) if emulation else Emulated()
     islands, every = crew.led(lambda: islands_for(config, shape, crew, plan))
     crew.agree({**facts(config, data), "shape": str(shape)})
     if crew.alone:
@@ -202,13 +222,12 @@ def employ(
         check_gathering(islands, shape, config.optimizer, crew)
     check_devices(islands, crew)
     own = island_of(islands, crew.rank)
-    emulated = pretended[crew.rank].emulated if pretended else Emulated()
     asked = asked_format(config.precision, emulated.precision, own.layout, own.ranks.index(crew.rank))
     everyone = number_formats(asked, crew, run, lambda: run.machine(crew.device, machine))
     formats: list[Format] = [everyone[rank] for rank in own.ranks]
     budgets = crew.all_values(budget(crew.device, emulated.memory))
     programs = crew.all_values(held_already(crew.device))
-    if pretended or not crew.alone:
+    if emulation or not crew.alone:
         if plan is None:
             speed = emulated.speed * glance(crew.device, everyone[crew.rank])
             with crew.waiting(crew.patience + most_seconds(GLANCE_SECONDS)):
@@ -229,8 +248,8 @@ def employ(
             check_devices(islands, crew)
             islands = within_memory(islands, shape, config, crew, budgets, everyone, planned=True, shrink=True)
         own = island_of(islands, crew.rank)
-    if pretended:
-        crew = dataclasses.replace(crew, links=links_of(pretended, config.emulate_links, crew))
+    if emulation:
+        crew = dataclasses.replace(crew, links=emulation.links(crew))
     parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]
     if crew.alone:
         worker = Worker(shape, config, own.layout, crew, weights and weights(crew.device), formats)
@@ -242,8 +261,8 @@ def employ(
         if weights is not None:
             hand_out(weights, island, crew)
     worker.budgets = Budgets(own.ranks, [budgets[rank] for rank in own.ranks], [programs[rank] for rank in own.ranks])
-    if pretended:
-        play(pretended, config.emulate_by, config.emulate_links, worker, crew)
+    if emulation:
+        emulation.apply(worker, crew)
     return island
 
 

@@ -12,7 +12,7 @@ from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer
 from motley.fleet.probe import Machine
 from motley.model import ModelConfig, Transformer
-from motley.parallel.build import employ, meet
+from motley.parallel.build import Emulation, employ, meet
 from motley.parallel.communicator import Crew
 from motley.parallel.elastic.agent import Memory, Own, Result, live
 from motley.progress import note
@@ -50,6 +50,7 @@ def carry_out(
     weights: Callable[[torch.device], Transformer],
     tokenizer: Tokenizer,
     title: str,
+    emulation: Emulation | None = None,
 ) -> dict[str, Any] | None:
     """Train to the end and write down what the run amounts to, which worker 0 returns; None elsewhere.
 
@@ -64,12 +65,13 @@ def carry_out(
         weights: makes the whole model on a device, where the crew has no state to go on from.
         tokenizer: of the model.
         title: of the progress bar.
+        emulation: makes the workers unequal, where the settings ask for it.
     """
     goes_on = memory.serves(crew)
     if not goes_on and not crew.alone:  # who joined a crew at work was compared with it at the door
         crew.agree(memory.own(config, data))
     keep_freed_memory()
-    island = employ(config, shape, crew, run, data, machine, None if goes_on else weights)
+    island = employ(config, shape, crew, run, data, machine, None if goes_on else weights, emulation)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
     if config.hint_weight():
         if crew.leads and memory.ngrams is None:

@@ -13,11 +13,11 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import psutil
 import torch
@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from motley.emulation.link_delay import Links
 from motley.errors import CrewError, InputError
 from motley.parallel.telemetry.step_timer import Stopwatch
 
@@ -38,6 +37,30 @@ LAST_LOOK_SECONDS = 2.0
 """How long one that lost the others looks for who is gone."""
 OTHERS = "the others"
 """Those who are lost, where it cannot be seen who."""
+
+
+class LinkModel(Protocol):
+    """Delays of emulated links between ranks, as one of them sees them."""
+
+    def among(self, members: tuple[int, ...]) -> "LinkModel":
+        """The same links for some of the ranks, numbered from 0 again."""
+        ...
+
+    def crosses(self, other: int) -> bool:
+        """Whether messages between this rank and `other` are delayed."""
+        ...
+
+    def arrival(self, to: int, size: int) -> float:
+        """When (monotonic clock, seconds) a message of `size` bytes that is sent now arrives at rank `to`."""
+        ...
+
+    def collectives(self, messages: Sequence[tuple[Sequence[int], int | None, int]]) -> None:
+        """Sleep as long as collectives take that run at once: (ranks, root or None for all, bytes) of each."""
+        ...
+
+    def exchange(self, ranks: Collection[int], leaving: float, entering: float) -> None:
+        """Sleep as long as an all-to-all among `ranks` takes that sends and receives so many bytes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +77,7 @@ class Crew:
         processes: (host, process id) of each worker, where they are known.
         members: of a part, its workers' numbers among all.
         whole: the crew that a part belongs to.
-        links: slow cables between the workers, where some are pretended.
+        links: delays of emulated links between the workers, where there are any.
         by_host: whether sums travel through the host's memory, as CPUs and GPUs together need it, and workers that
             share a GPU. Messages between two workers always do: over NCCL those that cross could block each other.
         launcher: process id of the torchrun that started this worker, if one did.
@@ -69,7 +92,7 @@ class Crew:
     processes: tuple[tuple[str, int], ...] = ()
     members: tuple[int, ...] = ()
     whole: "Crew | None" = None
-    links: Links | None = field(default=None, compare=False)
+    links: LinkModel | None = field(default=None, compare=False)
     by_host: bool = False
     launcher: int | None = field(default=None, compare=False)
     advice: ClassVar[str] = "; start the job again, it goes on from its newest checkpoint"

@@ -264,6 +264,18 @@ def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
         return _from_plan(plan, config)
 
 
+def ranks_of_pools(plan: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Which ranks, in the order of `from_plan`, work on the first, second, ... chip of each pool."""
+    ranks: dict[str, list[int]] = {entry["pool"]: [] for entry in plan["pools"]}
+    workers = 0
+    for team in plan["teams"]:
+        stages, copies = team["stages"], team["dp"]
+        for number, stage in enumerate(stages):
+            ranks[stage["pool"]] += [workers + copy * len(stages) + number for copy in range(copies)]
+        workers += copies * len(stages)
+    return ranks
+
+
 @contextmanager
 def _reading() -> Iterator[None]:
     """Inside, what is missing in a plan, or is not what it should be, becomes an InputError."""
