@@ -265,24 +265,6 @@ def test_recomputing_a_block_changes_no_bit() -> None:
     assert all(torch.equal(again[name], grad) for name, grad in plain.items())
 
 
-def test_gradients_of_weights_made_later_are_the_same() -> None:
-    model = random_model()
-    model.train_in_fp8(True)
-    plain = teach(model)
-    later: list[Callable[[], None]] = []
-    for module in model.modules():
-        if isinstance(module, Linear | Experts):
-            module.later = later
-    first = teach(model)
-    assert "model.layers.0.mlp.up_proj.weight" not in first
-    for work in later:
-        work()
-    for name, parameter in model.named_parameters():
-        if name in plain:
-            assert parameter.grad is not None
-            assert torch.equal(parameter.grad, plain[name]), name
-
-
 def test_what_is_kept_for_the_backward_pass_is_a_byte_a_number() -> None:
     kept: list[int] = []
 

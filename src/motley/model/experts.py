@@ -12,7 +12,6 @@ last token of its expert and weighs nothing: neither values nor gradients notice
 `moe_reference` is what one reads; `Experts.forward` is what runs; a test holds them equal.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from motley.model import native
 from motley.model.fp8 import TILE, fp8_product
 from motley.model.native_mlp import native_experts
-from motley.model.products import add_gradient, grouped_product
+from motley.model.products import grouped_product
 
 PAD = 64  # rows, on a CPU
 
@@ -84,28 +83,27 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
-        self.later: list[Callable[[], None]] | None = None  # both as in Linear
-        self.fp8 = False
+        self.fp8 = False  # as in Linear
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, hidden], chosen [tokens, k], weights fp32 [tokens, k] → [tokens, hidden]."""
-        if self._native(x):
+        if self.uses_kernel(x):
             return native_experts(x, chosen, weights, self.gate_up_proj, self.down_proj)
         if self._few(x, chosen):
             return self._gathered(x, chosen, weights)
         layout, k = Layout.of(chosen, len(self.gate_up_proj), self._pad(chosen)), chosen.shape[1]
         rows = _Dispatch.apply(x, layout.token_of_row, layout.row_of_slot, k)
-        gate_up = self._grouped(rows, self.gate_up_proj, layout.ends)  # pyright: ignore[reportArgumentType]
+        gate_up = self.grouped(rows, self.gate_up_proj, layout.ends)  # pyright: ignore[reportArgumentType]
         # Weighing the inner activation instead of the output is the same sum and narrower.
         weight_of_row = F.pad(weights.flatten().to(x.dtype), (0, 1))[layout.slot_of_row, None]
         gate, up = gate_up.chunk(2, dim=-1)
         inner = F.silu(gate) * up * weight_of_row
-        out = self._grouped(inner, self.down_proj, layout.ends)
+        out = self.grouped(inner, self.down_proj, layout.ends)
         return _Combine.apply(out, layout.token_of_row, layout.row_of_slot, k)  # pyright: ignore[reportReturnType]
 
-    def _native(self, x: Tensor) -> bool:
-        """Whether the kernel computes it all."""
-        if (self.fp8 and self.training) or (self.later is not None and torch.is_grad_enabled()):
+    def uses_kernel(self, x: Tensor) -> bool:
+        """Whether one kernel computes all of `forward`."""
+        if self.fp8 and self.training:
             return False
         return native.fits(x, *self.down_proj.shape[1:]) and self.down_proj.dtype == torch.float32
 
@@ -130,31 +128,11 @@ class Experts(nn.Module):
             return TILE
         return PAD if chosen.device.type == "cpu" and chosen.numel() >= PAD * len(self.gate_up_proj) else 1
 
-    def _grouped(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def grouped(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """rows [rows, in] sorted by expert, weight [experts, out, in] → [rows, out]."""
         if self.fp8 and self.training:
-            return fp8_product(rows, weight, ends, self.later)
-        if self.later is not None and torch.is_grad_enabled():
-            return _LaterGrouped.apply(rows, weight, ends, self.later)  # pyright: ignore[reportReturnType]
+            return fp8_product(rows, weight, ends)
         return grouped_product(rows, weight.to(rows.dtype).transpose(1, 2), ends)
-
-
-class _LaterGrouped(torch.autograd.Function):
-    """A grouped product whose backward pass leaves the gradient of the weights for later."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, ends: Tensor, later: list[Callable[[], None]]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(rows, ends)
-        ctx.weight, ctx.later = weight, later
-        return grouped_product(rows, weight.to(rows.dtype).transpose(1, 2), ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (rows, ends), weight = ctx.saved_tensors, ctx.weight
-        grad = grad.contiguous()
-        ctx.later.append(lambda: add_gradient(weight, grouped_product(grad.t(), rows, ends)))
-        return grouped_product(grad, weight.to(grad.dtype), ends), None, None, None
 
 
 def _gather_sum(rows: Tensor, row_of_slot: Tensor, k: int) -> Tensor:

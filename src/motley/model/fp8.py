@@ -13,7 +13,7 @@ operands are rounded to fp8 and back and multiplied in fp32. Two E4M3 values hav
 holds exactly, so what differs is the rounding of sums and no more.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from motley.model.products import add_gradient
 from motley.model.quantize import TILE, Block, dequantize, quantize
 
 ALONG_ROW, ALONG_TOKENS, SQUARE = (1, TILE), (TILE, 1), (TILE, TILE)
@@ -68,43 +67,55 @@ def _learned(x: Tensor, w: Tensor, upstream: Tensor, ends: Tensor | None, place:
     return [tensor.detach().cpu().float() for tensor in (y, *torch.autograd.grad(y, (x, w), upstream.to(place)))]
 
 
-def fp8_product(
-    rows: Tensor, weight: Tensor, ends: Tensor | None = None, later: list[Callable[[], None]] | None = None
-) -> Tensor:
+def fp8_product(rows: Tensor, weight: Tensor, ends: Tensor | None = None) -> Tensor:
     """rows [rows, in] times weight [out, in], transposed, → [rows, out].
 
     Args:
         rows: in the dtype of the activations.
         weight: the master weight; or [experts, out, in], each for a run of rows.
         ends: where the experts' runs end: multiples of TILE, so that no tile belongs to two.
-        later: as in `Linear`.
     """
-    return _Product.apply(rows, weight, ends, later)  # pyright: ignore[reportReturnType]
+    return _Product.apply(rows, weight, ends)  # pyright: ignore[reportReturnType]
+
+
+Operands = Sequence[Tensor]
+"""What a product keeps for its backward pass: x in fp8, scales of its tiles, w in fp8, scales of its blocks."""
+
+
+def forward_product(rows: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, Operands]:
+    """(`fp8_product` without a gradient, what its gradients are computed from)."""
+    (x, x_scale), (w, w_scale) = _to_fp8(rows, ALONG_ROW), _to_fp8(weight, SQUARE)
+    return _multiply((x, x_scale), (w.mT, w_scale.mT), TILE, ends).to(rows.dtype), (x, x_scale, w, w_scale)
+
+
+def gradient_of_rows(grad: Tensor, operands: Operands, ends: Tensor | None) -> Tensor:
+    """dx, in the dtype of `grad`, which is dy [rows, out]."""
+    _, _, w, w_scale = operands
+    return _multiply(_to_fp8(grad, ALONG_ROW), (w, w_scale), TILE, ends).to(grad.dtype)
+
+
+def gradient_of_weight(grad: Tensor, operands: Operands, ends: Tensor | None) -> Tensor:
+    """dw in fp32; `grad` is dy [rows, out]."""
+    x, x_scale, _, _ = operands
+    dy, dy_scale = _to_fp8(grad, ALONG_TOKENS)
+    again = _to_fp8(dequantize(x, x_scale, ALONG_ROW), ALONG_TOKENS)
+    return _multiply((dy.mT, dy_scale.mT), again, 1, ends)
 
 
 class _Product(Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, ends: Tensor | None, later: list[Callable[[], None]] | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x, x_scale), (w, w_scale) = _to_fp8(rows, ALONG_ROW), _to_fp8(weight, SQUARE)
-        ctx.save_for_backward(x, x_scale, w, w_scale, ends)
-        ctx.weight, ctx.later = weight, later
-        return _multiply((x, x_scale), (w.mT, w_scale.mT), TILE, ends).to(rows.dtype)
+    def forward(ctx, rows: Tensor, weight: Tensor, ends: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, operands = forward_product(rows, weight, ends)
+        ctx.save_for_backward(*operands, ends)
+        ctx.weight_dtype = weight.dtype
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, x_scale, w, w_scale, ends = ctx.saved_tensors
-
-        def of_weight() -> Tensor:
-            dy, dy_scale = _to_fp8(grad, ALONG_TOKENS)
-            again = _to_fp8(dequantize(x, x_scale, ALONG_ROW), ALONG_TOKENS)
-            return _multiply((dy.mT, dy_scale.mT), again, 1, ends)
-
-        of_rows = _multiply(_to_fp8(grad, ALONG_ROW), (w, w_scale), TILE, ends).to(grad.dtype)
-        if ctx.later is None:
-            return of_rows, of_weight().to(ctx.weight.dtype), None, None
-        ctx.later.append(lambda: add_gradient(ctx.weight, of_weight()))
-        return of_rows, None, None, None
+        *operands, ends = ctx.saved_tensors
+        of_weight = gradient_of_weight(grad, operands, ends).to(ctx.weight_dtype)
+        return gradient_of_rows(grad, operands, ends), of_weight, None
 
 
 Narrow = tuple[Tensor, Tensor]

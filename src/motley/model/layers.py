@@ -1,7 +1,5 @@
 """The three layers everything else is made of: Linear, RMSNorm and the gated MLP."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from motley.model import native
 from motley.model.fp8 import fp8_product
 from motley.model.native_mlp import native_mlp
-from motley.model.products import add_gradient, product, wide
+from motley.model.products import wide
 
 WORTH_PACKING = 64
 """Rows from which on a dense MLP's kernel is faster than the plain path: it rearranges all weights first."""
@@ -19,48 +17,25 @@ WORTH_PACKING = 64
 class Linear(nn.Linear):
     """A linear map that computes in the dtype of its input; the weight itself stays in its own (fp32 in training).
 
-    `later`, if set, receives what is left to do for the weight's gradient after each backward pass (zero-bubble
-    pipelines do it when there is time); None: everything at once. `fp8`, if set, rounds the operands of its products in
-    training (`fp8.py`).
+    `fp8`, if set, rounds the operands of its products in training (`fp8.py`).
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)
-        self.later: list[Callable[[], None]] | None = None
         self.fp8 = False
 
     def forward(self, input: Tensor) -> Tensor:
         if self.fp8 and self.training:
-            y = fp8_product(input.flatten(0, -2), self.weight, later=self.later).unflatten(0, input.shape[:-1])
+            y = fp8_product(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
             return y if self.bias is None else y + self.bias.to(y.dtype)
-        if self.later is not None and self.bias is None and torch.is_grad_enabled():
-            return _LaterLinear.apply(input, self.weight, self.later)  # pyright: ignore[reportReturnType]
         bias = None if self.bias is None else wide(self.bias.to(input.dtype))
         return F.linear(wide(input), wide(self.weight.to(input.dtype)), bias).to(input.dtype)
 
 
 def _plain(linear: Linear) -> bool:
-    """Whether it is no more than a product with an fp32 weight whose gradient is made at once."""
-    rounded, later = linear.fp8 and linear.training, linear.later is not None and torch.is_grad_enabled()
-    weight = linear.weight
-    return not (rounded or later) and linear.bias is None and weight.dtype == torch.float32 and weight.is_contiguous()
-
-
-class _LaterLinear(torch.autograd.Function):
-    """A linear map whose backward pass makes the gradient of its input and leaves the weight's for later."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, later: list[Callable[[], None]]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.later = weight, later
-        return product(x, weight.to(x.dtype).t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        ctx.later.append(lambda: add_gradient(weight, product(grad.flatten(0, -2).t(), x.flatten(0, -2))))
-        return product(grad, weight.to(grad.dtype)), None, None
+    """Whether it is no more than a product with an fp32 weight."""
+    rounded, weight = linear.fp8 and linear.training, linear.weight
+    return not rounded and linear.bias is None and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -153,8 +128,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = (self.gate_proj, self.up_proj, self.down_proj)
-        enough = x.numel() >= WORTH_PACKING * x.shape[-1]
-        if enough and all(map(_plain, maps)) and native.fits(x, *self.down_proj.weight.shape):
-            return native_mlp(x, *(linear.weight for linear in maps))
+        if self.uses_kernel(x):
+            return native_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def uses_kernel(self, x: Tensor) -> bool:
+        """Whether one kernel computes all three products of x [..., hidden]."""
+        enough = x.numel() >= WORTH_PACKING * x.shape[-1]
+        plain = all(_plain(linear) for linear in (self.gate_proj, self.up_proj, self.down_proj))
+        return enough and plain and native.fits(x, *self.down_proj.weight.shape)

@@ -27,13 +27,12 @@ from torch import Tensor, nn
 
 from motley.data.stream import Batch
 from motley.model import ModelConfig, Transformer
-from motley.model.experts import Experts
-from motley.model.layers import Linear
 from motley.model.moe import MoE, Routing
 from motley.model.rotary import Rotary
 from motley.parallel.communicator import Crew
 from motley.parallel.expert.dispatch import SpreadExperts
 from motley.parallel.layout import Place, Schedule
+from motley.parallel.pipeline.zero_bubble import defer_weight_gradients
 from motley.parallel.zero.stage2 import Turns
 from motley.train.step import Counts, LossWeights, Tally, attended_documents, batch_rows, micro_batches, predicted_loss
 
@@ -124,12 +123,8 @@ class Lane:
         self.turns: Turns | None = None
         self._layers = [model.model.layers[layer] for layer in place.team.stage_layers(place.stage)]
         self._config = config
-        self._later: list[Callable[[], None]] | None = None
-        if place.team.schedule == "zero_bubble" and place.team.stages > 1:
-            self._later = []
-            for module in model.modules():
-                if isinstance(module, Linear | Experts) and module is not getattr(model, "lm_head", None):
-                    module.later = self._later
+        deferred = place.team.schedule == "zero_bubble" and place.team.stages > 1
+        self._later = defer_weight_gradients(model) if deferred else None
 
     def run(
         self,
