@@ -31,7 +31,7 @@ from motley.model import SIZES, ModelConfig, Transformer
 from motley.progress import note
 from motley.train.expert_balance import ByLength, imbalance
 from motley.train.lr_schedule import factor, sequence_length
-from motley.train.ngram_targets import Hints, counts_of
+from motley.train.ngram_targets import NgramTargets, counts_of
 from motley.train.optimizer import Optimizer
 from motley.train.step import LossWeights, accumulate
 from motley.train.validation import loss_of
@@ -70,7 +70,7 @@ def trained(shape: ModelConfig, data: Path, steps: int, speed: float, seed: int)
     rows, held_out = TokenStream(data, "train", SEQ_LEN, seed), TokenStream(data, "valid", SEQ_LEN, shuffle=False)
     model = Transformer(shape)
     model.initialize(seed)
-    hints = Hints(counts_of(rows, shape.vocab_size, torch.device("cpu")), NGRAMS)
+    hints = NgramTargets(counts_of(rows, shape.vocab_size, torch.device("cpu")), NGRAMS)
     optimizer = Optimizer(model.named_parameters(), "muon", 0.0, torch.float32, EMBEDDING_RATE)
     started, uneven = time.process_time(), []
     for step in range(steps):

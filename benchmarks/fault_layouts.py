@@ -27,7 +27,7 @@ LAYOUTS = ("ZeRO 1", "ZeRO 2", "ZeRO 3", "pipeline", "spread experts", "islands"
 
 
 @dataclass
-class Crew:
+class Communicator:
     """A running job: what was started, and the processes of its workers.
 
     Attributes:
@@ -119,13 +119,13 @@ def lives(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], Any], crew: Crew, limit: float = LIMIT_SECONDS) -> bool:
+def until(condition: Callable[[], Any], comm: Communicator, limit: float = LIMIT_SECONDS) -> bool:
     """Whether it came true before the crew ended or the limit was over."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         if condition():
             return True
-        if not crew.running():
+        if not comm.running():
             return False
         time.sleep(0.01)
     return False
@@ -147,46 +147,46 @@ class Bench:
             text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
         return prepare(DataConfig(data=(str(text),), vocab_size=300), self.folder / f"prepared-{seed}").folder
 
-    def words(self, crew: Crew, **settings: Any) -> list[str]:
+    def words(self, comm: Communicator, **settings: Any) -> list[str]:
         """The command of one worker."""
         chosen = {
-            "out": crew.out, "data": self.data, "model": SHAPE, "steps": STEPS, "batch_rows": 6,
+            "out": comm.out, "data": self.data, "model": SHAPE, "steps": STEPS, "batch_rows": 6,
             "micro_batch": 2, "seq_len": 64, "valid_every": 10, "checkpoint_every": 5, "precision": "fp32",
             "device": "cpu", "patience": PATIENCE,
         }  # fmt: skip
-        if crew.layout.startswith("ZeRO"):
-            chosen["zero"] = crew.layout[-1]
-        elif crew.layout == "islands":
+        if comm.layout.startswith("ZeRO"):
+            chosen["zero"] = comm.layout[-1]
+        elif comm.layout == "islands":
             chosen |= {"islands": 2, "sync_every": 5, "inner_steps": "planned", "outer_bits": 32}
-        elif not crew.live and crew.layout != "alone":
-            chosen["plan"] = self.folder / f"{crew.layout}-{crew.workers}.json"
-            chosen["plan"].write_text(json.dumps(plan(crew.layout, crew.workers)))
+        elif not comm.live and comm.layout != "alone":
+            chosen["plan"] = self.folder / f"{comm.layout}-{comm.workers}.json"
+            chosen["plan"].write_text(json.dumps(plan(comm.layout, comm.workers)))
         options = [f"--{name.replace('_', '-')}={value}" for name, value in (chosen | settings).items()]
-        return [sys.executable, "-m", "motley", "pretrain", *options, *(["--live"] if crew.live else [])]
+        return [sys.executable, "-m", "motley", "pretrain", *options, *(["--live"] if comm.live else [])]
 
-    def start(self, crew: Crew, restarts: int = 0, odd: list[str] | None = None, **settings: Any) -> None:
+    def start(self, comm: Communicator, restarts: int = 0, odd: list[str] | None = None, **settings: Any) -> None:
         """torchrun with its workers, of which number 1 may run an odd command; or one more live worker."""
-        words = self.words(crew, **settings)
-        if not crew.live:
-            options = [f"--nproc-per-node={crew.workers}", f"--max-restarts={restarts}"]
+        words = self.words(comm, **settings)
+        if not comm.live:
+            options = [f"--nproc-per-node={comm.workers}", f"--max-restarts={restarts}"]
             options += [f"--master-port={free_port()}", "--no-python"]
             each = f"exec {shlex.join(words)}"
             if odd:
                 each = f'if [ "$RANK" = 1 ]; then exec {shlex.join(odd)}; else {each}; fi'
             words = [sys.executable, "-m", "torch.distributed.run", *options, "bash", "-c", each]
-        with (crew.folder / f"said-{len(crew.started):02d}").open("w") as said:
+        with (comm.folder / f"said-{len(comm.started):02d}").open("w") as said:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            crew.started.append(subprocess.Popen(words, stdout=said, stderr=said, text=True, env=environment))
+            comm.started.append(subprocess.Popen(words, stdout=said, stderr=said, text=True, env=environment))
 
-    def start_all(self, crew: Crew, restarts: int = 0, **settings: Any) -> None:
-        for _ in range(crew.workers if crew.live else 1):
-            self.start(crew, restarts, **settings)
+    def start_all(self, comm: Communicator, restarts: int = 0, **settings: Any) -> None:
+        for _ in range(comm.workers if comm.live else 1):
+            self.start(comm, restarts, **settings)
 
-    def expected(self, crew: Crew) -> list[tuple[str, int, int, float]]:
+    def expected(self, comm: Communicator) -> list[tuple[str, int, int, float]]:
         """Records of a run that nobody disturbed: of one process, or of the same islands."""
-        name = f"islands of {crew.workers}" if crew.layout == "islands" else "alone"
+        name = f"islands of {comm.workers}" if comm.layout == "islands" else "alone"
         with self._references:
-            calm = Crew(self.folder / name, crew.layout if crew.layout == "islands" else "alone", crew.workers)
+            calm = Communicator(self.folder / name, comm.layout if comm.layout == "islands" else "alone", comm.workers)
             if not (calm.out / "result.json").is_file():
                 calm.folder.mkdir(exist_ok=True)
                 if calm.layout == "alone":
@@ -240,11 +240,11 @@ def listener(pids: list[int], port: int) -> int | None:
     return None
 
 
-def master_port(crew: Crew) -> int:
+def master_port(comm: Communicator) -> int:
     """Where torchrun's workers meet, or the newest live crew."""
-    if crew.live:
-        newest = max((crew.out / "crew").glob("crew-*.json"))
+    if comm.live:
+        newest = max((comm.out / "crew").glob("crew-*.json"))
         return json.loads(newest.read_text())["port"]
-    found = re.search(r"--master-port=(\d+)", " ".join(map(str, crew.started[-1].args)))  # type: ignore[arg-type]
+    found = re.search(r"--master-port=(\d+)", " ".join(map(str, comm.started[-1].args)))  # type: ignore[arg-type]
     assert found is not None
     return int(found[1])

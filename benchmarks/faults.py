@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from budget import Budget, kept
-from fault_layouts import LAYOUTS, LIMIT_SECONDS, PATIENCE, STEPS, Bench, Crew, listener, master_port, records, until
+from fault_layouts import LAYOUTS, LIMIT_SECONDS, PATIENCE, STEPS, Bench, Communicator, listener, master_port, records, until
 
 import motley
 
@@ -76,72 +76,72 @@ def struck(pids: Sequence[int], place: int, number: signal.Signals) -> None:
         raise Missed from None
 
 
-def kill_a_worker(bench: Bench, crew: Crew, chance: random.Random) -> None:
+def kill_a_worker(bench: Bench, comm: Communicator, chance: random.Random) -> None:
     """Any but the first."""
-    pids = crew.pids()
+    pids = comm.pids()
     struck(pids, chance.randrange(1, max(2, len(pids))), signal.SIGKILL)
 
 
-def kill_worker_0(bench: Bench, crew: Crew, chance: random.Random) -> None:
-    struck(crew.pids(), 0, signal.SIGKILL)
+def kill_worker_0(bench: Bench, comm: Communicator, chance: random.Random) -> None:
+    struck(comm.pids(), 0, signal.SIGKILL)
 
 
-def kill_in_checkpoint(bench: Bench, crew: Crew, chance: random.Random) -> None:
+def kill_in_checkpoint(bench: Bench, comm: Communicator, chance: random.Random) -> None:
     """Worker 0, while it writes."""
-    pids, writing = crew.pids(), crew.out / "checkpoints"
-    until(lambda: list(writing.glob("*.writing-*")), crew)
+    pids, writing = comm.pids(), comm.out / "checkpoints"
+    until(lambda: list(writing.glob("*.writing-*")), comm)
     struck(pids, 0, signal.SIGKILL)
 
 
-def kill_while_rebalancing(bench: Bench, crew: Crew, chance: random.Random) -> None:
+def kill_while_rebalancing(bench: Bench, comm: Communicator, chance: random.Random) -> None:
     """One is paused for a second, its rows go to others, and one of those dies two steps later."""
-    pids = crew.pids()
+    pids = comm.pids()
     if len(pids) < 2:
         raise Missed
     first, second = chance.sample(range(len(pids)), 2)
     struck(pids, first, signal.SIGSTOP)
     time.sleep(1)
     os.kill(pids[first], signal.SIGCONT)
-    now = crew.step()
-    until(lambda: crew.step() >= now + 2, crew)
+    now = comm.step()
+    until(lambda: comm.step() >= now + 2, comm)
     struck(pids, second, signal.SIGKILL)
 
 
-def kill_coordinator(bench: Bench, crew: Crew, chance: random.Random) -> None:
+def kill_coordinator(bench: Bench, comm: Communicator, chance: random.Random) -> None:
     """Who listens where the others meet: torchrun, which is no worker, or the first of a live crew that meets anew."""
-    pids = crew.pids() if crew.live else [crew.started[-1].pid]
-    host = listener([*pids, *crew.pids()], master_port(crew)) if pids else None
-    if not crew.live and host is None:
+    pids = comm.pids() if comm.live else [comm.started[-1].pid]
+    host = listener([*pids, *comm.pids()], master_port(comm)) if pids else None
+    if not comm.live and host is None:
         raise Missed
     assert host in (pids[0], None), "another process is where the workers meet"
     struck(pids, 0, signal.SIGKILL)
-    if not crew.live:
-        crew.started[-1].wait()
+    if not comm.live:
+        comm.started[-1].wait()
 
 
-def pause(bench: Bench, crew: Crew, chance: random.Random) -> None:
-    pids = crew.pids()
+def pause(bench: Bench, comm: Communicator, chance: random.Random) -> None:
+    pids = comm.pids()
     victim = chance.randrange(max(1, len(pids)))
     struck(pids, victim, signal.SIGSTOP)
     time.sleep(PATIENCE / 3)
     os.kill(pids[victim], signal.SIGCONT)
 
 
-def stop_for_ever(bench: Bench, crew: Crew, chance: random.Random) -> None:
+def stop_for_ever(bench: Bench, comm: Communicator, chance: random.Random) -> None:
     """The paused one is killed once the others have said that it is silent, and in a live crew have gone on."""
-    pids = crew.pids()
+    pids = comm.pids()
     if len(pids) < 2:
         raise Missed
     victim = chance.randrange(len(pids))
     struck(pids, victim, signal.SIGSTOP)
-    until(lambda: " lost " in crew.said(), crew)
-    if crew.live:
-        now = crew.step()
-        until(lambda: crew.step() > now, crew)
+    until(lambda: " lost " in comm.said(), comm)
+    if comm.live:
+        now = comm.step()
+        until(lambda: comm.step() > now, comm)
     os.kill(pids[victim], signal.SIGKILL)
 
 
-Strike = Callable[[Bench, Crew, random.Random], None]
+Strike = Callable[[Bench, Communicator, random.Random], None]
 GONE = r"lost .*worker \d+, who(se process \d+)? is gone|\(\d+ new, [1-9]\d* gone\)"
 TOOK_LONG = r"this (step|round|validation|checkpoint) took ([3-9]|\d\d+)\.\d s, usually it takes"
 KILLS: dict[str, tuple[Strike, str]] = {
@@ -171,138 +171,138 @@ def said_of(pattern: str, said: str) -> str:
 # ------------------------------------------------------------------------------------------------ trials
 
 
-def survive(bench: Bench, trial: Trial, crew: Crew, chance: random.Random) -> None:
+def survive(bench: Bench, trial: Trial, comm: Communicator, chance: random.Random) -> None:
     """A fault that the way of starting is to survive."""
     strike, pattern = SURVIVED[trial.fault]
-    bench.start_all(crew, restarts=2)
-    if crew.live and trial.fault == "kill the coordinator":
-        if not until(lambda: crew.members()[0] > 1 and len(crew.members()[1]) > 1, crew):  # at work before, not alone
+    bench.start_all(comm, restarts=2)
+    if comm.live and trial.fault == "kill the coordinator":
+        if not until(lambda: comm.members()[0] > 1 and len(comm.members()[1]) > 1, comm):  # at work before, not alone
             raise Missed
     else:
-        wait_for_moment(crew, trial, chance)
-    trial.at_step, began = crew.step(), time.monotonic()
-    strike(bench, crew, chance)
-    if crew.live and chance.random() < 0.5:
-        bench.start(crew)  # a newcomer
-    judge(bench, crew, trial)
-    trial.message = said_of(pattern, crew.said())
+        wait_for_moment(comm, trial, chance)
+    trial.at_step, began = comm.step(), time.monotonic()
+    strike(bench, comm, chance)
+    if comm.live and chance.random() < 0.5:
+        bench.start(comm)  # a newcomer
+    judge(bench, comm, trial)
+    trial.message = said_of(pattern, comm.said())
     trial.passed = trial.passed and bool(trial.message)
     trial.seconds = round(time.monotonic() - began, 1)
 
 
-def wait_for_moment(crew: Crew, trial: Trial, chance: random.Random) -> None:
+def wait_for_moment(comm: Communicator, trial: Trial, chance: random.Random) -> None:
     """Until all are at work and some steps further."""
-    together = (lambda: len(crew.members()[1]) == crew.workers) if crew.live else (lambda: crew.step() > 0)
-    until(lambda: together() or crew.step() > STEPS // 2, crew)
+    together = (lambda: len(comm.members()[1]) == comm.workers) if comm.live else (lambda: comm.step() > 0)
+    until(lambda: together() or comm.step() > STEPS // 2, comm)
     # What is usual has to be known before it can be said that something took long; two rounds of islands are ten steps.
     earliest = 12 if trial.fault in PAUSES else 1
-    moment = min(max(crew.step() + chance.randint(1, 8), chance.randint(earliest, earliest + 8)), LATEST)
-    until(lambda: crew.step() >= moment, crew)
+    moment = min(max(comm.step() + chance.randint(1, 8), chance.randint(earliest, earliest + 8)), LATEST)
+    until(lambda: comm.step() >= moment, comm)
     time.sleep(chance.random() * 0.05)
 
 
-def judge(bench: Bench, crew: Crew, trial: Trial) -> None:
+def judge(bench: Bench, comm: Communicator, trial: Trial) -> None:
     """Wait for the end, start the job once more if it was given up, and compare."""
-    if not crew.wait():
+    if not comm.wait():
         trial.ended = "HUNG"
         return
     trial.ended = trial.ended or "by itself"
-    if not (crew.out / "result.json").is_file():
+    if not (comm.out / "result.json").is_file():
         trial.ended = "after the command was given again"
-        bench.start_all(crew)
-        if not crew.wait():
+        bench.start_all(comm)
+        if not comm.wait():
             trial.ended = "HUNG"
             return
-    same = compare(bench, crew, trial, STEPS)
-    trial.passed = same and (crew.out / "result.json").is_file() and not list(crew.out.rglob("*.writing-*"))
+    same = compare(bench, comm, trial, STEPS)
+    trial.passed = same and (comm.out / "result.json").is_file() and not list(comm.out.rglob("*.writing-*"))
 
 
-def compare(bench: Bench, crew: Crew, trial: Trial, steps: int) -> bool:
+def compare(bench: Bench, comm: Communicator, trial: Trial, steps: int) -> bool:
     """Whether all steps so far are the undisturbed run's."""
-    found, calm = ([r for r in of if r[1] <= steps] for of in (records(crew.out), bench.expected(crew)))
+    found, calm = ([r for r in of if r[1] <= steps] for of in (records(comm.out), bench.expected(comm)))
     if [record[:3] for record in found] != [record[:3] for record in calm]:
         return False
     trial.largest_difference = max(abs(a[3] - b[3]) / abs(b[3]) for a, b in zip(found, calm, strict=True))
     return trial.largest_difference < TOLERANCE
 
 
-def full_disk(bench: Bench, trial: Trial, crew: Crew, chance: random.Random) -> None:
+def full_disk(bench: Bench, trial: Trial, comm: Communicator, chance: random.Random) -> None:
     """The run folder is a small disk, which gets larger once the crew has said that it is full."""
-    crew.out.mkdir()
+    comm.out.mkdir()
     size = chance.choice(["400k", "700k", "1000k", "1300k"])
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(crew.out)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(comm.out)], check=True)
     try:
-        bench.start_all(crew)
-        if not crew.wait():
+        bench.start_all(comm)
+        if not comm.wait():
             trial.ended = "HUNG"
             return
-        trial.message, trial.at_step = said_of("free some space", crew.said()), crew.step()
-        subprocess.run(["mount", "-o", "remount,size=64m", str(crew.out)], check=True)
-        judge(bench, crew, trial)
+        trial.message, trial.at_step = said_of("free some space", comm.said()), comm.step()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(comm.out)], check=True)
+        judge(bench, comm, trial)
         trial.passed = trial.passed and bool(trial.message)
     finally:
-        crew.end()
-        subprocess.run(["umount", str(crew.out)], check=True)
+        comm.end()
+        subprocess.run(["umount", str(comm.out)], check=True)
 
 
-def broken_checkpoint(bench: Bench, trial: Trial, crew: Crew, chance: random.Random) -> None:
+def broken_checkpoint(bench: Bench, trial: Trial, comm: Communicator, chance: random.Random) -> None:
     """All are killed and the newest checkpoint is cut in half; it is removed, as the sentence then asks."""
-    bench.start_all(crew)
-    until(lambda: len(list((crew.out / "checkpoints").glob("step-????????"))) >= 2 and crew.step() > 12, crew)
-    trial.at_step = crew.step()
-    crew.pids()
-    crew.end()
-    newest = sorted((crew.out / "checkpoints").glob("step-????????"))[-1]
+    bench.start_all(comm)
+    until(lambda: len(list((comm.out / "checkpoints").glob("step-????????"))) >= 2 and comm.step() > 12, comm)
+    trial.at_step = comm.step()
+    comm.pids()
+    comm.end()
+    newest = sorted((comm.out / "checkpoints").glob("step-????????"))[-1]
     file = newest / "training.safetensors"
     os.truncate(file, file.stat().st_size // 2)
-    bench.start_all(crew)
-    if not crew.wait():
+    bench.start_all(comm)
+    if not comm.wait():
         trial.ended = "HUNG"
         return
-    trial.message = said_of(rf"{newest.name}.*remove", crew.said())
+    trial.message = said_of(rf"{newest.name}.*remove", comm.said())
     shutil.rmtree(newest)
-    judge(bench, crew, trial)
+    judge(bench, comm, trial)
     trial.passed = trial.passed and bool(trial.message)
 
 
-def odd_worker(bench: Bench, trial: Trial, crew: Crew, chance: random.Random) -> None:
+def odd_worker(bench: Bench, trial: Trial, comm: Communicator, chance: random.Random) -> None:
     """Worker 1, or a newcomer, has something else than the rest: it is named, and nothing is learned with it."""
-    steps = 100_000 if crew.live else STEPS
-    words = bench.words(crew, steps=steps)
+    steps = 100_000 if comm.live else STEPS
+    words = bench.words(comm, steps=steps)
     if trial.fault == "other settings":
-        words = bench.words(crew, steps=steps, seed=7)
+        words = bench.words(comm, steps=steps, seed=7)
     elif trial.fault == "other data":
-        words = bench.words(crew, steps=steps, data=bench.other_data)
+        words = bench.words(comm, steps=steps, data=bench.other_data)
     else:
-        copy = crew.folder / "other"
+        copy = comm.folder / "other"
         shutil.copytree(Path(motley.__file__).parent, copy / "motley", ignore=shutil.ignore_patterns("*.pyc"))
         (copy / "motley" / "another.py").write_text("")
         words = ["env", f"PYTHONPATH={copy}", *words]
     pattern = rf"has {ODD[trial.fault]} "
-    if not crew.live:
-        bench.start(crew, odd=words)
-        if not crew.wait():
+    if not comm.live:
+        bench.start(comm, odd=words)
+        if not comm.wait():
             trial.ended = "HUNG"
             return
-        refused, trial.message = not records(crew.out), said_of(pattern, crew.said())
-        judge(bench, crew, trial)
+        refused, trial.message = not records(comm.out), said_of(pattern, comm.said())
+        judge(bench, comm, trial)
         trial.passed = trial.passed and refused and bool(trial.message)
         return
-    bench.start_all(crew, steps=steps)
-    until(lambda: crew.step() >= 2, crew)
-    trial.at_step = crew.step()
-    with (crew.folder / "said-99").open("w") as said:
+    bench.start_all(comm, steps=steps)
+    until(lambda: comm.step() >= 2, comm)
+    trial.at_step = comm.step()
+    with (comm.folder / "said-99").open("w") as said:
         sent = subprocess.Popen(words, stdout=said, stderr=said, text=True)
         deadline = time.monotonic() + LIMIT_SECONDS
-        while sent.poll() is None and len(crew.members()[1]) <= crew.workers and time.monotonic() < deadline:
+        while sent.poll() is None and len(comm.members()[1]) <= comm.workers and time.monotonic() < deadline:
             time.sleep(0.05)
         trial.ended = "sent away" if sent.poll() is not None else "LET IN"
         sent.kill()
         status = sent.wait()
-    trial.message = said_of(pattern, (crew.folder / "said-99").read_text())
-    before = crew.step()
-    works = until(lambda: crew.step() > max(before, ALIKE), crew)
-    trial.passed = status == 2 and bool(trial.message) and works and compare(bench, crew, trial, ALIKE)
+    trial.message = said_of(pattern, (comm.folder / "said-99").read_text())
+    before = comm.step()
+    works = until(lambda: comm.step() > max(before, ALIKE), comm)
+    trial.passed = status == 2 and bool(trial.message) and works and compare(bench, comm, trial, ALIKE)
 
 
 OTHER_TRIALS = {"full disk": full_disk, "broken newest checkpoint": broken_checkpoint} | dict.fromkeys(ODD, odd_worker)
@@ -312,18 +312,18 @@ def run(bench: Bench, trial: Trial, seed: int) -> Trial:
     """Make one trial, anew where the crew was done before it was struck."""
     for attempt in range(5):
         chance = random.Random(f"{seed} {trial.number} {attempt}")
-        crew = Crew(Path(tempfile.mkdtemp(dir=bench.folder, prefix="crew-")), trial.layout, trial.workers)
+        comm = Communicator(Path(tempfile.mkdtemp(dir=bench.folder, prefix="crew-")), trial.layout, trial.workers)
         began = time.monotonic()
         try:
-            (survive if trial.fault in SURVIVED else OTHER_TRIALS[trial.fault])(bench, trial, crew, chance)
+            (survive if trial.fault in SURVIVED else OTHER_TRIALS[trial.fault])(bench, trial, comm, chance)
         except Missed:
             continue
         finally:
-            crew.end()
+            comm.end()
             if trial.passed:
-                shutil.rmtree(crew.folder, ignore_errors=True)  # of one that failed all is kept
-            elif (crew.folder / "said-00").is_file():
-                trial.message = trial.message or crew.said()[-300:].replace("\n", " ")
+                shutil.rmtree(comm.folder, ignore_errors=True)  # of one that failed all is kept
+            elif (comm.folder / "said-00").is_file():
+                trial.message = trial.message or comm.said()[-300:].replace("\n", " ")
         trial.seconds = trial.seconds or round(time.monotonic() - began, 1)
         return trial
     trial.ended = "was always done before it could be struck"

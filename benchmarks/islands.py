@@ -91,10 +91,10 @@ def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> di
     steps, more = (2, 3) if arguments.quick else (arguments.steps, round(arguments.steps * arguments.more))
     with slow_links(2, arguments.megabits, arguments.round_trip) as link:
         megabits, trip = measured(link)
-        crew = train(folder / "crew", data, link, precision | {"steps": steps, "valid_every": max(1, steps // 6)})
+        comm = train(folder / "crew", data, link, precision | {"steps": steps, "valid_every": max(1, steps // 6)})
         found = {
             "megabits": megabits, "round_trip_seconds": trip, "by": link.way,
-            "crew": validations(crew),
+            "crew": validations(comm),
         }  # fmt: skip
         chosen = precision | WAYS[arguments.way] | {"sync_every": arguments.sync_every or ISLANDS["sync_every"]}
         if arguments.plan:
@@ -108,7 +108,7 @@ def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> di
     later = rounds[1:] or rounds
     found |= {
         "settings": {n: str(v) for n, v in (COMMON | settings).items()}, "loss": loss, "crew_seconds": seconds,
-        "crew_step_seconds": statistics.median(step_seconds(crew)),
+        "crew_step_seconds": statistics.median(step_seconds(comm)),
         "islands_seconds": None if reached is None else reached[1],
         "faster": None if reached is None else seconds / reached[1],
         "round_seconds": statistics.median(one["round_seconds"] / one["steps"] for one in later),

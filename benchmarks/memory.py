@@ -35,7 +35,7 @@ from motley.train.allocator import keep_freed_memory
 SEQ_LEN, STEPS = 512, 3
 ROWS = (4, 8, 16, 32)
 LONG = (8192, 16384, 32768)
-PATIENCE_SECONDS = 1200.0
+COMM_TIMEOUT_SECONDS = 1200.0
 
 
 OURS = (Ours("muon"), Ours("adamw"), Ours("adamw", moments="bf16"), Ours("adamw", recompute=True))
@@ -64,7 +64,7 @@ def measure(rank: int, side: Ours | Theirs, config: ModelConfig, rows: int, seq_
 
 def peak_bytes(side: Ours | Theirs, config: ModelConfig, rows: int, seq_len: int, budget: Budget) -> int:
     """Raises TookTooLong."""
-    (found,) = spawned(measure, 1, side, config, rows, seq_len, patience=budget.patience(PATIENCE_SECONDS))
+    (found,) = spawned(measure, 1, side, config, rows, seq_len, patience=budget.patience(COMM_TIMEOUT_SECONDS))
     note(f"{side!s:<48} {rows:4} x {seq_len:6,} tokens  {found / 1e6:9,.0f} MB")
     return found
 

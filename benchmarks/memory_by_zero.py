@@ -26,8 +26,8 @@ from processes import TookTooLong, spawned
 
 from motley.data.stream import Batch
 from motley.model import SIZES, ModelConfig
-from motley.parallel.communicator import Crew, free_port
-from motley.parallel.layout import Layout, Zero, place_of, side_by_side
+from motley.parallel.communicator import Communicator, free_port
+from motley.parallel.layout import Layout, Zero, coordinates_of, side_by_side
 from motley.parallel.memory_fit import ALLOCATED, in_passing_bytes, row_bytes
 from motley.parallel.rank import Worker
 from motley.parallel.zero.partition import held_bytes
@@ -90,10 +90,10 @@ def work(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=size)
-    crew = Crew(rank, size, device)
-    crew.sum(torch.zeros(1, device=device))  # connected
+    comm = Communicator(rank, size, device)
+    comm.sum(torch.zeros(1, device=device))  # connected
     before = forget_peak(device)
-    worker = Worker(shape, settings(), layout_of(shape, zero, memory, size), crew)
+    worker = Worker(shape, settings(), layout_of(shape, zero, memory, size), comm)
     torch.manual_seed(0)
     for part in worker.shards.here:
         with torch.no_grad():
@@ -107,10 +107,10 @@ def work(
 
 
 def measured(
-    size: int, device: str, shape: ModelConfig, zero: Zero, memory: tuple[float, ...], patience: float = 1800.0
+    size: int, device: str, shape: ModelConfig, zero: Zero, memory: tuple[float, ...], timeout: float = 1800.0
 ) -> list[int]:
     """Peak bytes of each worker of a case. Raises TookTooLong after `patience` seconds."""
-    return spawned(work, size, size, free_port(), device, shape, zero, memory, patience=patience)
+    return spawned(work, size, size, free_port(), device, shape, zero, memory, timeout=timeout)
 
 
 def counted(size: int, shape: ModelConfig, zero: Zero, memory: tuple[float, ...]) -> dict[str, list[float]]:
@@ -118,7 +118,7 @@ def counted(size: int, shape: ModelConfig, zero: Zero, memory: tuple[float, ...]
     layout = layout_of(shape, zero, memory, size)
     passing = in_passing_bytes(shape, zero, size)
     held = [ALLOCATED * (held_bytes(shape, layout, rank, "muon").total + passing) for rank in range(size)]
-    row = ALLOCATED * row_bytes(shape, place_of(layout, 0), SEQ_LEN, 4, recompute=False)
+    row = ALLOCATED * row_bytes(shape, coordinates_of(layout, 0), SEQ_LEN, 4, recompute=False)
     return {"held": held, "activations": [MICRO_BATCH * row] * size}
 
 
@@ -142,7 +142,7 @@ def main() -> None:
         with kept(budget, "memory_by_zero"):
             for zero, memory in budget.each(cases):
                 said = counted(size, shape, zero, memory)
-                peaks = measured(size, arguments.device, shape, zero, memory, budget.patience(1800.0))
+                peaks = measured(size, arguments.device, shape, zero, memory, budget.timeout(1800.0))
                 ratios = [real / (held + run) for real, held, run in zip(peaks, *said.values(), strict=True)]
                 found.append({"zero": zero, "memory": memory, "peak_bytes": peaks, "ratios": ratios}
                              | {f"counted_{name}_bytes": value for name, value in said.items()})  # fmt: skip

@@ -55,7 +55,7 @@ from motley.progress import Progress
 from motley.train.metrics import read_metrics
 
 MODEL, SEQ_LEN, VOCAB_SIZE = "nano", 64, 2048
-PATIENCE_SECONDS, QUICK_PROBE_SECONDS, QUICK_SHARE, QUICK_TEXT_BYTES = 3600.0, 4.0, 8, 300_000
+COMM_TIMEOUT_SECONDS, QUICK_PROBE_SECONDS, QUICK_SHARE, QUICK_TEXT_BYTES = 3600.0, 4.0, 8, 300_000
 TOKENS = 1e9  # of the planned run; a step does not depend on them
 BUSIEST = 0.45  # share of a core that the fastest worker uses, so that the machine is not what all wait for
 FIRST_STEPS = 3  # in which shares are found
@@ -139,7 +139,7 @@ def plan_of(case: Case, fleet: Fleet, shape: Shape) -> dict[str, Any]:
 
 
 def run(
-    case: Case, folder: Path, number: int, data: Path, steps: int, patience: float = PATIENCE_SECONDS
+    case: Case, folder: Path, number: int, data: Path, steps: int, patience: float = COMM_TIMEOUT_SECONDS
 ) -> list[dict[str, Any]]:
     """Metrics of a run of the plan in `folder`. Raises TookTooLong after `patience` seconds."""
     port = free_port()
@@ -209,7 +209,7 @@ def judged(
     plan = planned(case, machine, shape, folder / case.label)
     steps = 3 * (plan["inner_steps"] or 0) or steps + FIRST_STEPS + 1
     for number in range(runs):
-        records = run(case, folder / case.label, number, data, steps, budget.patience(PATIENCE_SECONDS))
+        records = run(case, folder / case.label, number, data, steps, budget.patience(COMM_TIMEOUT_SECONDS))
         medians.append(statistics.median(seconds_of(records)))
     middle = statistics.median(medians)
     return {

@@ -26,7 +26,7 @@ from motley.data.stream import TokenStream
 from motley.files import whole_file
 from motley.model.checkpoint import write_tensors
 from motley.train.expert_balance import ByLength
-from motley.train.ngram_targets import COUNTED_TOKENS, Hints, counts_of
+from motley.train.ngram_targets import COUNTED_TOKENS, NgramTargets, counts_of
 
 HELD_OUT_ROWS = 128
 MARKS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the time at which the loss is measured
@@ -75,7 +75,7 @@ class TokenClock(Clock):
 def built(recipe: Recipe, device: torch.device, seed: int, rows: TokenStream) -> Learner:
     """The network with new weights, and what its recipe counts in the text of `rows`."""
     hints = (
-        Hints(counts_of(rows, recipe.shape.vocab_size, device), recipe.ngram_weight) if recipe.ngram_weight else None
+        NgramTargets(counts_of(rows, recipe.shape.vocab_size, device), recipe.ngram_weight) if recipe.ngram_weight else None
     )
     if isinstance(recipe.shape, Llama):
         return Ordinary(recipe, recipe.shape, device, seed, hints)

@@ -25,7 +25,7 @@ from motley.model.layers import RMSNorm, rms_norm_reference
 from motley.train.expert_balance import FASTEST
 from motley.train.loss import blended_cross_entropy
 from motley.train.lr_schedule import Schedule, Stages, factor, sequence_length
-from motley.train.ngram_targets import Hints
+from motley.train.ngram_targets import NgramTargets
 from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
 from motley.train.validation import SummedLoss, loss_of
@@ -127,7 +127,7 @@ class Ours:
     """motley's network and step, as `motley pretrain` takes it in one process."""
 
     def __init__(
-        self, recipe: Recipe, shape: ModelConfig, device: torch.device, seed: int, hints: Hints | None
+        self, recipe: Recipe, shape: ModelConfig, device: torch.device, seed: int, hints: NgramTargets | None
     ) -> None:
         self.recipe = recipe
         self.model = Transformer(shape)
@@ -165,7 +165,7 @@ class Ordinary:
     Only as a lever of ours, the network that is not ours, it learns from n-grams, through our loss.
     """
 
-    def __init__(self, recipe: Recipe, shape: Llama, device: torch.device, seed: int, hints: Hints | None) -> None:
+    def __init__(self, recipe: Recipe, shape: Llama, device: torch.device, seed: int, hints: NgramTargets | None) -> None:
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,

@@ -62,7 +62,7 @@ from motley.train.step import LossWeights, accumulate
 
 ROWS, SEQ_LEN, VOCAB_SIZE, LEARNING_RATE = 8, 512, 4096, 1e-3
 TEXT_BYTES, QUICK_TEXT_BYTES = 3_000_000, 300_000
-PATIENCE_SECONDS = 1800.0  # with a side's process
+COMM_TIMEOUT_SECONDS = 1800.0  # with a side's process
 
 Step = Callable[[Batch], float]
 
@@ -237,7 +237,7 @@ class Side:
         """Wait until its first step, in which compilers work, is done. Raises TooSlow."""
         self.kernels = self._answer(patience)
 
-    def turn(self, steps: int, counted: bool = True, patience: float = PATIENCE_SECONDS) -> float:
+    def turn(self, steps: int, counted: bool = True, patience: float = COMM_TIMEOUT_SECONDS) -> float:
         """Run `steps` steps; returns tokens per second. Raises TooSlow."""
         self._pipe.send((self.position, steps))
         seconds, self.loss = self._answer(patience)
@@ -250,7 +250,7 @@ class Side:
 
     def _answer(self, patience: float) -> Any:
         try:
-            if self._pipe.poll(min(patience, PATIENCE_SECONDS)):
+            if self._pipe.poll(min(patience, COMM_TIMEOUT_SECONDS)):
                 return self._pipe.recv()
         except EOFError as error:
             raise RuntimeError(f"the process of {self.setting} died") from error

@@ -31,16 +31,16 @@ from motley.data.stream import Batch
 from motley.emulation.cpu_throttle import Throttle, throttle
 from motley.emulation.roles import speeds_of
 from motley.model import SIZES, Transformer
-from motley.parallel.communicator import Crew, free_port
+from motley.parallel.communicator import Communicator, free_port
 from motley.parallel.layout import side_by_side
-from motley.parallel.load_balance import Shares
+from motley.parallel.load_balance import LoadBalancer
 from motley.parallel.rank import Worker
 from motley.train.config import PretrainConfig
 from motley.train.trainer import short_pauses
 
 SHAPE = replace(SIZES["nano"], vocab_size=512)
 SEQ_LEN, MICRO_BATCH = 64, 4
-PATIENCE_SECONDS, QUICK_ROWS = 900.0, 4
+COMM_TIMEOUT_SECONDS, QUICK_ROWS = 900.0, 4
 BUSIEST = 0.6  # share of a core that the fastest worker uses, so that the machine is not what all wait for
 
 
@@ -58,7 +58,7 @@ class Rows:
         return Batch(whole[:, :-1], whole[:, 1:], torch.zeros_like(whole[:, 1:]))
 
 
-class Even(Shares):
+class Even(LoadBalancer):
     """The same rows for everyone, whatever was measured."""
 
     def measured(self, rows: Any, seconds: Any) -> None: ...
@@ -71,19 +71,19 @@ class Way:
         steps: of each counted step what it took and was spent on.
     """
 
-    def __init__(self, crew: Crew, slow: Throttle, speeds: list[float], rows: int, even: bool) -> None:
+    def __init__(self, comm: Communicator, slow: Throttle, speeds: list[float], rows: int, even: bool) -> None:
         config = PretrainConfig(batch_rows=rows, micro_batch=MICRO_BATCH, seq_len=SEQ_LEN, steps=1000, precision="fp32")
-        layout = side_by_side(crew.size, SHAPE.num_hidden_layers, MICRO_BATCH, zero=0 if crew.alone else 1)
-        if not even and not crew.alone:
+        layout = side_by_side(comm.size, SHAPE.num_hidden_layers, MICRO_BATCH, zero=0 if comm.alone else 1)
+        if not even and not comm.alone:
             layout = replace(layout, rates=tuple(speeds))  # as a start finds them (motley.parallel.build)
         model = Transformer(SHAPE)
         model.initialize(0)
-        self.worker = Worker(SHAPE, config, layout, crew, model)
-        if not crew.alone:
-            self.worker.take_state((dict(model.state_dict()), {}) if crew.leads else None)
-        self.worker.lane.pace = slow.pace
+        self.worker = Worker(SHAPE, config, layout, comm, model)
+        if not comm.alone:
+            self.worker.take_state((dict(model.state_dict()), {}) if comm.leads else None)
+        self.worker.replica.pace = slow.pace
         if even:
-            self.worker.shares = Even([1.0] * crew.size)
+            self.worker.shares = Even([1.0] * comm.size)
         self._slow, self._number = slow, 0
         self.steps: list[dict[str, Any]] = []
 
@@ -101,16 +101,16 @@ class Way:
             self.steps.append(
                 {
                     "seconds": spent,
-                    "passes": worker.lane.span_seconds,
-                    "updates": worker.crew.watch.seconds["optimizer"],
-                    "idle": [1 - busy / spent for busy in worker.timing.worker_seconds],
+                    "passes": worker.replica.span_seconds,
+                    "updates": worker.comm.watch.seconds["optimizer"],
+                    "idle": [1 - busy / spent for busy in worker.timing.rank_seconds],
                     "rows": worker.timing.rows,
                 }
             )
 
 
 def compared(
-    crew: Crew, slow: Throttle, speeds: list[float], rows: int, rounds: int, patience: float
+    comm: Communicator, slow: Throttle, speeds: list[float], rows: int, rounds: int, timeout: float
 ) -> dict[str, Any]:
     """Steps of each way in turn, so that whatever else the machine does is shared out among them.
 
@@ -119,17 +119,17 @@ def compared(
     clock, less than half of `patience`, in seconds, is over.
     """
     began = time.perf_counter()
-    own = max(MICRO_BATCH, round(rows * speeds[crew.rank] / sum(speeds)))
+    own = max(MICRO_BATCH, round(rows * speeds[comm.rank] / sum(speeds)))
     ways = {
-        "alone": Way(Crew(), slow, speeds, own, even=False),
-        "uneven": Way(crew, slow, speeds, rows, even=False),
-        "even": Way(crew, slow, speeds, rows, even=True),
+        "alone": Way(Communicator(), slow, speeds, own, even=False),
+        "uneven": Way(comm, slow, speeds, rows, even=False),
+        "even": Way(comm, slow, speeds, rows, even=True),
     }
     for what, way in ways.items():
         for _ in range(3 if what == "uneven" else 1):  # memory is found, and shares
             way.step(counts=False)
     for number in range(rounds):
-        if number and crew.led(lambda: time.perf_counter() - began > patience / 2):
+        if number and comm.led(lambda: time.perf_counter() - began > timeout / 2):
             break
         for what, way in ways.items():
             if what != "even" or number % 3 == 0:  # the longest by far
@@ -138,28 +138,28 @@ def compared(
     return {"rows": own} | {what: way.steps for what, way in ways.items()}
 
 
-def straggling(crew: Crew, slow: Throttle, speeds: list[float], rows: int) -> dict[str, Any]:
+def straggling(comm: Communicator, slow: Throttle, speeds: list[float], rows: int) -> dict[str, Any]:
     """Seconds of steps, before the tenth of which worker 0 slows down to a fifth."""
-    way = Way(crew, slow, speeds, rows, even=False)
+    way = Way(comm, slow, speeds, rows, even=False)
     for number in range(-3, 26):
-        if number == 10 and crew.leads:
+        if number == 10 and comm.leads:
             slow.speed /= 5
         way.step(counts=number >= 0)
     return {"seconds": [step["seconds"] for step in way.steps]}
 
 
 def work(
-    rank: int, speeds: list[float], port: int, how: str, rows: int, rounds: int, patience: float, results: Any
+    rank: int, speeds: list[float], port: int, how: str, rows: int, rounds: int, timeout: float, results: Any
 ) -> None:
     """One worker; no rounds: the straggler."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    crew = Crew(rank, len(speeds))
-    dist.init_process_group("gloo", rank=rank, world_size=crew.size)
+    comm = Communicator(rank, len(speeds))
+    dist.init_process_group("gloo", rank=rank, world_size=comm.size)
     slow = throttle(speeds[rank], how)  # type: ignore[arg-type]
     with short_pauses():  # as `motley pretrain` does
         answer = (
-            compared(crew, slow, speeds, rows, rounds, patience) if rounds else straggling(crew, slow, speeds, rows)
+            compared(comm, slow, speeds, rows, rounds, timeout) if rounds else straggling(comm, slow, speeds, rows)
         )
     results.put((rank, answer | {"way": slow.way}))
     dist.barrier()
@@ -167,10 +167,10 @@ def work(
 
 
 def run_crew(
-    speeds: list[float], how: str, rows: int, rounds: int, patience: float = PATIENCE_SECONDS
+    speeds: list[float], how: str, rows: int, rounds: int, timeout: float = COMM_TIMEOUT_SECONDS
 ) -> list[dict[str, Any]]:
     """What each worker of a crew found, in the order of ranks. Raises TookTooLong."""
-    return spawned(work, len(speeds), speeds, free_port(), how, rows, rounds, patience, patience=patience)
+    return spawned(work, len(speeds), speeds, free_port(), how, rows, rounds, timeout, timeout=timeout)
 
 
 def outcome(answers: list[dict[str, Any]], rows: int) -> dict[str, Any]:
@@ -216,8 +216,8 @@ def main() -> None:
     budget = Budget(QUICK_SECONDS if arguments.quick else None)
     try:
         with kept(budget, "uneven"):
-            patience = budget.patience(PATIENCE_SECONDS)
-            outcomes = [outcome(run_crew(speeds, how, rows, rounds, patience), rows) for _ in range(runs)]
+            timeout = budget.timeout(COMM_TIMEOUT_SECONDS)
+            outcomes = [outcome(run_crew(speeds, how, rows, rounds, timeout), rows) for _ in range(runs)]
     except TookTooLong as slow:
         raise SystemExit(f"uneven: {slow}; this machine is too slow or too busy for it") from None
     middle = sorted(outcomes, key=lambda one: one["ratio_to_ideal"])[len(outcomes) // 2]

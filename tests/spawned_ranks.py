@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from motley.parallel.communicator import Crew, free_port
+from motley.parallel.communicator import Communicator, free_port
 
 SERVER = multiprocessing.get_context("forkserver")  # PyTorch is imported once, not by every worker
 SERVER.set_forkserver_preload(["torch", "torch.distributed", "motley.parallel.rank"])
@@ -22,7 +22,7 @@ def _begin(rank: int, size: int, port: int, work: Callable[..., Any], arguments:
     try:
         if size > 1:
             dist.init_process_group("gloo", rank=rank, world_size=size)
-        result = work(Crew(rank, size), *arguments)
+        result = work(Communicator(rank, size), *arguments)
         results.put((rank, None, pickle.dumps(result)))
         if size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -30,7 +30,7 @@ def _begin(rank: int, size: int, port: int, work: Callable[..., Any], arguments:
         results.put((rank, traceback.format_exc(), None))
 
 
-def on_crew(size: int, work: Callable[..., Any], *arguments: Any, seconds: float = 300) -> list[Any]:
+def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, seconds: float = 300) -> list[Any]:
     """`work(crew, *arguments)` of `size` workers. Raises AssertionError with the first worker's traceback."""
     results = SERVER.Queue()
     port = free_port()

@@ -13,11 +13,11 @@ def assert_all_workers_are_told(out: Path, said: str, islands: list[int], page: 
     """What a run of three rounds, with these islands of its workers, wrote and said of them."""
     workers = range(len(islands))
     records = read_metrics(out)
-    crews, told, timelines = (
+    comms, told, timelines = (
         [record for record in records if record["kind"] == kind] for kind in ("crew", "workers", "timeline")
     )
-    assert crews[0]["islands"] == islands
-    assert crews[0]["lanes"] == list(workers)
+    assert comms[0]["islands"] == islands
+    assert comms[0]["lanes"] == list(workers)
     assert [record["step"] for record in told] == [5, 10, 15]
     for record in told:
         assert sum(record["share"]) == pytest.approx(1)

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Annotated, Any
 
 from motley import __version__
-from motley.errors import CrewError, InputError
+from motley.errors import CommunicationError, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"motley {name}: {error}", file=sys.stderr)
         return 2
-    except CrewError as error:
+    except CommunicationError as error:
         print(f"motley {name}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:

@@ -9,7 +9,7 @@ class InputError(ValueError):
     """
 
 
-class CrewError(RuntimeError):
+class CommunicationError(RuntimeError):
     """Another worker of a crew is gone or does not answer; the message says what this one waited for.
 
     The command line prints it without a traceback and exits with status 1.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cgroup2 import Group
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_communicator import losses, torchrun
 from test_communicator import shape as shape  # a fixture
 from test_gradients import random_model
@@ -26,7 +26,7 @@ from motley.emulation.link_delay import DelayedLinks
 from motley.emulation.roles import roles_of, speeds_of
 from motley.errors import InputError
 from motley.model import experts
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 from motley.parallel.rank import Worker
 from motley.train.checkpoint import checkpoints
 from motley.train.config import PretrainConfig
@@ -65,17 +65,17 @@ def test_workers_play_the_chips_in_the_order_of_the_file(fleet: str):
 
 def test_with_a_plan_each_worker_plays_the_chip_that_the_plan_gave_it(fleet: str):
     pools = [{"pool": "big"}, {"pool": "small"}]
-    teams = [
+    groups = [
         {"dp": 1, "stages": [{"pool": "small"}, {"pool": "big"}]},
         {"dp": 1, "stages": [{"pool": "small"}]},
     ]
-    roles = roles_of(fleet, 3, {"pools": pools, "teams": teams})
+    roles = roles_of(fleet, 3, {"pools": pools, "teams": groups})
     assert [(role.pool, role.chip) for role in roles] == [("small", 0), ("big", 0), ("small", 1)]
     with pytest.raises(InputError, match="the plan is for 3 workers, but 4 were started"):
-        roles_of(fleet, 4, {"pools": pools, "teams": teams})
-    teams[0]["dp"] = 2
+        roles_of(fleet, 4, {"pools": pools, "teams": groups})
+    groups[0]["dp"] = 2
     with pytest.raises(InputError, match=r"2 workers in pool big, .* has 1 such chips; make the plan with --fleet"):
-        roles_of(fleet, 5, {"pools": pools, "teams": teams})
+        roles_of(fleet, 5, {"pools": pools, "teams": groups})
 
 
 def test_another_number_of_workers_than_chips_is_refused(fleet: str):
@@ -269,41 +269,41 @@ def test_collectives_take_what_crosses_between_pools(monkeypatch: pytest.MonkeyP
     assert taken(2, (everyone, 0, 1_000_000), (everyone, 2, 3_000_000)) == pytest.approx(3.05), "the same at both ends"
 
 
-def talk_over(crew: Crew, pools: tuple[str, ...]) -> tuple[float, float, list[float], list[float]]:
-    crew = Crew(crew.rank, crew.size, links=links(crew.rank, *pools, latency=0.2, rate=1e9))
+def talk_over(comm: Communicator, pools: tuple[str, ...]) -> tuple[float, float, list[float], list[float]]:
+    comm = Communicator(comm.rank, comm.size, links=links(comm.rank, *pools, latency=0.2, rate=1e9))
     started = time.monotonic()
-    total = crew.sum(torch.ones(3))
+    total = comm.sum(torch.ones(3))
     summed = time.monotonic() - started
     got = torch.zeros(4)
-    if crew.rank == 0:
-        crew.send(torch.arange(4.0), 1)
+    if comm.rank == 0:
+        comm.send(torch.arange(4.0), 1)
     else:
-        crew.receive(got, 0)
+        comm.receive(got, 0)
     return summed, time.monotonic() - started, total.tolist(), got.tolist()
 
 
 def test_messages_between_pools_arrive_late_and_unchanged():
-    (summed, _, total, _), (_, received, _, got) = on_crew(2, talk_over, ("a", "b"))
+    (summed, _, total, _), (_, received, _, got) = on_ranks(2, talk_over, ("a", "b"))
     assert summed >= 0.2
     assert received >= 0.4
     assert total == [2.0] * 3
     assert got == [0.0, 1.0, 2.0, 3.0]
 
 
-def step_with_and_without_cables(crew: Crew) -> list[Any]:
+def step_with_and_without_cables(comm: Communicator) -> list[Any]:
     """The same step of a pipeline twice, its stages in two pools the first time."""
     experts.PAD = FEW
     found = []
-    for cable in (links(crew.rank, "a", "b", latency=0.001, rate=1e9), None):
-        worker = Worker(DEEP, settings(), TWO_STAGES, Crew(crew.rank, crew.size, links=cable))
-        worker.take_state((dict(random_model(3, DEEP).state_dict()), {}) if crew.leads else None)
+    for cable in (links(comm.rank, "a", "b", latency=0.001, rate=1e9), None):
+        worker = Worker(DEEP, settings(), TWO_STAGES, Communicator(comm.rank, comm.size, links=cable))
+        worker.take_state((dict(random_model(3, DEEP).state_dict()), {}) if comm.leads else None)
         losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
         found.append((losses.main, losses.balance, norm))
     return found
 
 
 def test_a_step_over_cables_is_the_same_step():
-    for cabled, plain in on_crew(2, step_with_and_without_cables):
+    for cabled, plain in on_ranks(2, step_with_and_without_cables):
         assert cabled == pytest.approx(plain, rel=1e-6)
 
 
@@ -341,15 +341,15 @@ def test_a_signal_that_reaches_one_worker_only_ends_all_with_a_checkpoint(
         out=tmp_path / "run", data=(str(data),), model=str(shape), steps=100_000, batch_rows=4, seq_len=64,
         device="cpu", precision="fp32", warmup_steps=5,
     )  # fmt: skip
-    (first, folder), (second, _) = on_crew(2, stopped_run, config, int(number))
+    (first, folder), (second, _) = on_ranks(2, stopped_run, config, int(number))
     assert first == second
     assert "the same command goes on from there" in first
     assert folder == f"step-{int(first.split()[3].rstrip(';')):08d}"
 
 
-def stopped_run(crew: Crew, config: PretrainConfig, number: int) -> tuple[str, str]:
+def stopped_run(comm: Communicator, config: PretrainConfig, number: int) -> tuple[str, str]:
     """(what a worker said when it ended, the newest checkpoint); only worker 1 gets the signal."""
-    os.environ["WORLD_SIZE"] = str(crew.size)
+    os.environ["WORLD_SIZE"] = str(comm.size)
     metrics = config.out / "metrics.jsonl"
 
     def ask() -> None:
@@ -357,7 +357,7 @@ def stopped_run(crew: Crew, config: PretrainConfig, number: int) -> tuple[str, s
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
-    if crew.rank == 1:
+    if comm.rank == 1:
         threading.Thread(target=ask, daemon=True).start()
     with pytest.raises(KeyboardInterrupt) as stopped:
         pretrain(config)

@@ -26,7 +26,7 @@ from motley.emulation.netns import Cable, SlowLinks, downlink, places_of, uplink
 from motley.emulation.roles import roles_of
 from motley.emulation.user_relay import End, relay
 from motley.errors import InputError
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 
 FLEET = """
 pools:
@@ -109,7 +109,7 @@ def test_what_would_wait_longer_than_routers_keep_it_is_dropped():
 # ------------------------------------------------------------------------------------------ the wiring
 
 
-def three() -> list[slow_link.Place]:
+def three() -> list[slow_link.Coordinates]:
     return places_of(["a", "b", "b"], [Cable(1e6, 0.03), Cable(latency=0.05), Cable(latency=0.05)])
 
 
@@ -210,7 +210,7 @@ def test_the_commands_of_netem_work_with_a_plain_queue_in_its_place(monkeypatch:
 def test_a_worker_that_was_promised_a_true_link_and_has_none_says_so(fleet: Path):
     emulated = EmulatedFleet(str(fleet), "wait", "relay", roles_of(str(fleet), 3, None))
     with pytest.raises(InputError, match="is what `motley launch emulated` tells ranks"):
-        emulated.links(Crew())
+        emulated.links(Communicator())
 
 
 def test_a_chip_that_failed_is_a_repaired_one_after_the_next_start(fleet: Path):

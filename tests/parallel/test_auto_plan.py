@@ -15,7 +15,7 @@ from motley.fleet.inventory import Emulated, EmulatedLink, parse_fleet
 from motley.fleet.links import Links, PairRate
 from motley.fleet.probe import Machine, MatmulRate
 from motley.parallel.auto_plan import ProbedRank, fleet_of, pools_of, seated, seats
-from motley.parallel.layout import IslandLayout, Layout, Team
+from motley.parallel.layout import IslandLayout, Layout, PipelineGroup
 
 MACHINE = Machine("cpu", "a chip", 4, 1, 10**10, 10**10, None, (MatmulRate("fp32", 64, 64, 64, 50.0),), 10.0, "fp32")
 CHIP = ProbedRank("here", MACHINE, 2e9, "fp32", Emulated())
@@ -66,9 +66,9 @@ def test_seats_go_to_workers_of_the_pool_that_the_plan_meant() -> None:
         ],
     }
     assert seats(plan, chips) == [1, 0, 2]
-    planned = Layout((Team(((0,),), (4,)), Team(((1, 2),), (2, 2))), 1, memory=(4.0, 1.0, 2.0), rates=(3.0, 1.0))
+    planned = Layout((PipelineGroup(((0,),), (4,)), PipelineGroup(((1, 2),), (2, 2))), 1, memory=(4.0, 1.0, 2.0), rates=(3.0, 1.0))
     (island,) = seated([IslandLayout((0, 1, 2), planned)], [1, 0, 2])
-    assert [team.lanes for team in island.layout.teams] == [((1,),), ((0, 2),)]
+    assert [group.replicas for group in island.layout.groups] == [((1,),), ((0, 2),)]
     assert island.layout.memory == (1.0, 4.0, 2.0), "of worker 0, 1, 2"
     assert island.layout.rates == (3.0, 1.0), "of lanes, which stay in order"
 

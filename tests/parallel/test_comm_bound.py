@@ -11,8 +11,8 @@ from test_resume import command
 from test_resume import data as data  # the fixtures
 from test_resume import shape as shape
 
-from motley.parallel.telemetry.comm_bound import IN_A_ROW, Exchange
-from motley.parallel.telemetry.step_stats import Timing
+from motley.parallel.telemetry.comm_bound import IN_A_ROW, CommBoundWatch
+from motley.parallel.telemetry.step_stats import StepStats
 from motley.parallel.telemetry.step_timer import KINDS
 from motley.train.config import TrainingConfig
 
@@ -23,10 +23,10 @@ pools:
 """
 
 
-def step(*workers: dict[str, float]) -> Timing:
+def step(*workers: dict[str, float]) -> StepStats:
     """A step in which each worker spent so many seconds at each kind of thing."""
     seconds = [dict.fromkeys(KINDS, 0.0) | worker for worker in workers]
-    return Timing(step_seconds=max(sum(worker.values()) for worker in seconds), seconds=seconds)
+    return StepStats(step_seconds=max(sum(worker.values()) for worker in seconds), seconds=seconds)
 
 
 SLOW = step({"forward": 1.0, "gradients": 1.0, "spreading": 0.5}, {"forward": 0.5, "gradients": 1.5, "spreading": 0.5})
@@ -36,12 +36,12 @@ QUICK = step({"forward": 20.0, "gradients": 1.0}, {"forward": 5.0, "gradients": 
 
 def test_what_a_worker_waits_for_a_slower_one_is_no_fault_of_the_link() -> None:
     assert (SLOW.exchange_seconds, QUICK.exchange_seconds) == (1.5, 1.0)
-    seen = Exchange()
+    seen = CommBoundWatch()
     assert [seen.complaint(QUICK, TrainingConfig()) for _ in range(10)] == [[]] * 10
 
 
 def test_messages_that_take_most_of_several_steps_in_a_row_are_said_once() -> None:
-    seen = Exchange()
+    seen = CommBoundWatch()
     steps = [SLOW, QUICK, *[SLOW] * (IN_A_ROW + 5)]
     said = [seen.complaint(timing, TrainingConfig()) for timing in steps]
     assert [len(messages) for messages in said] == [0] * (IN_A_ROW + 1) + [1] + [0] * 5
@@ -55,14 +55,14 @@ def test_what_the_sentence_advises_can_be_done() -> None:
         (TrainingConfig(live=True), "--islands N, without --live, or a plan"),
         (TrainingConfig(plan=Path("plan.json")), "measure them (`motley fleet probe` under torchrun) and plan again"),
     ):
-        seen = Exchange(slow=IN_A_ROW)
+        seen = CommBoundWatch(slow=IN_A_ROW)
         (sentence,) = seen.complaint(SLOW, config)
         assert advised in sentence
         assert ("--islands" in sentence) == (config.plan is None)
 
 
 def test_messages_as_short_as_a_busy_machine_makes_them_are_not_spoken_of() -> None:
-    seen, tiny = Exchange(), step({"forward": 0.001, "gradients": 0.3}, {"forward": 0.001, "gradients": 0.3})
+    seen, tiny = CommBoundWatch(), step({"forward": 0.001, "gradients": 0.3}, {"forward": 0.001, "gradients": 0.3})
     assert [seen.complaint(tiny, TrainingConfig()) for _ in range(10)] == [[]] * 10
 
 

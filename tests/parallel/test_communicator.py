@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from spawned_ranks import free_port, on_crew
+from spawned_ranks import free_port, on_ranks
 from test_resume import STEPS, command
 from test_resume import data as data  # the fixture
 from test_resume import shape as shape
 
-from motley.errors import CrewError, InputError
+from motley.errors import CommunicationError, InputError
 from motley.parallel import build as start
 from motley.parallel import communicator as crew_module
-from motley.parallel.communicator import Crew, join_crew
+from motley.parallel.communicator import Communicator, join
 from motley.parallel.layout import islands_side_by_side
-from motley.parallel.load_balance import Shares
+from motley.parallel.load_balance import LoadBalancer
 from motley.plan.search.pool_packing import apportion
 
 
@@ -134,90 +134,90 @@ def children(parent: int) -> list[int]:
     return [int(pid) for pid in found]
 
 
-def disagree(crew: Crew) -> str:
+def disagree(comm: Communicator) -> str:
     with pytest.raises(InputError) as refused:
-        crew.agree({"data": "abc" if crew.rank != 1 else "xyz", "steps": 5})
+        comm.agree({"data": "abc" if comm.rank != 1 else "xyz", "steps": 5})
     return str(refused.value)
 
 
 def test_a_worker_with_other_data_is_named_on_every_worker():
-    for message in on_crew(3, disagree):
+    for message in on_ranks(3, disagree):
         assert message.startswith("worker 1 has data xyz, worker 0 has abc;")
 
 
-def meet_as(crew: Crew, kinds: list[str], port: int) -> tuple[bool, list[list[float]], float, list[float]]:
+def meet_as(comm: Communicator, kinds: list[str], port: int) -> tuple[bool, list[list[float]], float, list[float]]:
     """Crews meet anew as torchrun's workers do, on devices of these kinds; all tensors lie in the host's memory."""
     dist.destroy_process_group()
-    os.environ |= {"RANK": str(crew.rank), "WORLD_SIZE": str(crew.size), "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(comm.rank), "WORLD_SIZE": str(comm.size), "MASTER_PORT": str(port)}
     crew_module.seat_of = lambda device: str(device)  # there is no GPU to ask
-    met = join_crew(torch.device(kinds[crew.rank]))
+    met = join(torch.device(kinds[comm.rank]))
     ours = met.part([[0, 1]])
-    passed = torch.full((3,), float(crew.rank))
-    ours.send(passed, 1) if crew.leads else ours.receive(passed, 0)
-    return ours.by_host, ours.everyone([float(crew.rank)]), float(ours.sum(torch.ones(()))), passed.tolist()
+    passed = torch.full((3,), float(comm.rank))
+    ours.send(passed, 1) if comm.leads else ours.receive(passed, 0)
+    return ours.by_host, ours.everyone([float(comm.rank)]), float(ours.sum(torch.ones(()))), passed.tolist()
 
 
 @pytest.mark.parametrize(
     ("kinds", "by_host"), [(["cpu", "cpu"], False), (["cpu", "cuda:0"], True), (["cuda:0", "cuda:0"], True)]
 )
 def test_cpus_and_gpus_and_those_who_share_a_gpu_meet_in_the_hosts_memory(kinds: list[str], by_host: bool):
-    for found in on_crew(2, meet_as, kinds, free_port()):
+    for found in on_ranks(2, meet_as, kinds, free_port()):
         assert found == (by_host, [[0.0], [1.0]], 2.0, [0.0, 0.0, 0.0])
 
 
-def of_makes(crew: Crew, makes: list[str], zero: int) -> str:
-    start.kind_of_chip = lambda device: makes[crew.rank]  # type: ignore[assignment]
+def of_makes(comm: Communicator, makes: list[str], zero: int) -> str:
+    start.kind_of_chip = lambda device: makes[comm.rank]  # type: ignore[assignment]
     try:
-        start.check_devices(islands_side_by_side("1", crew.size, 2, 1, zero), crew)  # type: ignore[arg-type]
+        start.check_devices(islands_side_by_side("1", comm.size, 2, 1, zero), comm)  # type: ignore[arg-type]
     except InputError as error:
         return str(error)
     return ""
 
 
 def test_copies_of_the_model_on_chips_of_several_kinds_are_refused_on_all():
-    first, second = on_crew(2, of_makes, ["one kind", "another"], 0)
+    first, second = on_ranks(2, of_makes, ["one kind", "another"], 0)
     assert first == second
     assert "workers 0 (one kind) and 1 (another) round differently" in first
     assert "choose --zero 1" in first
-    assert on_crew(2, of_makes, ["one kind", "another"], 1) == on_crew(2, of_makes, ["one", "one"], 0) == ["", ""]
+    assert on_ranks(2, of_makes, ["one kind", "another"], 1) == on_ranks(2, of_makes, ["one", "one"], 0) == ["", ""]
 
 
 def test_a_worker_that_is_gone_ends_the_others_with_a_sentence():
-    first, second = on_crew(2, lose_one)
+    first, second = on_ranks(2, lose_one)
     assert first.startswith("worker 0 lost the others while adding up: ")
     assert second == "gone"
 
 
-def lose_one(crew: Crew) -> str:
-    if crew.rank == 1:
-        crew.leave()
+def lose_one(comm: Communicator) -> str:
+    if comm.rank == 1:
+        comm.leave()
         return "gone"
     try:
-        crew.sum(torch.ones(1))
-    except CrewError as error:
+        comm.sum(torch.ones(1))
+    except CommunicationError as error:
         return str(error)
     return "never noticed"
 
 
-def wait_in_vain(crew: Crew) -> str:
+def wait_in_vain(comm: Communicator) -> str:
     try:
-        if crew.leads:
-            crew.receive(torch.empty(3), 1, seconds=0.5)
-        crew.share(None)  # until the other one is gone
-    except CrewError as error:
+        if comm.leads:
+            comm.receive(torch.empty(3), 1, seconds=0.5)
+        comm.share(None)  # until the other one is gone
+    except CommunicationError as error:
         return str(error)
     return "never noticed"
 
 
 def test_who_sends_no_message_is_waited_for_no_longer_than_is_said():
     """PyTorch's limit between two workers is that with which they met, half an hour here."""
-    first, _ = on_crew(2, wait_in_vain, seconds=60)
+    first, _ = on_ranks(2, wait_in_vain, seconds=60)
     assert first.startswith("worker 0 lost the others while waiting for worker 1: ")
 
 
 def test_shares_follow_speed_and_absorb_a_straggler_within_ten_steps():
     speeds = [1.0, 2.0, 4.0, 1.0]
-    shares = Shares([1.0] * 4)
+    shares = LoadBalancer([1.0] * 4)
     idle = []
     for step in range(30):
         if step == 15:
@@ -234,18 +234,18 @@ def test_shares_follow_speed_and_absorb_a_straggler_within_ten_steps():
 
 
 def test_a_lane_that_got_nothing_gets_rows_again_when_the_others_slow_down():
-    shares = Shares([0.001, 1.0])
+    shares = LoadBalancer([0.001, 1.0])
     assert shares.rows(8) == [0, 8]
     shares.measured([0, 8], [0.0, 8000.0])
     assert shares.rows(8)[0] >= 4
 
 
 def test_a_lane_that_was_slow_for_a_while_comes_back_when_it_is_fast_again():
-    shares = Shares([1.0] * 8)
+    shares = LoadBalancer([1.0] * 8)
     for step in range(400):
         slow = 1 / 30 if 5 <= step < 9 else 1.0
         rows = shares.rows(16)
-        shares.measured(rows, [count / (slow if lane == 0 else 1.0) for lane, count in enumerate(rows)])
+        shares.measured(rows, [count / (slow if replica == 0 else 1.0) for replica, count in enumerate(rows)])
     assert shares.rows(16) == [2] * 8
 
 

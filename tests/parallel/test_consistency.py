@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from spawned_ranks import SERVER, free_port, on_crew
+from spawned_ranks import SERVER, free_port, on_ranks
 from test_gradients import random_model
 from test_layouts import DEEP, FEW, Rows, random_layout, settings
 from test_resume import command
@@ -18,9 +18,9 @@ from test_resume import shape as shape
 
 from motley.errors import InputError
 from motley.model import experts
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 from motley.parallel.consistency import COMPARE_EVERY, MASK, checksum
-from motley.parallel.layout import Layout, Team, side_by_side
+from motley.parallel.layout import Layout, PipelineGroup, side_by_side
 from motley.parallel.rank import Worker
 from motley.train.config import PretrainConfig
 from motley.train.pretrain import pretrain
@@ -39,18 +39,18 @@ def test_a_checksum_sees_a_bit_and_two_that_cancel_in_a_sum() -> None:
     assert int(checksum(numbers.clone())) == expected
 
 
-def fingerprints_of(crew: Crew, cases: list[Layout], disturbed: list[Any]) -> list[str]:
+def fingerprints_of(comm: Communicator, cases: list[Layout], disturbed: list[Any]) -> list[str]:
     """What is said of the copies after a step, and after (worker, weight or bias) was changed by one bit."""
     experts.PAD, found = FEW, []
     for layout, change in zip(cases, disturbed, strict=True):
-        worker = Worker(DEEP, settings(), layout, crew)
-        whole = random_model(1, DEEP).state_dict() if crew.leads else None
+        worker = Worker(DEEP, settings(), layout, comm)
+        whole = random_model(1, DEEP).state_dict() if comm.leads else None
         worker.take_state(None if whole is None else (dict(whole), {}))
         losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
         worker.update(losses, norm, 1e-2)
         worker.share_again(1)
         worker.compare_copies(1)
-        if change is not None and crew.rank == change[0]:
+        if change is not None and comm.rank == change[0]:
             held = [
                 *(worker.shards.view(part).data for part in worker.shards.here if part.name == change[1]),
                 *(buffer for name, buffer in worker.model.named_buffers() if name == change[1]),
@@ -73,7 +73,7 @@ def test_equal_copies_pass_in_any_layout_and_one_bit_is_named() -> None:
     beside = [dataclasses.replace(side_by_side(4, DEEP.num_hidden_layers, 2), zero=zero) for zero in (0, 1, 2, 3)]
     layouts = [*(random_layout(4, chance) for _ in range(4)), *beside, beside[0], beside[1], beside[3], beside[3]]
     changes = [None] * 8 + [(2, NORM), (1, BIAS), (3, BIAS), None]
-    by_worker = on_crew(4, fingerprints_of, layouts, changes)
+    by_worker = on_ranks(4, fingerprints_of, layouts, changes)
     assert all(found == by_worker[0] for found in by_worker), "everybody stops, and says the same"
     said = by_worker[0]
     assert said[:8] == [""] * 8
@@ -87,8 +87,8 @@ def test_equal_copies_pass_in_any_layout_and_one_bit_is_named() -> None:
 
 def test_of_two_copies_nobody_knows_which_is_right_and_copies_of_a_table_in_two_stages_count() -> None:
     """The embedding lies in the first stage and, for the MTP module, in the last."""
-    piped = Layout((Team(((0, 1),), (2, 2), micro_batch=2),))
-    (said,), other = on_crew(2, fingerprints_of, [piped], [(1, "model.embed_tokens.weight")])
+    piped = Layout((PipelineGroup(((0, 1),), (2, 2), micro_batch=2),))
+    (said,), other = on_ranks(2, fingerprints_of, [piped], [(1, "model.embed_tokens.weight")])
     assert said.startswith("workers 0 and 1 hold copies of the same weights that differ after step 2: ")
     assert other == [said]
 
@@ -106,8 +106,8 @@ def disturbed(rank: int, port: int, at: int, said: Path, arguments: dict[str, An
     def one_bit_off(self: Worker, *values: Any) -> None:
         nonlocal taken
         update(self, *values)
-        taken += self.crew.size == 2
-        if taken == at and self.crew.rank == 1:
+        taken += self.comm.size == 2
+        if taken == at and self.comm.rank == 1:
             part = self.shards.here[-1]
             self.shards.view(part).data.view(-1).view(torch.int32)[0] ^= 1
 

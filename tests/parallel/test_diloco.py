@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_communicator import children, torchrun, until
 from test_gradients import random_model
 from test_layouts import DEEP, Rows, error
@@ -26,12 +26,12 @@ from told_ranks import assert_all_workers_are_told
 
 from motley.errors import InputError
 from motley.model import Transformer, experts
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 from motley.parallel.diloco.diloco import KEPT_IN_OVERLAP, ROUND_PATIENCE_SECONDS, Island
 from motley.parallel.diloco.outer_optimizer import fragments_of
 from motley.parallel.diloco.quantize import BLOCK, decode, encode, encoded_bytes
 from motley.parallel.diloco.sync_schedule import Round
-from motley.parallel.layout import Layout, Team, islands_of_plan, islands_side_by_side, side_by_side
+from motley.parallel.layout import Layout, PipelineGroup, islands_of_plan, islands_side_by_side, side_by_side
 from motley.parallel.rank import Worker
 from motley.train.config import PretrainConfig
 from motley.train.optimizer import Optimizer
@@ -135,7 +135,7 @@ def of_one_process(
 
 # ------------------------------------------------------------------------------------------ the same with real workers
 
-PIPELINE = Layout((Team(((0, 1),), (1, 2), micro_batch=2),), zero=1)
+PIPELINE = Layout((PipelineGroup(((0, 1),), (1, 2), micro_batch=2),), zero=1)
 CASES: dict[str, tuple[list[int], list[float], dict[str, Any], dict[int, Layout]]] = {
     # workers of each island, speeds, settings, layouts that are not side by side
     "two": ([1, 1], [1.0, 1.0], {}, {}),
@@ -151,16 +151,16 @@ CASES: dict[str, tuple[list[int], list[float], dict[str, Any], dict[int, Layout]
 SKIPPED: dict[str, Skipped] = {"skipped": (0, 1)}
 
 
-def island_of(crew: Crew, sizes: Sequence[int], speeds: Sequence[float], config: PretrainConfig, every: int,
+def island_of(comm: Communicator, sizes: Sequence[int], speeds: Sequence[float], config: PretrainConfig, every: int,
               layouts: dict[int, Layout], seed: int = 3) -> Island:  # fmt: skip
     experts.PAD = FEW
     firsts = [sum(sizes[:number]) for number in range(len(sizes))]
     parts = [tuple(range(first, first + size)) for first, size in zip(firsts, sizes, strict=True)]
-    number = next(number for number, part in enumerate(parts) if crew.rank in part)
+    number = next(number for number, part in enumerate(parts) if comm.rank in part)
     layout = layouts.get(number) or side_by_side(sizes[number], SHAPE.num_hidden_layers, 2, int(sizes[number] > 1))  # type: ignore[arg-type]
-    own = crew.part(parts) if len(parts) > 1 else crew
-    island = Island(Worker(SHAPE, config, layout, own), crew, parts, speeds, every)
-    island.take_state((dict(random_model(seed, SHAPE).state_dict()), {}) if crew.leads else None)
+    own = comm.part(parts) if len(parts) > 1 else comm
+    island = Island(Worker(SHAPE, config, layout, own), comm, parts, speeds, every)
+    island.take_state((dict(random_model(seed, SHAPE).state_dict()), {}) if comm.leads else None)
     return island
 
 
@@ -179,11 +179,11 @@ def learn(island: Island, until: int, seconds: float = 0.01, skipped: Skipped = 
     return meetings
 
 
-def run_cases(crew: Crew, names: Sequence[str]) -> dict[str, Any]:
+def run_cases(comm: Communicator, names: Sequence[str]) -> dict[str, Any]:
     found = {}
     for name in names:
         sizes, speeds, chosen, layouts = CASES[name]
-        island = island_of(crew, sizes, speeds, settings(**chosen), 2, layouts)
+        island = island_of(comm, sizes, speeds, settings(**chosen), 2, layouts)
         meetings = learn(island, 4, skipped=SKIPPED.get(name))
         state = island.whole_state()
         held_out = island.held_out_loss(Rows(), 3)  # type: ignore[arg-type]
@@ -195,7 +195,7 @@ def run_cases(crew: Crew, names: Sequence[str]) -> dict[str, Any]:
 @pytest.mark.parametrize("size", [2, 3])
 def test_islands_of_any_layout_take_the_steps_of_the_algorithm_in_one_process(size: int):
     names = [name for name, case in CASES.items() if sum(case[0]) == size]
-    by_worker = on_crew(size, run_cases, names)
+    by_worker = on_ranks(size, run_cases, names)
     for name in names:
         sizes, speeds, chosen, _ = CASES[name]
         expected = of_one_process(settings(**chosen), speeds, 2, seed=3, skipped=SKIPPED.get(name))
@@ -224,23 +224,23 @@ def test_the_cases_above_would_tell_rounding_that_is_forgotten_and_steps_that_we
     assert error(*(torch.cat([tensor.flatten().float() for tensor in side.values()]) for side in (wrong, right))) > 1e-4
 
 
-def early(crew: Crew, left: Path) -> None:
+def early(comm: Communicator, left: Path) -> None:
     """Island 1 sends only once island 0 has sent and taken another step."""
-    island = island_of(crew, [1, 1], [1.0, 1.0], settings(overlap=2, fragments=2), 4, {})
+    island = island_of(comm, [1, 1], [1.0, 1.0], settings(overlap=2, fragments=2), 4, {})
     for number in range(4):
         losses, norm = island.worker.gradient(Rows(), 0, island.rows)  # type: ignore[arg-type]
         island.worker.update(losses, norm, 0.01)
-        if (crew.rank, number) == (0, 1):
+        if (comm.rank, number) == (0, 1):
             left.touch()
         deadline = time.monotonic() + 60
-        while (crew.rank, number) == (1, 0) and not left.exists():
+        while (comm.rank, number) == (1, 0) and not left.exists():
             assert time.monotonic() < deadline, "island 0 waits for island 1 where it should compute"
             time.sleep(0.01)
         island.moved(losses.tokens, True, 0.01)
 
 
 def test_an_island_that_sent_computes_on_before_the_others_have_sent(tmp_path: Path):
-    on_crew(2, early, tmp_path / "left")
+    on_ranks(2, early, tmp_path / "left")
 
 
 def test_one_island_that_takes_its_change_as_it_is_learns_as_without_meetings():
@@ -329,11 +329,11 @@ def test_workers_are_split_into_islands_in_a_row(text: str, workers: int, expect
 
 def test_islands_of_a_plan_are_crews_of_the_workers_that_the_plan_numbers_team_by_team():
     plan = plan_of({"near": (1, 3), "far": (1, 4)}, [(["near"], 3, [12]), (["far"] * 2, 1, [5, 7]), (["far"], 2, [12])])
-    for team, island in zip(plan["teams"], (0, 1, 1), strict=True):
-        team["island"] = island
+    for group, island in zip(plan["teams"], (0, 1, 1), strict=True):
+        group["island"] = island
     near, far = islands_of_plan(plan, PLANNED)
     assert (near.ranks, far.ranks) == ((0, 1, 2), (3, 4, 5, 6))
-    assert [team.lanes for team in far.layout.teams] == [((0, 1),), ((2,), (3,))]
+    assert [group.replicas for group in far.layout.groups] == [((0, 1),), ((2,), (3,))]
     assert (near.speed, far.speed) == (3.0, 3.0)
     with pytest.raises(InputError, match="this is no plan"):
         islands_of_plan({"teams": [{}]}, PLANNED)
@@ -403,36 +403,36 @@ def test_an_island_is_killed_and_the_run_goes_on_bit_for_bit_or_without_it(data:
     assert sorted(set(steps)) == list(range(1, 16))
 
 
-def follow(crew: Crew) -> list[tuple[int, ...]]:
+def follow(comm: Communicator) -> list[tuple[int, ...]]:
     """Island 1 takes three times as long for a step; then a little longer than that, which is not worth a change."""
-    island = island_of(crew, [1, 1], [1.0, 1.0], settings(inner_steps="measured", steps=6), 2, {})
-    meetings = learn(island, 4, seconds=[0.01, 0.03][crew.rank])
-    meetings += learn(island, 6, seconds=[0.01, 0.031][crew.rank])
+    island = island_of(comm, [1, 1], [1.0, 1.0], settings(inner_steps="measured", steps=6), 2, {})
+    meetings = learn(island, 4, seconds=[0.01, 0.03][comm.rank])
+    meetings += learn(island, 6, seconds=[0.01, 0.031][comm.rank])
     return [meeting.round.inner for meeting in meetings]
 
 
 def test_inner_steps_follow_measured_speed_but_not_its_noise():
-    assert on_crew(2, follow) == [[(2, 2), (3, 1), (3, 1)]] * 2
+    assert on_ranks(2, follow) == [[(2, 2), (3, 1), (3, 1)]] * 2
 
 
-def wait_for(crew: Crew) -> list[float]:
-    island = island_of(crew, [1, 1], [1.0, 1.0], settings(), 2, {})
+def wait_for(comm: Communicator) -> list[float]:
+    island = island_of(comm, [1, 1], [1.0, 1.0], settings(), 2, {})
     found = [island._patience]
-    learn(island, 2, seconds=[0.5, 1.0][crew.rank])
-    return [*found, island._patience - crew.patience]
+    learn(island, 2, seconds=[0.5, 1.0][comm.rank])
+    return [*found, island._patience - comm.timeout]
 
 
 def test_once_a_round_showed_its_length_islands_wait_no_longer_than_their_patience_and_ten_of_them():
-    for before, beyond in on_crew(2, wait_for):
+    for before, beyond in on_ranks(2, wait_for):
         assert before == ROUND_PATIENCE_SECONDS
         assert beyond == pytest.approx(20.0)
 
 
-def differ(crew: Crew) -> str:
-    island = island_of(crew, [1, 1], [1.0, 1.0], settings(), 2, {})
+def differ(comm: Communicator) -> str:
+    island = island_of(comm, [1, 1], [1.0, 1.0], settings(), 2, {})
     learn(island, 2)
     assert island.outer is not None
-    if crew.rank == 1:
+    if comm.rank == 1:
         island.outer.weights[0][5] += 1e-4
     with pytest.raises(InputError) as refused:
         learn(island, 4)
@@ -440,5 +440,5 @@ def differ(crew: Crew) -> str:
 
 
 def test_islands_whose_shared_models_differ_stop_with_a_sentence():
-    for message in on_crew(2, differ):
+    for message in on_ranks(2, differ):
         assert message.startswith("the shared model of island 1 differs from island 0's after step 4: ")

@@ -26,12 +26,12 @@ import motley.parallel.build
 import motley.parallel.carry_out
 import motley.parallel.elastic.agent
 from motley.data.stream import Batch, TokenStream
-from motley.errors import CrewError, InputError
+from motley.errors import CommunicationError, InputError
 from motley.model import ModelConfig
-from motley.parallel.communicator import Crew, free_port
-from motley.parallel.elastic.agent import LiveCrew, _part
+from motley.parallel.communicator import Communicator, free_port
+from motley.parallel.elastic.agent import ElasticCommunicator, _part
 from motley.parallel.elastic.rendezvous import Door
-from motley.parallel.load_balance import Shares
+from motley.parallel.load_balance import LoadBalancer
 from motley.train.config import PretrainConfig
 from motley.train.metrics import MetricsWriter, Recent, read_metrics, records_of
 from motley.train.pretrain import pretrain
@@ -78,7 +78,7 @@ def test_torchrun_starts_a_crew_again_and_the_steps_done_twice_are_reported(
 @pytest.mark.slow(15)
 def test_a_worker_that_stays_silent_beyond_the_patience_of_the_others_is_named(data: Path, shape: Path, tmp_path: Path):
     out = tmp_path / "run"
-    arguments: Any = command(out, data, shape, precision="fp32", patience=8, steps=100_000)
+    arguments: Any = command(out, data, shape, precision="fp32", timeout=8, steps=100_000)
     process = started(torchrun(2, arguments))
     until(lambda: steps_done(out) >= 2, process)
     victim = max(children(process.pid))
@@ -125,15 +125,15 @@ class Empty(Door):
 
 
 def test_one_that_dies_while_members_meet_is_named_and_nobody_is_told_to_start_again(tmp_path: Path):
-    crew = LiveCrew(0, 2, door=Empty(tmp_path, "a", 1.0), names=("a", "b"))
+    comm = ElasticCommunicator(0, 2, door=Empty(tmp_path, "a", 1.0), names=("a", "b"))
 
     def reset() -> None:
         raise RuntimeError("Connection reset by peer")
 
     with pytest.raises(
-        CrewError, match=r"worker 0 lost worker 1, who is gone, while meeting: Connection reset by peer$"
+        CommunicationError, match=r"worker 0 lost worker 1, who is gone, while meeting: Connection reset by peer$"
     ):
-        crew.talk("meeting", reset)
+        comm.talk("meeting", reset)
 
 
 class Gated(TokenStream):
@@ -158,7 +158,7 @@ def member(gates: Path, said: Path, program: str, make: str, arguments: dict[str
     motley.parallel.build.sources = lambda: program
     for module in (motley.parallel.build, motley.parallel.elastic.agent):
         module.kind_of_chip = lambda device: make  # type: ignore[attr-defined]
-    Shares.measured = lambda *_: None  # type: ignore[method-assign]  who gets no rows comes to no gate
+    LoadBalancer.measured = lambda *_: None  # type: ignore[method-assign]  who gets no rows comes to no gate
     try:
         pretrain(PretrainConfig(**arguments))
     except InputError as error:
@@ -199,11 +199,11 @@ def test_a_live_crew_loses_one_and_gains_one_and_learns_what_one_process_learns(
         process.start()
         return process
 
-    crew = Door(out / "crew", "", 0)
+    comm = Door(out / "crew", "", 0)
     processes = [begin()]
     wait(lambda: len(arrived(gates, 0)) == 1)  # the first works alone until the others knock
     processes += [begin(), begin()]
-    wait(lambda: len(crew.members()) == 3 and crew.knocking(2) == 2)
+    wait(lambda: len(comm.members()) == 3 and comm.knocking(2) == 2)
     (gates / "0.gate").unlink()
     wait(lambda: len(arrived(gates, 6)) == 3)
     victim = processes.pop(0) if seed == 0 else processes.pop(chance.choice([1, 2]))
@@ -215,7 +215,7 @@ def test_a_live_crew_loses_one_and_gains_one_and_learns_what_one_process_learns(
     sent_away = f"this worker has {'the processor' if seed else 'source code'} other, the crew at work has same;"
     assert (tmp_path / "said").read_text().startswith(sent_away)
     processes.append(begin())
-    wait(lambda: crew.knocking(crew.newest().number + 1) == 1)
+    wait(lambda: comm.knocking(comm.newest().number + 1) == 1)
     (gates / "12.gate").unlink()
     wait(lambda: len(arrived(gates, 18)) == 3)
     (gates / "18.gate").unlink()
@@ -244,12 +244,12 @@ def test_workers_share_what_was_asked_for_and_live_ones_nothing():
     shape = ModelConfig.from_hf(TINY)
 
     def zero(**settings: Any) -> int:
-        (island,), _ = motley.parallel.build.islands_for(PretrainConfig(**settings), shape, Crew(0, 2), None)
+        (island,), _ = motley.parallel.build.islands_for(PretrainConfig(**settings), shape, Communicator(0, 2), None)
         return island.layout.zero
 
     assert [zero(), zero(zero=0), zero(zero=3), zero(live=True), zero(live=True, zero=0)] == [1, 0, 3, 0, 0]
     with pytest.raises(InputError, match=r"^--zero 2 beside --plan: the plan says itself what workers share"):
-        motley.parallel.build.islands_for(PretrainConfig(zero=2), shape, Crew(0, 2), {"teams": []})
+        motley.parallel.build.islands_for(PretrainConfig(zero=2), shape, Communicator(0, 2), {"teams": []})
 
 
 @pytest.mark.usefixtures("handlers")
@@ -260,9 +260,9 @@ def test_who_was_asked_to_stop_still_is_when_the_crew_ends_for_another_reason():
         with stop_requests(course) as asked:
             os.kill(os.getpid(), signal.SIGTERM)
             assert asked.wait(5)
-            raise CrewError("somebody else is gone")
+            raise CommunicationError("somebody else is gone")
 
-    with pytest.raises(CrewError):
+    with pytest.raises(CommunicationError):
         step()
     assert course.asked
     with stop_requests(course) as asked:
@@ -285,9 +285,9 @@ def test_one_that_lost_the_others_is_not_ended_before_it_has_said_so():
 
     def step() -> None:
         with stop_requests(course):
-            raise CrewError("somebody is gone")
+            raise CommunicationError("somebody is gone")
 
-    with pytest.raises(CrewError):
+    with pytest.raises(CommunicationError):
         step()
     os.kill(os.getpid(), signal.SIGTERM)
     assert course.asked

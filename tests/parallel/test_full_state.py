@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from live_bytes import LiveBytes
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_layouts import FEW, Rows, settings
 from test_zero import WIDE, layout
 
 from motley.model import Transformer, experts
 from motley.parallel import p2p as parcels
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 from motley.parallel.full_state import gather, scatter
 from motley.parallel.rank import Worker
 
@@ -31,7 +31,7 @@ def random_tensors(seed: int) -> list[torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Counting(Crew):
+class Counting(Communicator):
     """Notes how many numbers each message has that it receives."""
 
     sizes: list[int] = field(default_factory=list)
@@ -41,14 +41,14 @@ class Counting(Crew):
         return super().receive(tensor, source)
 
 
-def pass_on(crew: Crew) -> None:
+def pass_on(comm: Communicator) -> None:
     for seed in range(30):
         parcels.PARCEL_NUMBERS = 1 + seed % 7 * 20
         tensors = random_tensors(seed)
-        if crew.leads:
-            parcels.send(tensors, crew, 1)
+        if comm.leads:
+            parcels.send(tensors, comm, 1)
             continue
-        counting = Counting(crew.rank, crew.size)
+        counting = Counting(comm.rank, comm.size)
         arrivals = parcels.Arrivals(counting, 0, [tensor.shape for tensor in tensors])
         found = [arrivals.fill(torch.empty(tensor.shape)) for tensor in tensors]
         assert all(one.equal(other.float()) for one, other in zip(found, tensors, strict=True)), seed
@@ -57,22 +57,22 @@ def pass_on(crew: Crew) -> None:
 
 
 def test_numbers_arrive_bit_for_bit_in_messages_of_bounded_size():
-    on_crew(2, pass_on)
+    on_ranks(2, pass_on)
 
 
-def peaks(crew: Crew, cases: list[tuple[int, str]]) -> list[tuple[int, ...]]:
+def peaks(comm: Communicator, cases: list[tuple[int, str]]) -> list[tuple[int, ...]]:
     """(most bytes made while a state is gathered, while it is handed out again, of the state, made by the latter to
     stay, of the largest part) of each case."""
     experts.PAD, parcels.PARCEL_NUMBERS, found = FEW, PARCEL // 4, []
     for zero, optimizer in cases:
-        worker = Worker(WIDE, settings(optimizer=optimizer), layout(zero), crew)
+        worker = Worker(WIDE, settings(optimizer=optimizer), layout(zero), comm)
         whole = Transformer(WIDE)
         whole.initialize(0)
-        worker.take_state((dict(whole.state_dict()), {}) if crew.leads else None)
+        worker.take_state((dict(whole.state_dict()), {}) if comm.leads else None)
         losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
         worker.update(losses, norm, 0.01)
         # What is put on this device cannot be read again: nothing of a state may lie there on its way.
-        elsewhere = dataclasses.replace(crew, device=torch.device("meta"))
+        elsewhere = dataclasses.replace(comm, device=torch.device("meta"))
         with LiveBytes() as gathering:
             state = gather(worker.model, worker.shards, worker.optimizer, elsewhere)
         with LiveBytes() as handing_out:
@@ -88,7 +88,7 @@ def peaks(crew: Crew, cases: list[tuple[int, str]]) -> list[tuple[int, ...]]:
 @pytest.mark.slow(15)
 def test_no_share_of_the_state_is_held_twice_while_it_is_gathered_or_handed_out():
     cases = [(1, "muon"), (3, "adamw")]
-    for rank, answers in enumerate(on_crew(3, peaks, cases)):
+    for rank, answers in enumerate(on_ranks(3, peaks, cases)):
         for case, (gathering, handing_out, state, stays, largest) in zip(cases, answers, strict=True):
             assert gathering <= state + PARCEL + SMALL, (rank, case)
             assert handing_out <= stays + largest + PARCEL + SMALL, (rank, case)

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_gradients import SHAPE, random_batch, random_model
 
 from motley.data.stream import Batch
 from motley.model import ModelConfig, experts
-from motley.parallel import buckets as traffic
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import Layout, Team
+from motley.parallel import buckets as buckets
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import Layout, PipelineGroup
 from motley.parallel.pipeline.runner import order
 from motley.parallel.rank import Worker
 from motley.train.config import PretrainConfig
-from motley.train.ngram_targets import Hints, Ngrams
+from motley.train.ngram_targets import NgramTargets, NgramCounts
 from motley.train.optimizer import Optimizer
 from motley.train.step import LossWeights, accumulate
 from motley.train.validation import loss_of
@@ -49,14 +49,14 @@ def settings(**chosen: Any) -> PretrainConfig:
 def random_layout(size: int, chance: random.Random) -> Layout:
     """Workers dealt into teams; each team cut into lanes, stages, expert groups at random."""
     ranks = list(range(size))
-    teams = []
+    groups = []
     while ranks:
         count = chance.randint(1, len(ranks))
         own, ranks = ranks[:count], ranks[count:]
         stages = chance.choice([s for s in (1, 2, 3, 4) if count % s == 0])
         width = count // stages
         by_stage = [own[stage * width : (stage + 1) * width] for stage in range(stages)]
-        lanes = tuple(tuple(by_stage[stage][lane] for stage in range(stages)) for lane in range(width))
+        replicas = tuple(tuple(by_stage[stage][replica] for stage in range(stages)) for replica in range(width))
         layers = (0,)
         while sum(layers) != DEEP.num_hidden_layers:  # only ends may hold nothing but embedding or head
             middle = [chance.randint(1, 2) for _ in range(stages - 2)]
@@ -68,14 +68,14 @@ def random_layout(size: int, chance: random.Random) -> Layout:
             ends = [0, *cuts, DEEP.n_routed_experts]
             spread = tuple(ends[i + 1] - ends[i] for i in range(sharing))
         schedule = chance.choice(["1f1b", "zero_bubble"])
-        teams.append(Team(lanes, layers, spread, schedule, micro_batch=chance.randint(1, 3)))  # type: ignore[arg-type]
-    lanes = sum(len(team.lanes) for team in teams)
-    whole = all(team.stages == team.expert_lanes == 1 for team in teams)  # what ZeRO 2 and 3 are for
+        groups.append(PipelineGroup(replicas, layers, spread, schedule, micro_batch=chance.randint(1, 3)))  # type: ignore[arg-type]
+    replicas = sum(len(group.replicas) for group in groups)
+    whole = all(group.stages == group.expert_replicas == 1 for group in groups)  # what ZeRO 2 and 3 are for
     return Layout(
-        tuple(teams),
+        tuple(groups),
         zero=chance.choice([0, 1, 2, 3] if whole else [0, 1]),  # type: ignore[arg-type]
         memory=tuple(chance.choice([1.0, 2e9, 5e9]) for _ in range(size)),  # none, or plenty
-        rates=tuple(chance.choice([0.01, 1.0, 3.0]) for _ in range(lanes)),
+        rates=tuple(chance.choice([0.01, 1.0, 3.0]) for _ in range(replicas)),
     )
 
 
@@ -92,7 +92,7 @@ def of_one_process(
     for step in range(STEPS):
         optimizer.zero_grad()
         rows, length = Rows().rows(step * config.batch_rows, config.batch_rows), config.length(step)
-        hints = Hints(counted(device), config.ngram_weight) if config.ngram_weight else None
+        hints = NgramTargets(counted(device), config.ngram_weight) if config.ngram_weight else None
         step_weights = dataclasses.replace(weights, hints=hints)
         losses = accumulate(model, rows.cut(length), 2 * Rows.seq_len // length, step_weights, confined=True)
         first = first or {n: p.grad.cpu().clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -105,26 +105,26 @@ def of_one_process(
     return first, seen, {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, held_out
 
 
-def counted(device: str | torch.device = "cpu") -> Ngrams:
+def counted(device: str | torch.device = "cpu") -> NgramCounts:
     """Of the rows of the first steps, as if they were a text."""
-    return Ngrams.of(Rows().rows(0, 40).input_ids.flatten().numpy(), DEEP.vocab_size, torch.device(device))
+    return NgramCounts.of(Rows().rows(0, 40).input_ids.flatten().numpy(), DEEP.vocab_size, torch.device(device))
 
 
 def take_steps(
-    crew: Crew,
+    comm: Communicator,
     layouts: list[tuple[Layout, PretrainConfig, int]],
     shape: ModelConfig = DEEP,
     message_bytes: int = 1 << 14,
 ) -> list[Any]:
     """What every layout of the list makes of the same steps."""
-    experts.PAD, traffic.MESSAGE_BYTES = FEW, message_bytes
+    experts.PAD, buckets.MESSAGE_BYTES = FEW, message_bytes
     results = []
     for layout, config, seed in layouts:
-        worker = Worker(shape, config, layout, crew)
-        whole = random_model(seed, shape).state_dict() if crew.leads else None
+        worker = Worker(shape, config, layout, comm)
+        whole = random_model(seed, shape).state_dict() if comm.leads else None
         worker.take_state(None if whole is None else (dict(whole), {}))
         if config.ngram_weight and worker.place.last:
-            worker.take_hints(counted(crew.device))
+            worker.learn_ngrams(counted(comm.device))
         gradient, seen = {}, []
         for step in range(STEPS):
             losses, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def take_steps(
                 gradient = {
                     part.label: (part.name, part.start, part.stop, worker.shards.view(part).grad.clone())  # type: ignore[union-attr]
                     for part in worker.shards.here
-                    if part.owner == crew.rank and worker.shards.view(part).grad is not None
+                    if part.owner == comm.rank and worker.shards.view(part).grad is not None
                 }
             worker.update(losses, norm, 0.01)
             worker.share_again()
@@ -150,14 +150,14 @@ ODD = {  # shapes that the sweep above does not draw
         DEEP, model_type="deepseek_v2", scoring_func="softmax", topk_method="greedy", norm_topk_prob=False
     ),
 }
-TWO_STAGES = Layout((Team(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2),), zero=1)
+TWO_STAGES = Layout((PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2),), zero=1)
 
 
-def odd_steps(crew: Crew, name: str, recompute: bool) -> Any:
+def odd_steps(comm: Communicator, name: str, recompute: bool) -> Any:
     experts.PAD = FEW
     config = settings(recompute=recompute)
-    worker = Worker(ODD[name], config, TWO_STAGES, crew)
-    whole = dict(random_model(3, ODD[name]).state_dict()) if crew.leads else None
+    worker = Worker(ODD[name], config, TWO_STAGES, comm)
+    whole = dict(random_model(3, ODD[name]).state_dict()) if comm.leads else None
     worker.take_state(None if whole is None else (whole, {}))
     losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
     worker.update(losses, norm, 0.01)
@@ -168,7 +168,7 @@ def odd_steps(crew: Crew, name: str, recompute: bool) -> Any:
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_shapes_in_two_stages_too(name: str):
-    (first, _), config = on_crew(2, odd_steps, name, name == "V2"), settings()
+    (first, _), config = on_ranks(2, odd_steps, name, name == "V2"), settings()
     model = random_model(3, ODD[name])
     optimizer = Optimizer(model.named_parameters(), config.optimizer, config.weight_decay, torch.float32)
     losses = accumulate(model, Rows().rows(0, ROWS), 2, LossWeights(0.3, 0.05), confined=True)
@@ -185,8 +185,8 @@ def test_odd_shapes_in_two_stages_too(name: str):
 STARVED = 2  # the expert that no token goes to
 APART = ((0,), (1,))  # two lanes of one worker each
 SHARING_OUT = {
-    **{f"ZeRO {level}": Layout((Team(APART, (4,), micro_batch=2),), zero=level) for level in (0, 1, 2, 3)},
-    "spread experts": Layout((Team(APART, (4,), experts=(3, 1), micro_batch=2),), zero=1),
+    **{f"ZeRO {level}": Layout((PipelineGroup(APART, (4,), micro_batch=2),), zero=level) for level in (0, 1, 2, 3)},
+    "spread experts": Layout((PipelineGroup(APART, (4,), experts=(3, 1), micro_batch=2),), zero=1),
     "two stages": TWO_STAGES,
 }
 
@@ -196,15 +196,15 @@ def starve(model: Any) -> None:
         gate.e_score_correction_bias[STARVED] = -100.0
 
 
-def starved_steps(crew: Crew) -> Any:
+def starved_steps(comm: Communicator) -> Any:
     """Weights of the whole model after two steps in which an expert gets no token, by layout."""
-    experts.PAD, traffic.MESSAGE_BYTES = FEW, 1 << 14
+    experts.PAD, buckets.MESSAGE_BYTES = FEW, 1 << 14
     found = {}
     for name, layout in SHARING_OUT.items():
-        worker = Worker(DEEP, settings(), layout, crew)
+        worker = Worker(DEEP, settings(), layout, comm)
         model = random_model(4, DEEP)
         starve(model)
-        worker.take_state((dict(model.state_dict()), {}) if crew.leads else None)
+        worker.take_state((dict(model.state_dict()), {}) if comm.leads else None)
         for step in range(STEPS):
             losses, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
             worker.update(losses, norm, 0.01)
@@ -213,7 +213,7 @@ def starved_steps(crew: Crew) -> Any:
 
 
 def test_an_expert_without_tokens_stays_as_it_is_whoever_updates_it():
-    (found, _), config = on_crew(2, starved_steps), settings()
+    (found, _), config = on_ranks(2, starved_steps), settings()
     model = random_model(4, DEEP)
     starve(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -269,7 +269,7 @@ def test_every_layout_takes_the_step_of_a_single_process(size: int):
         # More would let slopes all but vanish, and Adam takes their sign.
         warmup["ngram_weight"] = (0.0, 0.0, 0.3)[number % 3]
         cases.append((random_layout(size, chance), settings(optimizer=optimizer, mtp_weight=mtp, **warmup), number))
-    assert_same_steps(on_crew(size, take_steps, cases), cases)
+    assert_same_steps(on_ranks(size, take_steps, cases), cases)
 
 
 def assert_same_steps(
@@ -301,9 +301,9 @@ def assert_same_steps(
             assert error(tensor, weights[name]) <= 1e-4, (layout, name)
 
 
-def take_steps_by_copies(crew: Crew, cases: list[tuple[Layout, PretrainConfig, int]]) -> list[Any]:
-    Crew.posted = lambda self, tensor: tensor.clone()  # of this process alone, which ends with the crew
-    return take_steps(crew, cases)
+def take_steps_by_copies(comm: Communicator, cases: list[tuple[Layout, PretrainConfig, int]]) -> list[Any]:
+    Communicator.posted = lambda self, tensor: tensor.clone()  # of this process alone, which ends with the crew
+    return take_steps(comm, cases)
 
 
 @pytest.mark.slow(15)
@@ -311,9 +311,9 @@ def test_what_travels_through_the_hosts_memory_is_the_same_step():
     """Copies stand in for a GPU's memory: nothing may come back before it has arrived, or not at all."""
     chance = random.Random(11)
     cases = [(random_layout(3, chance), settings(mtp_weight=0.3), number) for number in range(6)]
-    teams = tuple(Team(((rank,),), (DEEP.num_hidden_layers,), micro_batch=rank + 1) for rank in range(3))
-    cases += [(Layout(teams, zero=zero), settings(), zero) for zero in (2, 3)]  # type: ignore[arg-type]
-    assert_same_steps(on_crew(3, take_steps_by_copies, cases), cases)
+    groups = tuple(PipelineGroup(((rank,),), (DEEP.num_hidden_layers,), micro_batch=rank + 1) for rank in range(3))
+    cases += [(Layout(groups, zero=zero), settings(), zero) for zero in (2, 3)]  # type: ignore[arg-type]
+    assert_same_steps(on_ranks(3, take_steps_by_copies, cases), cases)
 
 
 HANGING = (1.0, 3.0, 6.0)
@@ -329,15 +329,15 @@ def test_sharded_gradients_and_weights_take_the_step_whatever_the_workers_rows(s
     for zero in (2, 3):
         rows = [(HANGING, (1, 1, 1)), ((1.0, 1e-3, 1e-3), (3, 1, 2)), ((1.0, 1.0, 1.0), (2, 1, 3))]
         for rates, sizes in rows if shape == DEEP else rows[:1]:
-            teams = tuple(
-                Team(((rank,),), (DEEP.num_hidden_layers,), micro_batch=size) for rank, size in enumerate(sizes)
+            groups = tuple(
+                PipelineGroup(((rank,),), (DEEP.num_hidden_layers,), micro_batch=size) for rank, size in enumerate(sizes)
             )
             memory = tuple(chance.choice([0.0, 1.0, 5.0]) for _ in range(2))
-            layout = Layout(teams, zero=zero, memory=(*memory, 2.0), rates=rates)  # type: ignore[arg-type]
+            layout = Layout(groups, zero=zero, memory=(*memory, 2.0), rates=rates)  # type: ignore[arg-type]
             chosen: dict[str, Any] = {
                 "optimizer": chance.choice(["muon", "adamw"]),
                 "recompute": chance.choice([False, True]),
             }
             chosen["ngram_weight"] = (0.3, 0.0)[len(cases) % 2]
             cases.append((layout, settings(batch_rows=10, **chosen), len(cases)))
-    assert_same_steps(on_crew(3, take_steps, cases, shape, seconds=120), cases, shape)
+    assert_same_steps(on_ranks(3, take_steps, cases, shape, seconds=120), cases, shape)

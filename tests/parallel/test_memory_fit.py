@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_loss_spike import data as data  # the fixture
 from test_loss_spike import settings as run_settings
 from test_loss_spike import tiny as tiny  # the fixture: nano is a few thousand parameters
@@ -19,10 +19,10 @@ from motley.fleet.device import Format
 from motley.fleet.probe import host_memory
 from motley.model import SIZES, Transformer, experts, native
 from motley.parallel import memory_fit as memory
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import islands_side_by_side, place_of, side_by_side
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import islands_side_by_side, coordinates_of, side_by_side
 from motley.parallel.memory_fit import (
-    Budgets,
+    MemoryBudgets,
     budget,
     check_gathering,
     check_memory,
@@ -95,30 +95,30 @@ STATE = 1.15 * (3 + 1 + 4) * WEIGHTS  # with Muon, about; messages; copies while
 
 
 def within(
-    crew: Crew, budgets: list[float | None], formats: Sequence[Format] = ("fp32", "fp32"), **settings: Any
+    comm: Communicator, budgets: list[float | None], formats: Sequence[Format] = ("fp32", "fp32"), **settings: Any
 ) -> list[int] | str:
     """Micro-batches of all workers, or why they are refused; each worker pretends to have its entry of `budgets`."""
     config = PretrainConfig(seq_len=64, **settings)
-    islands = islands_side_by_side("1", crew.size, NANO.num_hidden_layers, config.micro_batch, 0)
+    islands = islands_side_by_side("1", comm.size, NANO.num_hidden_layers, config.micro_batch, 0)
     try:
-        bytes_each = [budget(crew.device, pretended) for pretended in budgets]
-        (fitting,) = within_memory(islands, NANO, config, crew, bytes_each, formats, planned=False, shrink=True)
+        bytes_each = [budget(comm.device, pretended) for pretended in budgets]
+        (fitting,) = within_memory(islands, NANO, config, comm, bytes_each, formats, planned=False, shrink=True)
     except InputError as error:
         return str(error)
-    return [team.micro_batch for team in fitting.layout.teams]
+    return [group.micro_batch for group in fitting.layout.groups]
 
 
 def test_a_worker_over_its_budget_is_refused_on_all_with_need_and_budget() -> None:
-    first, second = on_crew(2, within, [None, STATE / 2])
+    first, second = on_ranks(2, within, [None, STATE / 2])
     assert first == second
     assert re.match(r"worker 1 needs about \d+ MB \(\d+ MB for weights.* may hold \d+ MB; choose a smaller", str(first))
 
 
-def gathering(crew: Crew, islands: str, hosts: list[int]) -> str | None:
+def gathering(comm: Communicator, islands: str, hosts: list[int]) -> str | None:
     """Why workers on hosts of so many bytes cannot gather a checkpoint of NANO, if so."""
-    memory.host_memory = lambda: (hosts[crew.rank], 0)  # of this process alone, which ends with the crew
+    memory.host_memory = lambda: (hosts[comm.rank], 0)  # of this process alone, which ends with the crew
     try:
-        check_gathering(islands_side_by_side(islands, crew.size, NANO.num_hidden_layers, 1, 1), NANO, "muon", crew)
+        check_gathering(islands_side_by_side(islands, comm.size, NANO.num_hidden_layers, 1, 1), NANO, "muon", comm)
     except InputError as error:
         return str(error)
     return None
@@ -130,26 +130,26 @@ def test_a_host_too_small_for_what_a_checkpoint_gathers_is_named_on_all() -> Non
     for islands, hosts, named in (
         ("1", [needed - 1, 10 * needed], "worker 0 gathers"), ("1", [needed, 1], None), ("2", [1, 1], None),
     ):  # fmt: skip
-        first, second = on_crew(2, gathering, islands, hosts)
+        first, second = on_ranks(2, gathering, islands, hosts)
         assert first == second
         assert (named is None) == (first is None)
         assert named is None or named in first
 
 
 def test_each_worker_takes_the_largest_micro_batch_that_fits_its_memory() -> None:
-    first, second = on_crew(2, within, [None, STATE + 60e6])
+    first, second = on_ranks(2, within, [None, STATE + 60e6])
     assert first == second
     assert first[0] == 16
     assert 1 <= first[1] < 16
 
 
 def test_activations_are_counted_in_the_format_that_the_worker_computes_in() -> None:
-    (wide,), (narrow,) = (within(Crew(), [STATE + 60e6], [name], micro_batch=64) for name in ("fp32", "fp16"))
+    (wide,), (narrow,) = (within(Communicator(), [STATE + 60e6], [name], micro_batch=64) for name in ("fp32", "fp16"))
     assert 2 * int(wide) <= int(narrow) <= 2 * int(wide) + 1
 
 
 def test_who_holds_more_than_its_budget_is_named_again_only_at_a_new_high() -> None:
-    budgets = Budgets((4, 5), [1000e6, 500e6], [0.0, 100e6])
+    budgets = MemoryBudgets((4, 5), [1000e6, 500e6], [0.0, 100e6])
     assert budgets.exceeded([1000e6, 600e6]) == []
     assert budgets.exceeded([900e6, 601e6]) == ["worker 5 holds 501 MB for training, and may hold 500 MB"]
     assert budgets.exceeded([900e6, 650e6]) == []
@@ -199,7 +199,7 @@ def test_activations_of_a_row_are_what_its_forward_pass_keeps(monkeypatch: pytes
             model.hidden(torch.zeros(1, 128, dtype=torch.long), None, mtp=True)
         return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
 
-    place = place_of(side_by_side(1, NANO.num_hidden_layers, 1), 0)
+    place = coordinates_of(side_by_side(1, NANO.num_hidden_layers, 1), 0)
     foreseen = row_bytes(NANO, place, 128, 4, recompute=False)
     with native.switched_off():
         plain = measured()

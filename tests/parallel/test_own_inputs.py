@@ -80,8 +80,8 @@ def test_a_newcomer_with_other_data_or_another_model_is_sent_away_and_the_crew_t
 ) -> None:
     out = tmp_path / "run"
     settings: dict[str, Any] = {"precision": "fp32", "steps": 100_000, "seq_len_warmup": "", "valid_every": 100_000}
-    crew = started([*command(out, data, shape, **settings), "--live"])
-    until(lambda: steps_done(out) >= 1, crew)
+    comm = started([*command(out, data, shape, **settings), "--live"])
+    until(lambda: steps_done(out) >= 1, comm)
     for given, named in (
         ({"data": other}, "this worker has --data "),
         ({"shape": "nano"}, "this worker has --model nano, the crew at work has "),
@@ -92,10 +92,10 @@ def test_a_newcomer_with_other_data_or_another_model_is_sent_away_and_the_crew_t
         assert named in stranger.stderr
         assert stranger.stderr.count("\n") == 1
         done = steps_done(out)
-        until(lambda done=done: steps_done(out) > done, crew)
-    crew.send_signal(signal.SIGTERM)
-    said, _ = crew.communicate(timeout=60)
-    assert crew.returncode == 130, said
+        until(lambda done=done: steps_done(out) > done, comm)
+    comm.send_signal(signal.SIGTERM)
+    said, _ = comm.communicate(timeout=60)
+    assert comm.returncode == 130, said
     assert "going on from step" not in said, "nobody disturbed it"
 
 
@@ -121,10 +121,10 @@ def test_a_newcomer_with_a_copy_of_the_data_joins_and_leads_with_that_of_the_cre
         process.start()
         return process
 
-    crew, first = Door(out / "crew", "", 0), begin()
+    comm, first = Door(out / "crew", "", 0), begin()
     wait(lambda: len(arrived(gates, 0)) == 1)
     second = begin(data=(str(copy),))
-    wait(lambda: crew.knocking(2) == 1)
+    wait(lambda: comm.knocking(2) == 1)
     (gates / "0.gate").unlink()
     wait(lambda: len(arrived(gates, 6)) == 2)
     shutil.rmtree(copy)
@@ -132,7 +132,7 @@ def test_a_newcomer_with_a_copy_of_the_data_joins_and_leads_with_that_of_the_cre
     (gates / "6.gate").unlink()
     wait(lambda: len(arrived(gates, 12)) == 1)
     third = begin()
-    wait(lambda: crew.knocking(crew.newest().number + 1) == 1)
+    wait(lambda: comm.knocking(comm.newest().number + 1) == 1)
     (gates / "12.gate").unlink()
     for process in (second, third):
         process.join(90)

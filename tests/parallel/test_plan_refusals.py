@@ -10,7 +10,7 @@ from test_layouts import DEEP
 from motley.errors import InputError
 from motley.model import SIZES
 from motley.parallel.build import as_planned
-from motley.parallel.layout import Layout, Team, from_plan
+from motley.parallel.layout import Layout, PipelineGroup, from_plan
 from motley.plan.network.registry import trainable
 from motley.train.config import PretrainConfig
 
@@ -22,32 +22,32 @@ def plan() -> dict[str, Any]:
         {"pool": "big", "layers": [0, 1], "mtp": False, "head": False, **room},
         {"pool": "small", "layers": [2, 3], "mtp": True, "head": True, **room},
     ]
-    team = {
+    group = {
         "pools": ["big", "small"], "tp": {"big": 1, "small": 1}, "cp": 1, "zero": 1, "schedule": "1f1b", "island": 0,
         "stages": stages, "dp": 1, "ep": 1, "recompute": "none", "micro_batch": 2, "sequences": 4,
         "precision": {"big": "bf16", "small": "fp16"},
     }  # fmt: skip
-    return {"teams": [team], "step_seconds": 1.0}
+    return {"teams": [group], "step_seconds": 1.0}
 
 
 def test_the_plan_that_the_others_are_made_of_is_run():
     layout = from_plan(plan(), DEEP)
-    assert layout.teams == (Team(((0, 1),), (2, 2), micro_batch=2, formats=("bf16", "fp16")),)
+    assert layout.groups == (PipelineGroup(((0, 1),), (2, 2), micro_batch=2, formats=("bf16", "fp16")),)
     assert layout.memory == (3.0, 3.0), "of the optimizer's, and what is free"
 
 
 def test_a_plan_may_spread_experts_unevenly_over_a_teams_lanes():
     values = plan()
-    (team,) = values["teams"]
-    team.update(dp=2, ep=2)
+    (group,) = values["teams"]
+    group.update(dp=2, ep=2)
     held = DEEP.n_routed_experts or 0
-    assert from_plan(values, DEEP).teams[0].experts == (held // 2, held // 2)
-    team["experts"] = [held - 1, 1]
-    assert from_plan(values, DEEP).teams[0].experts == (held - 1, 1)
-    team["experts"] = ["many", 1]
+    assert from_plan(values, DEEP).groups[0].experts == (held // 2, held // 2)
+    group["experts"] = [held - 1, 1]
+    assert from_plan(values, DEEP).groups[0].experts == (held - 1, 1)
+    group["experts"] = ["many", 1]
     with pytest.raises(InputError, match="no plan as"):
         from_plan(values, DEEP)
-    team["experts"] = [held, 1]
+    group["experts"] = [held, 1]
     with pytest.raises(InputError, match=f"^team 0 has experts .{held}, 1., the model has {held}"):
         from_plan(values, DEEP)
 
@@ -55,9 +55,9 @@ def test_a_plan_may_spread_experts_unevenly_over_a_teams_lanes():
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_plan_shares_gradients_and_weights_too_among_workers_that_hold_the_whole_model(zero: int):
     values = plan()
-    (team,) = values["teams"]
-    whole = team["stages"][1] | {"layers": [0, 3]}
-    team.update(pools=["small"], tp={"small": 1}, precision={"small": "bf16"}, stages=[whole], zero=zero, dp=2)
+    (group,) = values["teams"]
+    whole = group["stages"][1] | {"layers": [0, 3]}
+    group.update(pools=["small"], tp={"small": 1}, precision={"small": "bf16"}, stages=[whole], zero=zero, dp=2)
     layout = from_plan(values, DEEP)
     assert (layout.zero, layout.memory) == (zero, (2.0 + 3.0 + (zero == 3) * 4.0 + 1.0,) * 2)
 
@@ -73,7 +73,7 @@ def test_a_plan_shares_gradients_and_weights_too_among_workers_that_hold_the_who
         (lambda p: p["teams"][0].pop("dp"), "this is no plan as `motley plan --out` writes it: KeyError"),
         (lambda p: p["teams"][0]["precision"].update(small="int3"), "int3"),
         (lambda p: p["teams"][0].update(zero=2), "ZeRO 2 is for workers that each compute with the whole model"),
-        (lambda p: p.update(teams=[3]), "this is no plan as `motley plan --out` writes it: TypeError"),
+        (lambda p: p.update(groups=[3]), "this is no plan as `motley plan --out` writes it: TypeError"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused(change: Callable[[dict[str, Any]], Any], said: str):
@@ -84,13 +84,13 @@ def test_a_plan_that_cannot_be_run_is_refused(change: Callable[[dict[str, Any]],
     assert "\n" not in str(refused.value)
 
 
-WHOLE = Team(((0,), (1,)), (4,))
+WHOLE = PipelineGroup(((0,), (1,)), (4,))
 
 
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        (Layout((dataclasses.replace(WHOLE, lanes=((0,), (2,))),)), r"for workers \[0, 2\], but 2 were started"),
+        (Layout((dataclasses.replace(WHOLE, replicas=((0,), (2,))),)), r"for workers \[0, 2\], but 2 were started"),
         (Layout((dataclasses.replace(WHOLE, layers=(3,)),)), r"layers \[3\], the model has 4"),
         (Layout((dataclasses.replace(WHOLE, micro_batch=0),)), "a micro-batch below 1"),
         (Layout((dataclasses.replace(WHOLE, layers=(2, 2)),)), "2 stages, but a lane with another number"),

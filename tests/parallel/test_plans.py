@@ -57,31 +57,31 @@ def assert_laid_out_as_planned(plan: dict[str, Any], config: ModelConfig) -> Non
     islands = islands_of_plan(plan, config)
     assert [rank for island in islands for rank in island.ranks] == list(range(plan["chips"]))
     assert len(seats_of(plan, hosts_of(plan, [f"{pool['pool']}=here" for pool in plan["pools"]]))) == plan["chips"]
-    numbers = list(dict.fromkeys(team["island"] for team in plan["teams"]))
+    numbers = list(dict.fromkeys(group["island"] for group in plan["teams"]))
     assert len(islands) == len(numbers) == (2 if plan["inner_steps"] else 1)
     for number, island in zip(numbers, islands, strict=True):
-        teams, layout = [team for team in plan["teams"] if team["island"] == number], island.layout
+        groups, layout = [group for group in plan["teams"] if group["island"] == number], island.layout
         layout.check(config, len(island.ranks))
-        assert {layout.zero} == {team["zero"] for team in teams}
+        assert {layout.zero} == {group["zero"] for group in groups}
         assert layout.zero or len(island.ranks) == 1
         rates = iter(layout.rates)
         formats, limits = [], []
-        for team, laid in zip(teams, layout.teams, strict=True):
+        for group, laid in zip(groups, layout.groups, strict=True):
             spans = [laid.stage_layers(stage) for stage in range(laid.stages)]
             laid_out = [[span.start, span.stop - 1] if span else None for span in spans]
-            assert laid_out == [stage["layers"] for stage in team["stages"]]
-            assert len(laid.lanes) == team["dp"]
-            assert (laid.schedule, laid.micro_batch) == (team["schedule"], team["micro_batch"])
-            assert laid.recompute == (team["recompute"] == "full")
-            assert laid.expert_lanes == team["ep"]
-            own = [next(rates) for _ in laid.lanes]
-            assert sum(own) == pytest.approx(team["sequences"] / plan["step_seconds"])
-            formats += list(laid.formats) * team["dp"]
-            limits += [stage["memory_limit_bytes"] for stage in team["stages"]] * team["dp"]
+            assert laid_out == [stage["layers"] for stage in group["stages"]]
+            assert len(laid.replicas) == group["dp"]
+            assert (laid.schedule, laid.micro_batch) == (group["schedule"], group["micro_batch"])
+            assert laid.recompute == (group["recompute"] == "full")
+            assert laid.expert_replicas == group["ep"]
+            own = [next(rates) for _ in laid.replicas]
+            assert sum(own) == pytest.approx(group["sequences"] / plan["step_seconds"])
+            formats += list(laid.formats) * group["dp"]
+            limits += [stage["memory_limit_bytes"] for stage in group["stages"]] * group["dp"]
         check_formats(formats, layout)
         for rank, limit in enumerate(limits):
             assert held_bytes(config, layout, rank, "muon").total <= limit
-    assert sum(team["sequences"] for team in plan["teams"]) == plan["global_batch"]
+    assert sum(group["sequences"] for group in plan["teams"]) == plan["global_batch"]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -127,8 +127,8 @@ def plan_file(
     plan = planned(parse_fleet(fleet, "fleet"), config, rows=64)
     assert plan is not None
     assert plan["chips"] == 2
-    for team in plan["teams"]:
-        team.update(changed)
+    for group in plan["teams"]:
+        group.update(changed)
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
     return file, plan
@@ -149,8 +149,8 @@ def test_a_plan_for_a_pretended_fleet_is_played_by_the_workers_that_it_names(
     file, plan = plan_file(tmp_path, PRETEND)
     out = tmp_path / "run"
     said = pretrain(command(out, data, shape, precision="fp32", plan=file, emulate=fleet, emulate_by="wait"))
-    for rank, team in enumerate(plan["teams"]):
-        assert f"rank {rank} emulates chip 0 of pool {team['pools'][0]}" in said
+    for rank, group in enumerate(plan["teams"]):
+        assert f"rank {rank} emulates chip 0 of pool {group['pools'][0]}" in said
     assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
 
 

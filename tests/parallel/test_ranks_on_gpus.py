@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from spawned_ranks import free_port, on_crew
+from spawned_ranks import free_port, on_ranks
 from test_communicator import alone as alone  # fixtures
 from test_communicator import losses, torchrun
 from test_layouts import DEEP, TWO_STAGES, assert_same_steps, settings, take_steps
@@ -16,8 +16,8 @@ from test_resume import command
 from test_resume import data as data
 from test_resume import shape as shape
 
-from motley.parallel.communicator import Crew, join_crew
-from motley.parallel.layout import Layout, Team
+from motley.parallel.communicator import Communicator, join
+from motley.parallel.layout import Layout, PipelineGroup
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 ONE_GPU = pytest.mark.skipif(GPUS < 1, reason="this machine has no GPU")
@@ -41,21 +41,21 @@ def on_host(value: Any) -> Any:
     return type(value)(map(on_host, value)) if isinstance(value, list | tuple) else value
 
 
-def steps_on(crew: Crew, devices: list[str], cases: list[Any], port: int) -> tuple[bool, list[Any]]:
+def steps_on(comm: Communicator, devices: list[str], cases: list[Any], port: int) -> tuple[bool, list[Any]]:
     """Workers meet anew as torchrun's do, each on its device; how they talk, and what `take_steps` makes there."""
     dist.destroy_process_group()
-    os.environ |= {"RANK": str(crew.rank), "WORLD_SIZE": str(crew.size), "MASTER_PORT": str(port)}
-    device = torch.device(devices[crew.rank])
+    os.environ |= {"RANK": str(comm.rank), "WORLD_SIZE": str(comm.size), "MASTER_PORT": str(port)}
+    device = torch.device(devices[comm.rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    met = join_crew(device)
+    met = join(device)
     return met.by_host, on_host(take_steps(met, cases))
 
 
 def unequal(zero: int, sizes: tuple[int, int] = (1, 3)) -> Layout:
     """Two workers, the second three times as fast."""
-    teams = tuple(Team(((rank,),), (DEEP.num_hidden_layers,), micro_batch=size) for rank, size in enumerate(sizes))
-    return Layout(teams, zero=zero, rates=(1.0, 3.0))  # type: ignore[arg-type]
+    groups = tuple(PipelineGroup(((rank,),), (DEEP.num_hidden_layers,), micro_batch=size) for rank, size in enumerate(sizes))
+    return Layout(groups, zero=zero, rates=(1.0, 3.0))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow(15)
@@ -66,10 +66,10 @@ def test_workers_of_unequal_speed_take_the_step_of_a_single_process(devices: lis
     if len({device.split(":")[0] for device in devices}) == 1:  # copies on chips of several makes drift apart
         layouts.append(unequal(0))
     layouts.append(TWO_STAGES)
-    layouts.append(Layout((Team(((0,), (1,)), (DEEP.num_hidden_layers,), experts=(3, 1), micro_batch=2),), zero=1))
+    layouts.append(Layout((PipelineGroup(((0,), (1,)), (DEEP.num_hidden_layers,), experts=(3, 1), micro_batch=2),), zero=1))
     optimizers = ["muon", "adamw"]
     cases = [(layout, settings(optimizer=optimizers[n % 2]), n) for n, layout in enumerate(layouts)]
-    found = on_crew(2, steps_on, devices, cases, free_port())
+    found = on_ranks(2, steps_on, devices, cases, free_port())
     assert [host for host, _ in found] == [by_host] * 2
     assert_same_steps([steps for _, steps in found], cases, device=devices[0])
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_communicator import losses, torchrun
 from test_diloco import PIPELINE, island_of, learn
 from test_diloco import settings as island_settings
@@ -28,10 +28,10 @@ from test_resume import shape as shape
 
 from motley.data.tokenizer import train_tokenizer
 from motley.model import experts
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 from motley.parallel.diloco.diloco import Island
 from motley.parallel.full_state import TIED
-from motley.parallel.layout import Layout, Team, side_by_side
+from motley.parallel.layout import Layout, PipelineGroup, side_by_side
 from motley.parallel.rank import Worker
 from motley.train.checkpoint import checkpoints, save_checkpoint
 from motley.train.trainer import Course, begin
@@ -74,9 +74,9 @@ def assert_same_step(found: Any, unharmed: Any, about: Any) -> None:
 
 CHAIN = {  # each crew goes on from the folder of the one before
     "alone": side_by_side(1, 4, 2),
-    "two in a pipeline": Layout((Team(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2),), zero=1),
+    "two in a pipeline": Layout((PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2),), zero=1),
     "two with 1 and 3 experts beside a pipeline of two": Layout(
-        (Team(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), Team(((2, 3),), (3, 1), micro_batch=3)), zero=1
+        (PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2, 3),), (3, 1), micro_batch=3)), zero=1
     ),
     "two at ZeRO 3": dataclasses.replace(side_by_side(2, 4, 2, zero=3), memory=(3.0, 1.0)),
     "three at ZeRO 2": dataclasses.replace(side_by_side(3, 4, 3, zero=2), memory=(1.0, 1.0, 4.0)),
@@ -86,17 +86,17 @@ CHAIN = {  # each crew goes on from the folder of the one before
 SHAPES = {"V3": DEEP, **ODD}
 
 
-def go_on(crew: Crew, layout: Layout, run: Path, again: Path, shape: str, chosen: dict[str, Any]) -> list[Any]:
+def go_on(comm: Communicator, layout: Layout, run: Path, again: Path, shape: str, chosen: dict[str, Any]) -> list[Any]:
     """Write again what a crew takes from the run's newest checkpoint; the next step, a checkpoint, the step after."""
     experts.PAD = FEW
-    worker = Worker(SHAPES[shape], settings(out=run, **chosen), layout, crew)
-    island = Island(worker, crew, [tuple(range(crew.size))], [1.0], 1)
+    worker = Worker(SHAPES[shape], settings(out=run, **chosen), layout, comm)
+    island = Island(worker, comm, [tuple(range(comm.size))], [1.0], 1)
     if (run / "checkpoints").is_dir():
         course = begin(island)
         write(again, island, course)
     else:
         course = Course()
-        island.take_state((dict(random_model(5, SHAPES[shape]).state_dict()), {}) if crew.leads else None)
+        island.take_state((dict(random_model(5, SHAPES[shape]).state_dict()), {}) if comm.leads else None)
     steps = []
     for number in range(2):
         step = course.at.step + number
@@ -116,7 +116,7 @@ def test_any_layout_goes_on_from_the_folder_of_any_other(shape: str, chosen: dic
     run, unharmed = tmp_path / "run", None
     for number, (name, layout) in enumerate(CHAIN.items()):
         again = tmp_path / f"again-{number}"
-        steps = on_crew(layout.workers, go_on, layout, run, again, shape, chosen)[0]
+        steps = on_ranks(layout.workers, go_on, layout, run, again, shape, chosen)[0]
         if number:
             folder = f"checkpoints/step-{number:08d}"
             for file in ("model.safetensors", "training.safetensors"):
@@ -134,7 +134,7 @@ ROWS = range(300, 306)
 
 
 def learn_on(
-    crew: Crew, sizes: Sequence[int], layouts: dict[int, Layout], run: Path, again: Path, chosen: dict[str, Any]
+    comm: Communicator, sizes: Sequence[int], layouts: dict[int, Layout], run: Path, again: Path, chosen: dict[str, Any]
 ) -> tuple[str, Any, Any]:
     """(what is said, a step of the island by itself right after the beginning, another one after a round).
 
@@ -146,7 +146,7 @@ def learn_on(
 
     def beginning() -> Island:
         nonlocal course
-        island = island_of(crew, sizes, [1.0] * len(sizes), config, ROUND, layouts)
+        island = island_of(comm, sizes, [1.0] * len(sizes), config, ROUND, layouts)
         if (run / "checkpoints").is_dir():
             course = begin(island)
         return island
@@ -173,7 +173,7 @@ def assert_new_optimizer(state: Path) -> None:
 @pytest.mark.parametrize("chosen", [{}, APART], ids=["together", "apart"])
 def test_any_number_of_islands_goes_on_from_the_folder_of_any_other(chosen: dict[str, Any], tmp_path: Path):
     one, two = tmp_path / "one", tmp_path / "two"
-    ((_, _, unharmed),) = on_crew(1, learn_on, [1], {}, one, tmp_path, chosen)
+    ((_, _, unharmed),) = on_ranks(1, learn_on, [1], {}, one, tmp_path, chosen)
 
     # One becomes two. What a save that was killed left of two islands before belongs to another life of the run.
     shutil.copytree(one, two)
@@ -183,7 +183,7 @@ def test_any_number_of_islands_goes_on_from_the_folder_of_any_other(chosen: dict
     save_file({}, left / "training.safetensors")
     (left / "training.json").write_text("{}")
     again = tmp_path / "again-two"
-    first, _, second = on_crew(3, learn_on, TWO, {0: PIPELINE}, two, again, chosen)
+    first, _, second = on_ranks(3, learn_on, TWO, {0: PIPELINE}, two, again, chosen)
     assert first[0].splitlines() == [
         "1 island wrote the checkpoint, 2 go on from the shared model",
         f"island 0 finds nothing of its own in {left}: it begins from the shared model, with the optimizer state of "
@@ -202,7 +202,7 @@ def test_any_number_of_islands_goes_on_from_the_folder_of_any_other(chosen: dict
     # Two become three, each of the two with what was its own.
     three, again, step = tmp_path / "three", tmp_path / "again-three", "step-00000004"
     shutil.copytree(two, three)
-    by_worker = on_crew(4, learn_on, THREE, {}, three, again, chosen)
+    by_worker = on_ranks(4, learn_on, THREE, {}, three, again, chosen)
     assert "2 islands wrote the checkpoint, 3 go on from the shared model" in by_worker[0][0]
     assert [said.count("finds nothing of its own") for said, *_ in by_worker] == [0, 0, 0, 1]
     for file in ("model.safetensors", "training.safetensors", "outer.safetensors"):
@@ -219,7 +219,7 @@ def test_any_number_of_islands_goes_on_from_the_folder_of_any_other(chosen: dict
     # Two become one: the shared model, with the optimizer state of island 0.
     again = tmp_path / "again-one"
     layouts = {0: side_by_side(3, 3, 2, zero=3)}
-    by_worker_of_one = on_crew(3, learn_on, [3], layouts, two, again, chosen)
+    by_worker_of_one = on_ranks(3, learn_on, [3], layouts, two, again, chosen)
     assert by_worker_of_one[0][0] == "2 islands wrote the checkpoint, 1 go on from the shared model\n"
     for file in ("model.safetensors", "training.safetensors"):
         assert_same_tensors(again / "checkpoints" / step / file, three / "checkpoints" / step / file)

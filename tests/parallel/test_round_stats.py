@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from spawned_ranks import free_port, on_crew
+from spawned_ranks import free_port, on_ranks
 from test_diloco import island_of, learn, settings
 from test_resume import command
 from test_resume import data as data  # the fixtures
@@ -18,27 +18,27 @@ from test_resume import shape as shape
 from test_torchrun import plan_of
 from told_ranks import assert_all_workers_are_told
 
-from motley.parallel.communicator import Crew
-from motley.parallel.diloco.round_stats import Crossing, Doings, RoundWatch, spans_of, timing_of
-from motley.parallel.telemetry.dashboard import crew_table
-from motley.parallel.telemetry.step_stats import Timing
-from motley.parallel.telemetry.step_timer import KINDS, OTHER, Stopwatch
+from motley.parallel.communicator import Communicator
+from motley.parallel.diloco.round_stats import Crossing, RankRound, RoundWatch, spans_of, timing_of
+from motley.parallel.telemetry.dashboard import ranks_table
+from motley.parallel.telemetry.step_stats import StepStats
+from motley.parallel.telemetry.step_timer import KINDS, OTHER, StepTimer
 from motley.train.metrics import read_metrics
 
 ISLANDS, LEADERS = [0, 0, 1], [0, 2]
 
 
-def doings(*, reached: float, crossings: list[Crossing], paused: float = 0.0, **told: Any) -> Doings:
+def rank_round(*, reached: float, crossings: list[Crossing], paused: float = 0.0, **told: Any) -> RankRound:
     seconds = dict.fromkeys(KINDS, 0.0) | {"forward": 3.0, "gradients": 1.0}
-    return Doings(reached=reached, crossings=crossings, paused=paused, seconds=seconds, **told)
+    return RankRound(reached=reached, crossings=crossings, paused=paused, seconds=seconds, **told)
 
 
 ROUND = [  # island 1 sends the first fragment last, island 0 the second one, after its workers had a checkpoint
-    doings(lane=0, tokens=20, reached=9.0, paused=0.5, memory=5.0, sent=7.0, received=8.0,
+    rank_round(replica=0, tokens=20, reached=9.0, paused=0.5, memory=5.0, sent=7.0, received=8.0,
            crossings=[Crossing(2.0, 2.0, 4.5, 5.0), Crossing(8.0, 8.0, 8.5, 9.0)]),
-    doings(lane=1, tokens=40, reached=9.0, paused=0.5,
+    rank_round(replica=1, tokens=40, reached=9.0, paused=0.5,
            crossings=[Crossing(2.0, 2.5, 5.0, 5.0), Crossing(8.0, 8.25, 9.0, 9.0)]),
-    doings(lane=0, tokens=60, reached=10.0, paused=0.5,
+    rank_round(replica=0, tokens=60, reached=10.0, paused=0.5,
            crossings=[Crossing(4.0, 4.0, 4.5, 5.0), Crossing(7.0, 7.0, 8.5, 9.5)]),
 ]  # fmt: skip
 
@@ -47,7 +47,7 @@ def test_what_a_worker_did_is_a_list_of_numbers_that_says_it_all():
     for one in ROUND:
         numbers = one.numbers()
         assert all(isinstance(number, float | int) for number in numbers)
-        assert Doings.of(numbers) == one
+        assert RankRound.of(numbers) == one
 
 
 def test_a_round_has_the_form_of_a_step_whose_parts_add_up_for_every_worker():
@@ -66,8 +66,8 @@ def test_a_round_has_the_form_of_a_step_whose_parts_add_up_for_every_worker():
 
 
 def test_workers_of_one_lane_share_its_rows():
-    team = [doings(lane=0, tokens=30, reached=1.0, crossings=[]) for _ in range(2)]
-    timing = timing_of([*team, doings(lane=0, tokens=10, reached=1.0, crossings=[])], ISLANDS, seq_len=10)
+    group = [rank_round(replica=0, tokens=30, reached=1.0, crossings=[]) for _ in range(2)]
+    timing = timing_of([*group, rank_round(replica=0, tokens=10, reached=1.0, crossings=[])], ISLANDS, seq_len=10)
     assert (timing.rows, timing.share) == ([3, 1], [0.75, 0.75, 0.25])
 
 
@@ -92,7 +92,7 @@ def test_at_a_meeting_one_waits_for_who_sent_last_for_its_leader_or_for_the_link
 
 def test_what_a_step_took_besides_counts_as_a_pause_and_its_messages_as_bytes():
     now = 100.0
-    stopwatch = Stopwatch(lambda: now)
+    stopwatch = StepTimer(lambda: now)
     watch = RoundWatch(stopwatch, fragments=1)
     for _ in range(2):
         stopwatch.begin()
@@ -102,14 +102,14 @@ def test_what_a_step_took_besides_counts_as_a_pause_and_its_messages_as_bytes():
         watch.stepped(tokens=7, seconds=3.0)
         stopwatch.moved(1, 1)
         watch.carried()
-    found = watch.doings
+    found = watch.rank_round
     assert (found.tokens, found.paused, found.seconds["forward"]) == (14, 2.0, 8.0)
     assert (found.sent, found.received) == (12, 14)
 
 
-def shown(about: dict[str, Any], timing: Timing) -> list[str]:
+def shown(about: dict[str, Any], timing: StepStats) -> list[str]:
     console = Console(file=io.StringIO(), width=120)
-    console.print(crew_table(about, timing))
+    console.print(ranks_table(about, timing))
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
@@ -119,25 +119,25 @@ def test_the_table_names_the_island_of_each_worker_and_how_long_it_waited_at_mee
     assert lines[0] == ["worker", "island", "chip", "tokens/s", "share", "idle", "meetings", "memory", "link"]
     assert [line[:3] for line in lines[1:]] == [["0", "0", "big"], ["1", "0", "big"], ["2", "1", "small"]]
     assert lines[3][3:7] == ["20", "50%", "30%", "20%"]
-    assert shown(about, Timing()) == ["the workers of all islands are shown from their first meeting on"]
+    assert shown(about, StepStats()) == ["the workers of all islands are shown from their first meeting on"]
 
 
-def meet(crew: Crew) -> tuple[list[Timing], list[Any], int]:
-    island = island_of(crew, [2, 1], [2.0, 1.0], settings(fragments=2, overlap=1), 2, {})
-    calls, everyone = 0, Crew.everyone
+def meet(comm: Communicator) -> tuple[list[StepStats], list[Any], int]:
+    island = island_of(comm, [2, 1], [2.0, 1.0], settings(fragments=2, overlap=1), 2, {})
+    calls, everyone = 0, Communicator.everyone
 
-    def counted(self: Crew, values: Any) -> Any:
+    def counted(self: Communicator, values: Any) -> Any:
         nonlocal calls
         calls += self is island.world
         return everyone(self, values)
 
-    Crew.everyone = counted  # type: ignore[method-assign]
+    Communicator.everyone = counted  # type: ignore[method-assign]
     meetings = learn(island, 4, seconds=100.0)  # so long that none of it was a pause
     return [meeting.timing for meeting in meetings], [meeting.spans for meeting in meetings], calls
 
 
 def test_islands_know_of_all_workers_after_each_round_by_one_message():
-    told = on_crew(3, meet)
+    told = on_ranks(3, meet)
     assert told[1] == told[0]
     assert told[2] == told[0]
     timings, spans, calls = told[0]
@@ -159,8 +159,8 @@ def test_islands_know_of_all_workers_after_each_round_by_one_message():
 @pytest.mark.slow(30)
 def test_a_launched_fleet_tells_of_every_worker_of_two_islands(data: Path, shape: Path, tmp_path: Path):
     plan = plan_of({"near": (1, 2), "far": (1, 1)}, [(["near"], 2, [2]), (["far"], 1, [2])])
-    for island, team in enumerate(plan["teams"]):
-        team["island"] = island
+    for island, group in enumerate(plan["teams"]):
+        group["island"] = island
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     chosen = {"precision": "fp32", "steps": 15, "sync_every": 5, "checkpoint_every": 15, "valid_every": 15}
     job = shlex.join(command(tmp_path / "run", data, shape, **chosen)[3:])
@@ -170,5 +170,5 @@ def test_a_launched_fleet_tells_of_every_worker_of_two_islands(data: Path, shape
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert_all_workers_are_told(tmp_path / "run", done.stderr, [0, 0, 1], tmp_path / "report.html")
-    crew = next(record for record in read_metrics(tmp_path / "run") if record["kind"] == "crew")
-    assert crew["predicted_step_seconds"] > 0
+    comm = next(record for record in read_metrics(tmp_path / "run") if record["kind"] == "crew")
+    assert comm["predicted_step_seconds"] > 0

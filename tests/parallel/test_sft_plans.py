@@ -22,7 +22,7 @@ from motley.data.tokenizer import Tokenizer
 from motley.files import read_json
 from motley.model import SIZES, ModelConfig, Transformer, save
 from motley.parallel.build import as_planned
-from motley.train.config import FinetuneConfig
+from motley.train.config import SftConfig
 
 STEPS = 24
 
@@ -85,7 +85,7 @@ def test_uneven_rows_of_a_plan_learn_what_one_process_learns_also_after_one_was_
     base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     file, plan = plan_file(tmp_path, PRETEND, ModelConfig.from_hf(read_json(base / "config.json")))
-    rows = [team["sequences"] for team in plan["teams"]]
+    rows = [group["sequences"] for group in plan["teams"]]
     assert rows[0] != rows[1], "the plan is uneven"
     file.write_text(json.dumps(plan | {"model": "no network that is known", "global_batch": 8}))
     alone, out = tmp_path / "alone", tmp_path / "run"
@@ -123,11 +123,11 @@ def test_a_pipeline_of_a_plan_that_was_killed_goes_on_bit_for_bit(
 def test_a_plan_chooses_rows_but_not_the_weights_to_start_from(capsys: pytest.CaptureFixture[str]) -> None:
     plan = {"model": "nano", "seq_len": 512, "global_batch": 24}
     nano = dataclasses.replace(SIZES["nano"], vocab_size=300)
-    config = as_planned(FinetuneConfig(), plan, True, nano)
+    config = as_planned(SftConfig(), plan, True, nano)
     assert (config.model, config.seq_len, config.batch_rows) == (Path("runs/default"), 512, 24)
     assert capsys.readouterr().err == "from the plan: --seq-len 512, --batch-rows 24\n"
     other: ModelConfig = dataclasses.replace(nano, num_hidden_layers=1)
-    as_planned(FinetuneConfig(batch_rows=40), plan, True, other)
+    as_planned(SftConfig(batch_rows=40), plan, True, other)
     said = capsys.readouterr().err
     assert "--model runs/default, although the plan was made for nano: its times will not be those of this run" in said
     assert "--batch-rows 40, although the plan was made for 24" in said

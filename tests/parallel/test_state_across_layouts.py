@@ -5,33 +5,33 @@ from typing import Any
 
 import pytest
 import torch
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_gradients import random_model
 from test_layouts import DEEP, FEW, Rows, error, settings
 
 from motley.model import experts
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import Layout, Team, side_by_side
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import Layout, PipelineGroup, side_by_side
 from motley.parallel.rank import Worker
 
 CHAIN = [  # each takes over from the one before
     dataclasses.replace(side_by_side(3, 4, 2, zero=1), memory=(1.0, 4.0, 1.0)),
     Layout(
-        (Team(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2), Team(((2,),), (4,), micro_batch=3)), zero=0
+        (PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=3)), zero=0
     ),
     dataclasses.replace(side_by_side(3, 4, 2, zero=3), memory=(3.0, 1.0, 1.0)),
-    Layout((Team(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), Team(((2,),), (4,), micro_batch=1)), zero=1),
+    Layout((PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=1)), zero=1),
     dataclasses.replace(side_by_side(3, 4, 2, zero=2), memory=(1.0, 1.0, 4.0)),
 ]
 
 
-def take_turns(crew: Crew, layouts: list[Layout], optimizer: str) -> Any:
+def take_turns(comm: Communicator, layouts: list[Layout], optimizer: str) -> Any:
     """(losses of a step by each layout, weights, optimizer state at the end), the state handed on each time."""
     experts.PAD = FEW
-    state: Any = (dict(random_model(5, DEEP).state_dict()), {}) if crew.leads else None
+    state: Any = (dict(random_model(5, DEEP).state_dict()), {}) if comm.leads else None
     losses = []
     for step, layout in enumerate(layouts):
-        worker = Worker(DEEP, settings(optimizer=optimizer), layout, crew)
+        worker = Worker(DEEP, settings(optimizer=optimizer), layout, comm)
         worker.take_state(state)
         found, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
         worker.update(found, norm, 0.01)
@@ -43,9 +43,9 @@ def take_turns(crew: Crew, layouts: list[Layout], optimizer: str) -> Any:
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_layouts_that_take_over_from_each_other_train_as_one_process_does(optimizer: str):
-    losses, state = on_crew(3, take_turns, CHAIN, optimizer)[0]
+    losses, state = on_ranks(3, take_turns, CHAIN, optimizer)[0]
     alone = [side_by_side(1, 4, 2)] * len(CHAIN)
-    expected, (weights, states) = on_crew(1, take_turns, alone, optimizer)[0]
+    expected, (weights, states) = on_ranks(1, take_turns, alone, optimizer)[0]
     for ours, theirs in zip(losses, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     for found, wanted in zip(state, (weights, states), strict=True):

@@ -6,21 +6,21 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_gradients import random_model
 from test_layouts import DEEP, FEW, ROWS, Rows, settings
 
-from motley.errors import CrewError
+from motley.errors import CommunicationError
 from motley.model import experts
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import Layout, Team, side_by_side
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import Layout, PipelineGroup, side_by_side
 from motley.parallel.rank import Worker
-from motley.parallel.telemetry.dashboard import MOST_LINES, crew_table
-from motley.parallel.telemetry.step_stats import DRAWN, Timing, everyones_spans, introduction, is_drawn
-from motley.parallel.telemetry.step_timer import KINDS, WAITS, Span, Stopwatch, visible
+from motley.parallel.telemetry.dashboard import MOST_LINES, ranks_table
+from motley.parallel.telemetry.step_stats import DRAWN, StepStats, all_spans, introduction, is_drawn
+from motley.parallel.telemetry.step_timer import KINDS, WAITS, Span, StepTimer, visible
 
-PIPELINE = Layout((Team(((0, 1, 2),), (1, 2, 1), micro_batch=2),))
-EXPERTS = Layout((Team(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), Team(((2,),), (4,), micro_batch=2)), zero=1)
+PIPELINE = Layout((PipelineGroup(((0, 1, 2),), (1, 2, 1), micro_batch=2),))
+EXPERTS = Layout((PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=2)), zero=1)
 
 
 class Clock:
@@ -35,7 +35,7 @@ class Clock:
 
 def test_the_parts_of_a_step_add_up_and_waits_inside_work_are_no_work():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     clock.now += 1
     with watch.at("forward", 0):
         clock.now += 2
@@ -60,7 +60,7 @@ def test_the_parts_of_a_step_add_up_and_waits_inside_work_are_no_work():
 
 def test_a_new_step_forgets_the_last_one():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     with watch.at("forward"):
         clock.now += 1
     watch.moved(5, 7)
@@ -70,15 +70,15 @@ def test_a_new_step_forgets_the_last_one():
 
 def test_a_failure_inside_ends_the_wait():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
 
     def fail() -> None:
         clock.now += 1
         raise RuntimeError("Connection closed by peer")
 
-    crew = Crew(0, 2, watch=watch)
-    with pytest.raises(CrewError, match="adding up"):
-        crew.talk("adding up", fail)
+    comm = Communicator(0, 2, watch=watch)
+    with pytest.raises(CommunicationError, match="adding up"):
+        comm.talk("adding up", fail)
     clock.now += 2
     watch.stop()
     assert (watch.seconds["numbers"], watch.seconds["other"]) == (1, 2)
@@ -95,24 +95,24 @@ def test_what_cannot_be_seen_is_left_out_and_does_not_part_its_neighbours():
     assert visible(spans, 10) == [Span("forward", 3, (), 0, 6), Span("neighbour", -1, (1,), 6, 9.999)]
 
 
-def one_step(crew: Crew, layout: Layout) -> tuple[Timing, list[list[Span]], dict[str, Any]]:
+def one_step(comm: Communicator, layout: Layout) -> tuple[StepStats, list[list[Span]], dict[str, Any]]:
     experts.PAD = FEW
-    worker = Worker(DEEP, settings(), layout, crew)
-    worker.take_state((dict(random_model(0, DEEP).state_dict()), {}) if crew.leads else None)
-    crew.everyone([0.0])
+    worker = Worker(DEEP, settings(), layout, comm)
+    worker.take_state((dict(random_model(0, DEEP).state_dict()), {}) if comm.leads else None)
+    comm.everyone([0.0])
     worker.update(*worker.gradient(Rows(), 0), 1e-3)  # type: ignore[arg-type]
     worker.share_again()
-    spans = crew.all_values(list(crew.watch.spans))
-    for drawn, all_of_it in zip(everyones_spans(crew, worker.timing.step_seconds), spans, strict=True):
+    spans = comm.all_values(list(comm.watch.spans))
+    for drawn, all_of_it in zip(all_spans(comm, worker.timing.step_seconds), spans, strict=True):
         assert {tuple(span[:3]) for span in drawn} <= {span[:3] for span in all_of_it}
-    return worker.timing, spans, introduction(crew, worker.place, ROWS)
+    return worker.timing, spans, introduction(comm, worker.place, ROWS)
 
 
 @pytest.mark.parametrize(
     "layout", [PIPELINE, EXPERTS, side_by_side(3, 4, 2, zero=1)], ids=["pipeline", "experts", "rows"]
 )
 def test_every_second_of_every_worker_is_accounted_for_and_what_one_sends_another_gets(layout: Layout):
-    answers = on_crew(3, one_step, layout)
+    answers = on_ranks(3, one_step, layout)
     timing, spans, about = answers[0]
     assert answers[1][0] == timing  # the same numbers everywhere
     assert answers[2][1] == spans
@@ -146,24 +146,24 @@ def test_every_second_of_every_worker_is_accounted_for_and_what_one_sends_anothe
 
 
 def test_a_crew_of_one_keeps_no_messages():
-    (answer,) = on_crew(1, one_step, side_by_side(1, 4, 2))
+    (answer,) = on_ranks(1, one_step, side_by_side(1, 4, 2))
     timing, _, about = answer
     assert (timing.sent, timing.idle_share, timing.share, about["lanes"]) == ([0], [0], [1], [0])
 
 
-def made_up(workers: int) -> Timing:
+def made_up(workers: int) -> StepStats:
     seconds = [
         {kind: 0.0 for kind in KINDS} | {"forward": 1.0 + rank, "gradients": 9.0 - rank / 10} for rank in range(workers)
     ]
     each = [1e9] * workers
-    return Timing([1] * workers, 10.0, seconds, [100] * workers, [1 / workers] * workers, each, each, each)
+    return StepStats([1] * workers, 10.0, seconds, [100] * workers, [1 / workers] * workers, each, each, each)
 
 
 @pytest.mark.parametrize("workers", [1, 4, 40])
 def test_the_table_shows_every_worker_or_of_many_the_slowest_and_the_most_idle(workers: int):
     timing = made_up(workers)
     console = Console(file=io.StringIO(), width=110)
-    console.print(crew_table({"names": [f"chip [{rank}]" for rank in range(workers)]}, timing))
+    console.print(ranks_table({"names": [f"chip [{rank}]" for rank in range(workers)]}, timing))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 1 + min(workers, MOST_LINES - 1)
     assert lines[0].split() == ["worker", "chip", "tokens/s", "share", "idle", "memory", "link"]
@@ -177,7 +177,7 @@ def test_the_table_shows_every_worker_or_of_many_the_slowest_and_the_most_idle(w
 
 def test_before_the_first_step_the_table_is_only_its_head():
     console = Console(file=io.StringIO(), width=110)
-    console.print(crew_table({"names": ["a", "b"]}, Timing()))
+    console.print(ranks_table({"names": ["a", "b"]}, StepStats()))
     assert len(console.file.getvalue().splitlines()) == 1  # type: ignore[attr-defined]
 
 

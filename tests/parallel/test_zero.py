@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 from live_bytes import LiveBytes
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_layouts import FEW, Rows, settings
 
 from motley.model import SIZES, Transformer, experts
-from motley.parallel import buckets as traffic
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import IslandLayout, Layout, Team
+from motley.parallel import buckets as buckets
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import IslandLayout, Layout, PipelineGroup
 from motley.parallel.memory_fit import dealt
 from motley.parallel.rank import Worker
-from motley.parallel.zero.partition import bytes_kept_once, held_bytes, parts_of, update_work
+from motley.parallel.zero.partition import bytes_kept_once, held_bytes, shards_of, update_work
 
 WIDE = dataclasses.replace(  # weights outweigh the activations of a few short rows
     SIZES["nano"], vocab_size=512, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
@@ -25,19 +25,19 @@ MEMORY = (1.0, 3.0, 2.0)
 
 
 def layout(zero: int) -> Layout:
-    teams = tuple(Team(((rank,),), (8,), micro_batch=1) for rank in range(3))
-    return Layout(teams, zero=zero, memory=MEMORY, rates=(1.0, 3.0, 6.0))  # type: ignore[arg-type]
+    groups = tuple(PipelineGroup(((rank,),), (8,), micro_batch=1) for rank in range(3))
+    return Layout(groups, zero=zero, memory=MEMORY, rates=(1.0, 3.0, 6.0))  # type: ignore[arg-type]
 
 
-def keep(crew: Crew, cases: list[tuple[int, str, float, str]]) -> list[Any]:
+def keep(comm: Communicator, cases: list[tuple[int, str, float, str]]) -> list[Any]:
     """For each case, after a step: bytes of weights, gradients, optimizer state; the most that exchanging them adds."""
-    experts.PAD, traffic.MESSAGE_BYTES = FEW, 1 << 16
+    experts.PAD, buckets.MESSAGE_BYTES = FEW, 1 << 16
     found = []
     for zero, optimizer, mtp, moments in cases:
-        worker = Worker(WIDE, settings(optimizer=optimizer, mtp_weight=mtp, moments=moments), layout(zero), crew)
+        worker = Worker(WIDE, settings(optimizer=optimizer, mtp_weight=mtp, moments=moments), layout(zero), comm)
         whole = Transformer(WIDE)
         whole.initialize(0)
-        worker.take_state((dict(whole.state_dict()), {}) if crew.leads else None)
+        worker.take_state((dict(whole.state_dict()), {}) if comm.leads else None)
         losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
         worker.update(losses, norm, 0.01)
         with LiveBytes() as live:
@@ -53,7 +53,7 @@ def keep(crew: Crew, cases: list[tuple[int, str, float, str]]) -> list[Any]:
 def test_a_worker_keeps_what_the_layout_says_to_the_byte_and_exchanging_it_makes_no_second_copy():
     ways = (("muon", 0.3, "fp32"), ("adamw", 0.0, "fp32"), ("muon", 0.3, "bf16"), ("adamw", 0.3, "bf16"))
     cases = [(zero, *way) for zero in range(4) for way in (ways if zero in (0, 1) else ways[:2])]
-    for rank, answers in enumerate(on_crew(3, keep, cases)):
+    for rank, answers in enumerate(on_ranks(3, keep, cases)):
         for (zero, optimizer, mtp, moments), (kept, added) in zip(cases, answers, strict=True):
             said = held_bytes(WIDE, layout(zero), rank, optimizer, bool(mtp), moments)  # type: ignore[arg-type]
             assert kept == (said.weights, said.gradients, said.optimizer), (zero, optimizer, moments, rank)
@@ -77,7 +77,7 @@ def deal(zero: int, budgets: tuple[float, ...], speeds: tuple[float, ...] = (1.0
 def work_of(layout: Layout) -> list[float]:
     """Share of the update that each worker does."""
     work = [0.0] * layout.workers
-    for part in parts_of(WIDE, layout, "muon"):
+    for part in shards_of(WIDE, layout, "muon"):
         work[part.owner] += update_work(part, "muon")
     return [own / sum(work) for own in work]
 
@@ -93,7 +93,7 @@ def test_updates_are_dealt_by_speed_where_memory_is_plenty(zero: int) -> None:
 def test_a_slow_worker_with_memory_keeps_what_fast_ones_have_no_room_for(zero: int) -> None:
     held = held_bytes(WIDE, layout(zero), 0, "muon")
     anyway = (held.weights if zero < 3 else 0) + (held.gradients if zero < 2 else 0)
-    needed = sum(bytes_kept_once(part, layout(zero), "muon") for part in parts_of(WIDE, layout(zero), "muon"))
+    needed = sum(bytes_kept_once(part, layout(zero), "muon") for part in shards_of(WIDE, layout(zero), "muon"))
     speeds, budgets = (1.0, 1.0, 10.0), (anyway + 4 * needed, anyway + 0.6 * needed, anyway + 0.4 * needed)
     found = deal(zero, budgets, speeds)
     for rank in range(3):
@@ -113,15 +113,15 @@ def test_without_room_or_anything_kept_once_only_the_first_shares_are_dealt() ->
     assert deal(0, (needed,) * 3, (1.0, 2.0, 5.0)).rates == (1.0, 2.0, 5.0)
 
 
-def passing(crew: Crew) -> list[int]:
+def passing(comm: Communicator) -> list[int]:
     """The most bytes that the passes of a step make, activations included, at ZeRO 2 and 3."""
-    experts.PAD, traffic.MESSAGE_BYTES = FEW, 1 << 16
+    experts.PAD, buckets.MESSAGE_BYTES = FEW, 1 << 16
     peaks = []
     for zero in (2, 3):
-        worker = Worker(WIDE, settings(micro_batch=1), layout(zero), crew)
+        worker = Worker(WIDE, settings(micro_batch=1), layout(zero), comm)
         whole = Transformer(WIDE)
         whole.initialize(0)
-        worker.take_state((dict(whole.state_dict()), {}) if crew.leads else None)
+        worker.take_state((dict(whole.state_dict()), {}) if comm.leads else None)
         with LiveBytes() as live:
             worker.gradient(Rows(), 0)  # type: ignore[arg-type]
         peaks.append(live.peak)
@@ -131,5 +131,5 @@ def passing(crew: Crew) -> list[int]:
 @pytest.mark.slow(10)
 def test_passes_never_hold_all_gradients_nor_all_weights_of_others():
     whole = held_bytes(WIDE, layout(0), 0, "muon").gradients
-    for peaks in on_crew(3, passing):
+    for peaks in on_ranks(3, passing):
         assert max(peaks) < whole

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from motley.errors import InputError
-from motley.train.config import FinetuneConfig, PretrainConfig, TrainingConfig
+from motley.train.config import SftConfig, PretrainConfig, TrainingConfig
 from motley.train.lr_schedule import check_stages
 
 BAD: dict[str, list[Any]] = {
@@ -22,7 +22,7 @@ BAD: dict[str, list[Any]] = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_a_setting_out_of_its_range_is_refused_by_name(name: str, value: Any) -> None:
     option = f"--{name.replace('_', '-')}"
-    for config in (TrainingConfig, PretrainConfig, FinetuneConfig):
+    for config in (TrainingConfig, PretrainConfig, SftConfig):
         with pytest.raises(InputError) as refused:
             config(**{name: value})
         assert str(refused.value).startswith(f"{option} is {value}; it must be ")
@@ -74,5 +74,5 @@ def test_a_length_into_which_rows_cannot_be_cut_is_refused(length: int) -> None:
 
 
 def test_conversations_are_never_cut() -> None:
-    assert not hasattr(FinetuneConfig(), "seq_len_warmup")
-    assert {FinetuneConfig(steps=10).length(step) for step in range(10)} == {FinetuneConfig().seq_len}
+    assert not hasattr(SftConfig(), "seq_len_warmup")
+    assert {SftConfig(steps=10).length(step) for step in range(10)} == {SftConfig().seq_len}

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_gradients import random_model
 from test_layouts import DEEP, FEW, ROWS, Rows, settings
 
 from motley.model import experts
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import Layout, Team
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import Layout, PipelineGroup
 from motley.parallel.rank import Worker
 from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
@@ -23,20 +23,20 @@ router over."""
 
 LAYOUTS = {
     "three side by side, uneven": Layout(
-        (Team(((0,), (1,), (2,)), (4,), micro_batch=2),), zero=1, memory=(1.0, 5.0, 2.0), rates=(1.0, 0.3, 3.0)
+        (PipelineGroup(((0,), (1,), (2,)), (4,), micro_batch=2),), zero=1, memory=(1.0, 5.0, 2.0), rates=(1.0, 0.3, 3.0)
     ),
     "a pipeline of 1 and 3 layers beside a whole model": Layout(
-        (Team(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2), Team(((2,),), (4,), micro_batch=3)), zero=0
+        (PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=3)), zero=0
     ),
     "experts 1 and 3 on two workers, one apart": Layout(
-        (Team(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), Team(((2,),), (4,), micro_batch=1)), zero=1
+        (PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=1)), zero=1
     ),
     "gradients kept once (ZeRO 2) by two workers, one with little memory": Layout(
-        tuple(Team(((rank,),), (4,), micro_batch=size) for rank, size in enumerate((2, 3))),
+        tuple(PipelineGroup(((rank,),), (4,), micro_batch=size) for rank, size in enumerate((2, 3))),
         zero=2, memory=(1.0, 5.0), rates=(1.0, 0.5),
     ),
     "weights kept once (ZeRO 3) by two workers, one with little memory": Layout(
-        tuple(Team(((rank,),), (4,), micro_batch=size) for rank, size in enumerate((2, 4))),
+        tuple(PipelineGroup(((rank,),), (4,), micro_batch=size) for rank, size in enumerate((2, 4))),
         zero=3, memory=(4.0, 1.0), rates=(1.0, 2.0),
     ),
 }  # fmt: skip
@@ -62,10 +62,10 @@ def of_one_process(name: OptimizerName) -> list[float]:
     return losses
 
 
-def of_a_crew(crew: Crew, layout: Layout, optimizer: OptimizerName) -> list[float]:
+def of_a_crew(comm: Communicator, layout: Layout, optimizer: OptimizerName) -> list[float]:
     experts.PAD = FEW
-    worker = Worker(DEEP, settings(optimizer=optimizer), layout, crew)
-    whole: dict[str, Any] | None = dict(random_model(0, DEEP).state_dict()) if crew.leads else None
+    worker = Worker(DEEP, settings(optimizer=optimizer), layout, comm)
+    whole: dict[str, Any] | None = dict(random_model(0, DEEP).state_dict()) if comm.leads else None
     worker.take_state(None if whole is None else (whole, {}))
     losses = []
     for step in range(STEPS):
@@ -82,5 +82,5 @@ def of_a_crew(crew: Crew, layout: Layout, optimizer: OptimizerName) -> list[floa
 )
 def test_the_losses_of_200_steps_are_those_of_a_single_process(name: str, optimizer: OptimizerName):
     expected = of_one_process(optimizer)
-    losses = on_crew(LAYOUTS[name].workers, of_a_crew, LAYOUTS[name], optimizer)[0]
+    losses = on_ranks(LAYOUTS[name].workers, of_a_crew, LAYOUTS[name], optimizer)[0]
     assert max(abs(ours - theirs) / theirs for ours, theirs in zip(losses, expected, strict=True)) <= 1e-5

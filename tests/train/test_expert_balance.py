@@ -15,7 +15,7 @@ from test_resume import shape as shape
 
 from motley.evaluate.report import write_report
 from motley.model import SIZES
-from motley.train.config import FinetuneConfig, PretrainConfig
+from motley.train.config import SftConfig, PretrainConfig
 from motley.train.expert_balance import FASTEST, SLOWEST, TRAVEL, Balance, ByLength, imbalance, patience
 from motley.train.metrics import read_metrics
 from motley.train.run_folder import as_begun, kept_speed, open_run
@@ -23,7 +23,7 @@ from motley.train.run_folder import as_begun, kept_speed, open_run
 NANO = SIZES["nano"]  # 8 experts, 2 for each token
 
 
-@pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig])
+@pytest.mark.parametrize("config", [PretrainConfig, SftConfig])
 def test_the_bias_can_travel_the_range_of_scores_in_a_short_run_and_takes_v3s_steps_in_a_long_one(config: type) -> None:
     speeds = {steps: config(steps=steps).bias_speed for steps in (1, 20, 120, 400, 1000, 10_000, 1_000_000)}
     assert list(speeds.values()) == sorted(speeds.values(), reverse=True)

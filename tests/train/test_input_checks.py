@@ -16,9 +16,9 @@ from motley.errors import InputError
 from motley.evaluate.command import EvalConfig, evaluate
 from motley.model import SIZES, load
 from motley.train.checkpoint import checkpoints
-from motley.train.config import FinetuneConfig, PretrainConfig
+from motley.train.config import SftConfig, PretrainConfig
 from motley.train.pretrain import pretrain
-from motley.train.sft import finetune
+from motley.train.sft import sft
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 CONVERSATIONS = [[Message("user", f"Say {word}."), Message("assistant", f"{word}!")] for word in WORDS]
@@ -99,7 +99,7 @@ def test_data_in_other_tokens_than_the_models_is_refused_everywhere(
     conversations = packed(other_data, tmp_path / "packed")
     for start in (
         lambda: pretrain(PretrainConfig(out=tmp_path / "a", data=(str(other_data),), model=str(base), **COMMON)),
-        lambda: finetune(FinetuneConfig(out=tmp_path / "b", data=(str(conversations),), model=base, **COMMON)),
+        lambda: sft(SftConfig(out=tmp_path / "b", data=(str(conversations),), model=base, **COMMON)),
         lambda: evaluate(EvalConfig(model=base, data=other_data, families=(), device="cpu")),
     ):
         with pytest.raises(InputError, match="made with another tokenizer than that of"):
@@ -109,7 +109,7 @@ def test_data_in_other_tokens_than_the_models_is_refused_everywhere(
 def test_text_is_no_conversations_and_conversations_are_no_text(base: Path, data: Path, tmp_path: Path) -> None:
     conversations = packed(data, tmp_path / "packed")
     with pytest.raises(InputError, match="holds text, and here --data must hold conversations"):
-        finetune(FinetuneConfig(out=tmp_path / "a", data=(str(data),), model=base, **COMMON))
+        sft(SftConfig(out=tmp_path / "a", data=(str(data),), model=base, **COMMON))
     with pytest.raises(InputError, match="holds conversations, and here --data must hold text"):
         pretrain(PretrainConfig(out=tmp_path / "b", data=(str(conversations),), **COMMON))
     with pytest.raises(InputError, match="holds conversations, and here --data must hold text"):
@@ -125,4 +125,4 @@ def test_rows_longer_than_the_models_positions_are_refused(base: Path, data: Pat
         with pytest.raises(InputError, match=f"is longer than the model's {longest} positions"):
             pretrain(PretrainConfig(out=tmp_path / "a", data=(str(data),), model=model, **too_long))
     with pytest.raises(InputError, match=f"is longer than the model's {longest} positions"):
-        finetune(FinetuneConfig(out=tmp_path / "b", data=(str(file),), model=base, **too_long))
+        sft(SftConfig(out=tmp_path / "b", data=(str(file),), model=base, **too_long))

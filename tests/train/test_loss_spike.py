@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from motley.data.pack import DataConfig, prepare
 from motley.errors import InputError
 from motley.model import SIZES, load
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 from motley.train.checkpoint import checkpoints, prune, step_folder
 from motley.train.config import PretrainConfig
 from motley.train.optimizer import Optimizer
@@ -117,7 +117,7 @@ def test_a_checkpoint_half_deleted_by_a_killed_run_does_not_look_whole(
         step_folder(tmp_path, step).mkdir(parents=True)
         (step_folder(tmp_path, step) / "training.json").write_text("{}")
 
-    one_island: Any = SimpleNamespace(world=Crew(), count=1)
+    one_island: Any = SimpleNamespace(world=Communicator(), count=1)
 
     def die(folder: Path) -> None:
         raise KeyboardInterrupt

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_gradients import SHAPE, random_batch, random_model
 from test_layouts import DEEP, FEW, ROWS, Rows, error, random_layout, settings
 from test_loss_spike import data as data  # the fixture
@@ -21,14 +21,14 @@ from motley.fleet.capabilities import capabilities
 from motley.fleet.device import ACTIVATIONS, Format
 from motley.fleet.probe import Machine, MatmulRate, choose_dtype, device_name
 from motley.model import ModelConfig, experts
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import Layout, Team, from_plan, side_by_side
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import Layout, PipelineGroup, from_plan, side_by_side
 from motley.parallel.rank import Worker
 from motley.train import loss_scaler as scale
 from motley.train import mixed_precision as precision
 from motley.train.checkpoint import checkpoints
 from motley.train.loss import summed_cross_entropy
-from motley.train.loss_scaler import LossScales, culprits
+from motley.train.loss_scaler import LossScaler, culprits
 from motley.train.mixed_precision import asked_format, check_formats, number_formats, wire_dtype
 from motley.train.pretrain import pretrain
 from motley.train.run_folder import Run
@@ -46,23 +46,23 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def employed(
-    crew: Crew, shape: ModelConfig, layout: Layout, seed: int, formats: list[Format], scales: list[float]
+    comm: Communicator, shape: ModelConfig, layout: Layout, seed: int, formats: list[Format], scales: list[float]
 ) -> Worker:
     experts.PAD = FEW
-    worker = Worker(shape, settings(), layout, crew, formats=formats)
+    worker = Worker(shape, settings(), layout, comm, formats=formats)
     worker.scales.values = list(scales)
-    whole = random_model(seed, shape).state_dict() if crew.leads else None
+    whole = random_model(seed, shape).state_dict() if comm.leads else None
     worker.take_state(None if whole is None else (dict(whole), {}))
     return worker
 
 
-def first_gradients(crew: Crew, cases: list[Case]) -> list[Any]:
+def first_gradients(comm: Communicator, cases: list[Case]) -> list[Any]:
     """Of every case: (this worker's parts of the first step's gradient, culprits)."""
     results = []
     for case in cases:
-        worker = employed(crew, *case)
+        worker = employed(comm, *case)
         losses, _ = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
-        parts = [part for part in worker.shards.trained if part.owner == crew.rank]
+        parts = [part for part in worker.shards.trained if part.owner == comm.rank]
         gradient = [(part, worker.shards.view(part).grad) for part in parts]
         results.append(
             ([(p.name, p.start, p.stop, grad.clone()) for p, grad in gradient if grad is not None], losses.culprits)
@@ -72,7 +72,7 @@ def first_gradients(crew: Crew, cases: list[Case]) -> list[Any]:
 
 def distances(size: int, cases: list[Case], reference: Format = "fp32") -> list[float]:
     """How far the gradient of each case is from a single process's in one format, relative to its length."""
-    by_worker = on_crew(size, first_gradients, cases)
+    by_worker = on_ranks(size, first_gradients, cases)
     found = []
     for index, (shape, _, seed, *_) in enumerate(cases):
         model = random_model(seed, shape)
@@ -137,13 +137,13 @@ def test_mixed_formats_give_the_gradient_within_their_rounding() -> None:
     assert max(found[1::2]) < 0.08
 
 
-PIPE = Layout((Team(((0, 1),), (2, 2), micro_batch=2), Team(((2,),), (4,), micro_batch=2)), zero=1)
-SHARED = Layout((Team(((0,), (1,)), (4,), (2, 2), micro_batch=2), Team(((2,),), (4,), micro_batch=2)))
+PIPE = Layout((PipelineGroup(((0, 1),), (2, 2), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=2)), zero=1)
+SHARED = Layout((PipelineGroup(((0,), (1,)), (4,), (2, 2), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=2)))
 
 
-def overflow(crew: Crew, layout: Layout, formats: list[Format], values: list[float], factor: float) -> Any:
+def overflow(comm: Communicator, layout: Layout, formats: list[Format], values: list[float], factor: float) -> Any:
     """(culprits, is the norm finite, what is said, scales afterwards) of a step; weights of layer 1 times `factor`."""
-    worker = employed(crew, DEEP, layout, 0, formats, values)
+    worker = employed(comm, DEEP, layout, 0, formats, values)
     for part in worker.shards.here:
         if part.name == "model.layers.1.self_attn.o_proj.weight":
             worker.shards.view(part).data *= factor
@@ -175,7 +175,7 @@ def test_an_overflow_is_no_step_anywhere_and_halves_the_scale_only_where_it_happ
     layout: Layout, formats: list[Format], values: list[float], factor: float, expected: list[int]
 ) -> None:
     halved = [value / 2 if rank in expected else value for rank, value in enumerate(values)]
-    for found, finite, said, after in on_crew(3, overflow, layout, formats, values, factor):
+    for found, finite, said, after in on_ranks(3, overflow, layout, formats, values, factor):
         assert (found, finite, after) == (expected, False, halved)
         assert said.endswith(f"overflowed fp16; loss scale now {halved[expected[0]]:g}")
 
@@ -196,7 +196,7 @@ def test_who_only_passes_on_what_is_broken_is_no_culprit() -> None:
 
 
 def test_a_scale_doubles_after_many_good_steps_and_never_where_none_is_needed() -> None:
-    scales = LossScales.of(["fp32", "fp16", "bf16", "fp16"])
+    scales = LossScaler.of(["fp32", "fp16", "bf16", "fp16"])
     assert scales.values == [1.0, 2.0**16, 1.0, 2.0**16]
     assert scales.follow([3]) == "worker 3 overflowed fp16; loss scale now 32768"
     for _ in range(scale.GOOD_STEPS):
@@ -205,7 +205,7 @@ def test_a_scale_doubles_after_many_good_steps_and_never_where_none_is_needed() 
 
 
 def test_at_the_lowest_scale_an_overflow_is_a_broken_step_like_any_other() -> None:
-    scales = LossScales([1.0, 4.0, 1.0], [0, 0, 0], [1, 2])
+    scales = LossScaler([1.0, 4.0, 1.0], [0, 0, 0], [1, 2])
     assert scales.follow([2]) is None
     assert scales.hopeless([2]) == "; worker 2 overflowed fp16 at a loss scale of 1: give it --precision fp32"
     assert scales.follow([0, 1]) is None, "worker 0 has none to lower"
@@ -214,9 +214,9 @@ def test_at_the_lowest_scale_an_overflow_is_a_broken_step_like_any_other() -> No
 
 
 def test_scales_of_a_checkpoint_go_on_and_another_crew_begins_at_the_lowest() -> None:
-    saved = dataclasses.asdict(LossScales([1.0, 64.0, 256.0], [5, 6, 7], [1, 2]))
+    saved = dataclasses.asdict(LossScaler([1.0, 64.0, 256.0], [5, 6, 7], [1, 2]))
     saved = json.loads(json.dumps(saved))
-    same, fewer, none = (LossScales.of(f) for f in (["bf16", "fp16", "fp16"], ["fp16", "fp32"], ["bf16"] * 3))
+    same, fewer, none = (LossScaler.of(f) for f in (["bf16", "fp16", "fp16"], ["fp16", "fp32"], ["bf16"] * 3))
     for scales in (same, fewer, none):
         scales.restore(saved)
     assert (same.values, same.good) == ([1.0, 64.0, 256.0], [5, 6, 7])
@@ -267,13 +267,13 @@ def test_a_run_finds_its_scale_and_goes_on_exactly(data: Path, tmp_path: Path, m
 def test_a_run_whose_last_gradient_overflows_is_still_complete(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    follow, seen = LossScales.follow, []
+    follow, seen = LossScaler.follow, []
 
-    def unlucky(self: LossScales, found: list[int]) -> str | None:
+    def unlucky(self: LossScaler, found: list[int]) -> str | None:
         seen.append(found)
         return follow(self, [0] if len(seen) == 13 else found)  # the gradient behind the last of 12 steps
 
-    monkeypatch.setattr(LossScales, "follow", unlucky)
+    monkeypatch.setattr(LossScaler, "follow", unlucky)
     pretrain(run_settings(tmp_path, data, precision="fp16"))
     assert len(seen) == 14
     assert checkpoints(tmp_path)[-1].name == "step-00000012"
@@ -357,27 +357,27 @@ def test_messages_are_bf16_only_if_every_worker_can_make_and_take_them() -> None
     assert wire_dtype(["bf16", "fp16"]) == wire_dtype(["fp32", "bf16"]) == wire_dtype(["fp16"]) == torch.float32
 
 
-def decide(crew: Crew, folder: Path, layout: Layout, asked: list[Any], chips: list[str]) -> Any:
+def decide(comm: Communicator, folder: Path, layout: Layout, asked: list[Any], chips: list[str]) -> Any:
     """(formats, who measured) by a crew of pretended chips, on which the first kind gains from bf16."""
     measuring: list[str] = []
 
     def measure(**_: Any) -> Machine:
-        measuring.append(chips[crew.rank])
-        return measured(chips[crew.rank], fp32=1, **({"bf16": 2} if chips[crew.rank] == chips[0] else {"fp16": 2}))
+        measuring.append(chips[comm.rank])
+        return measured(chips[comm.rank], fp32=1, **({"bf16": 2} if chips[comm.rank] == chips[0] else {"fp16": 2}))
 
-    precision.kind_of_chip = lambda device: chips[crew.rank]  # type: ignore[assignment]
+    precision.kind_of_chip = lambda device: chips[comm.rank]  # type: ignore[assignment]
     precision.device_name = lambda device: "the name of them all"  # type: ignore[assignment]
     precision.probe = measure  # type: ignore[assignment]
-    wish = asked_format(asked[crew.rank], None, layout, crew.rank)
-    return number_formats(wish, crew, Run(folder, None), measure), measuring
+    wish = asked_format(asked[comm.rank], None, layout, comm.rank)
+    return number_formats(wish, comm, Run(folder, None), measure), measuring
 
 
 def test_each_kind_of_chip_decides_once_for_itself_unless_told(tmp_path: Path) -> None:
     layout, chips = side_by_side(4, 4, 2), ["A100", "V100", "V100", "A100"]
-    found = on_crew(4, decide, tmp_path, layout, ["auto", "auto", "auto", "fp32"], chips)
+    found = on_ranks(4, decide, tmp_path, layout, ["auto", "auto", "auto", "fp32"], chips)
     assert [formats for formats, _ in found] == [["bf16", "fp16", "fp16", "fp32"]] * 4
     assert [who for _, who in found] == [["A100"], ["V100"], [], []]
-    later = on_crew(2, decide, tmp_path, side_by_side(2, 4, 2), ["auto"] * 2, ["V100", "A100"])
+    later = on_ranks(2, decide, tmp_path, side_by_side(2, 4, 2), ["auto"] * 2, ["V100", "A100"])
     assert later == [(["fp16", "bf16"], [])] * 2, "what was chosen stays, whatever is measured now"
 
 
@@ -388,9 +388,9 @@ def test_what_a_run_kept_by_the_name_of_a_chip_is_honoured_where_the_chip_can_do
         folder = tmp_path / kept
         folder.mkdir()
         (folder / "formats.json").write_text(json.dumps({"the name of them all": kept}))
-        found = on_crew(2, decide, folder, layout, ["auto"] * 2, chips)
+        found = on_ranks(2, decide, folder, layout, ["auto"] * 2, chips)
         assert [chosen for chosen, _ in found] == [formats] * 2
-        again = on_crew(2, decide, folder, layout, ["auto"] * 2, chips)
+        again = on_ranks(2, decide, folder, layout, ["auto"] * 2, chips)
         assert again == [(formats, [])] * 2, "kept by what they are now"
 
 
@@ -405,40 +405,40 @@ def test_a_run_that_goes_on_with_another_chip_of_the_same_name_measures_again(tm
         assert run.machine(cpu, now) == found
 
 
-def wait_for_measuring(crew: Crew, folder: Path) -> list[Format]:
+def wait_for_measuring(comm: Communicator, folder: Path) -> list[Format]:
     """Worker 1's chip is measured for longer than workers are patient otherwise."""
 
     def measure(**_: Any) -> Machine:
         time.sleep(4)
         return measured("slow", fp32=1)
 
-    precision.kind_of_chip = lambda device: str(crew.rank)  # type: ignore[assignment]
+    precision.kind_of_chip = lambda device: str(comm.rank)  # type: ignore[assignment]
     precision.probe = measure  # type: ignore[assignment]
-    crew = dataclasses.replace(crew, patience=2.0).acquainted()
-    return number_formats("auto", crew, Run(folder, None), lambda: measured("quick", fp32=1))
+    comm = dataclasses.replace(comm, timeout=2.0).acquainted()
+    return number_formats("auto", comm, Run(folder, None), lambda: measured("quick", fp32=1))
 
 
 def test_workers_wait_for_one_that_measures_as_long_as_that_may_take(tmp_path: Path) -> None:
-    assert on_crew(2, wait_for_measuring, tmp_path) == [["fp32", "fp32"]] * 2
+    assert on_ranks(2, wait_for_measuring, tmp_path) == [["fp32", "fp32"]] * 2
 
 
 def test_a_plan_says_what_its_chips_compute_in_unless_told(tmp_path: Path) -> None:
-    layout = Layout((Team(((0, 1),), (2, 2), formats=("bf16", "fp16")),))
-    found = on_crew(2, decide, tmp_path, layout, ["auto", "auto"], ["A100", "V100"])
+    layout = Layout((PipelineGroup(((0, 1),), (2, 2), formats=("bf16", "fp16")),))
+    found = on_ranks(2, decide, tmp_path, layout, ["auto", "auto"], ["A100", "V100"])
     assert found == [(["bf16", "fp16"], [])] * 2
-    found = on_crew(2, decide, tmp_path, layout, ["auto", "fp32"], ["A100", "V100"])
+    found = on_ranks(2, decide, tmp_path, layout, ["auto", "fp32"], ["A100", "V100"])
     assert found == [(["bf16", "fp32"], [])] * 2
 
 
 def test_workers_that_share_experts_compute_in_one_format() -> None:
-    layout = Layout((Team(((0,), (1,)), (4,), (2, 2)), Team(((2,),), (4,))))
+    layout = Layout((PipelineGroup(((0,), (1,)), (4,), (2, 2)), PipelineGroup(((2,),), (4,))))
     check_formats(["bf16", "bf16", "fp16"], layout)
     with pytest.raises(InputError, match="must compute in one format, but there are worker 0 bf16, worker 1 fp16;"):
         check_formats(["bf16", "fp16", "fp16"], layout)
 
 
 def test_a_plan_file_gives_every_stage_the_format_of_its_pool() -> None:
-    team: dict[str, Any] = {
+    group: dict[str, Any] = {
         "pools": ["new", "old"], "tp": {"new": 1, "old": 1}, "cp": 1, "zero": 1, "schedule": "1f1b", "island": 0,
         "dp": 1, "ep": 1, "recompute": "none", "micro_batch": 2, "sequences": 4,
         "precision": {"new": "bf16", "old": "fp16"},
@@ -448,8 +448,8 @@ def test_a_plan_file_gives_every_stage_the_format_of_its_pool() -> None:
             for pool, layers, head in (("new", [0, 2], False), ("old", [3, 3], True))
         ],
     }  # fmt: skip
-    plan = {"teams": [team], "step_seconds": 1.0}
-    assert from_plan(plan, DEEP).teams[0].formats == ("bf16", "fp16")
-    team["precision"]["old"] = "tf32"
+    plan = {"teams": [group], "step_seconds": 1.0}
+    assert from_plan(plan, DEEP).groups[0].formats == ("bf16", "fp16")
+    group["precision"]["old"] = "tf32"
     with pytest.raises(InputError, match="the plan computes in tf32 on new and old"):
         from_plan(plan, DEEP)

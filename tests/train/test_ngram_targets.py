@@ -16,7 +16,7 @@ from motley.errors import InputError
 from motley.model import ModelConfig, Transformer, native
 from motley.train.config import PretrainConfig
 from motley.train.loss import CHUNK, blended_cross_entropy
-from motley.train.ngram_targets import DISCOUNT, Expected, Hints, Ngrams, counts_of
+from motley.train.ngram_targets import DISCOUNT, Expected, NgramTargets, NgramCounts, counts_of
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import new_model_config, pretrain
 from motley.train.step import LossWeights, accumulate
@@ -63,7 +63,7 @@ def kneser_ney(text: list[int], a: int | None, b: int) -> list[float]:
 
 def test_what_is_expected_is_interpolated_kneser_ney() -> None:
     text = some_text(600)
-    ngrams = Ngrams.of(text, VOCAB)
+    ngrams = NgramCounts.of(text, VOCAB)
     rows = torch.tensor([[3, *text[40:45].tolist()], [47, 47, 0, 46, 5, 5]])  # 46 and 47 never occur
     found = ngrams.expected(rows).dense().view(2, 6, VOCAB)
     for row in range(2):
@@ -76,7 +76,7 @@ def test_what_is_expected_is_interpolated_kneser_ney() -> None:
 
 def test_counts_expect_unseen_text_better_the_more_of_it_they_look_back_at() -> None:
     text, unseen = some_text(20_000), torch.from_numpy(some_text(2000, seed=1).astype(np.int64))
-    ngrams = Ngrams.of(text, VOCAB)
+    ngrams = NgramCounts.of(text, VOCAB)
 
     def nats(distribution: Tensor) -> float:
         return -float(distribution[1:].gather(1, unseen[2:, None]).log().mean())
@@ -91,7 +91,7 @@ def expected_for(positions: int, vocab: int, generator: torch.Generator) -> Expe
     text = torch.randint(vocab, (5000,), generator=generator) % torch.randint(
         1, vocab + 1, (5000,), generator=generator
     )
-    return Ngrams.of(text.numpy(), vocab).expected(text[None, 100 : 100 + positions])
+    return NgramCounts.of(text.numpy(), vocab).expected(text[None, 100 : 100 + positions])
 
 
 def check_against_fp64(dtype: torch.dtype, positions: int, weight: float) -> None:
@@ -143,14 +143,14 @@ def test_the_kernel_learns_the_blended_cross_entropy_in_fp64(
 def test_a_new_model_learns_a_small_language_sooner() -> None:
     """Held-out loss after a few steps on little text, of which counts have seen more."""
     text, held_out = torch.from_numpy(some_text(40_000).astype(np.int64)), some_text(1000, seed=3)
-    ngrams = Ngrams.of(text.numpy(), VOCAB)
+    ngrams = NgramCounts.of(text.numpy(), VOCAB)
     shape = ModelConfig.from_hf(json.loads(TINY.read_text()) | {"vocab_size": VOCAB, "num_nextn_predict_layers": 0})
 
     def loss_after(steps: int, weight: float) -> float:
         model = Transformer(shape)
         model.initialize(0)
         optimizer = Optimizer(model.named_parameters(), "muon", 0.0, torch.float32)
-        weights = LossWeights(0.0, 0.0, Hints(ngrams, weight) if weight else None)
+        weights = LossWeights(0.0, 0.0, NgramTargets(ngrams, weight) if weight else None)
         for step in range(steps):
             rows = text[step * 65 : step * 65 + 65].view(1, 65)
             optimizer.zero_grad()
@@ -200,7 +200,7 @@ def test_pretraining_learns_from_the_counts_of_its_training_text(tmp_path: Path)
         rows = TokenStream(data, "train", 32, config.seed)
         model = Transformer(new_model_config(str(TINY), Tokenizer.load(data)))
         model.initialize(config.seed)
-        hints = Hints(counts_of(rows, model.config.vocab_size, torch.device("cpu")), weight) if weight else None
+        hints = NgramTargets(counts_of(rows, model.config.vocab_size, torch.device("cpu")), weight) if weight else None
         losses = accumulate(model, rows.rows(0, 4), 2, LossWeights(0.3, 1e-4, hints), confined=False)
         grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
         norms[weight] = float(torch.cat(grads).norm())

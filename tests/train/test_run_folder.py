@@ -11,10 +11,10 @@ import pytest
 from motley.demo.demo import DemoConfig, demo
 from motley.errors import InputError
 from motley.train import run_folder as run
-from motley.train.config import FinetuneConfig, PretrainConfig
+from motley.train.config import SftConfig, PretrainConfig
 from motley.train.pretrain import pretrain
 from motley.train.run_folder import claimed
-from motley.train.sft import finetune
+from motley.train.sft import sft
 
 HOLD = """
 import sys, time
@@ -34,7 +34,7 @@ def test_a_folder_that_another_process_works_in_is_left_alone_until_it_is_killed
         assert other.stdout.readline() == "held\n"
         for start in (
             lambda: pretrain(PretrainConfig(out=tmp_path)),
-            lambda: finetune(FinetuneConfig(out=tmp_path)),
+            lambda: sft(SftConfig(out=tmp_path)),
             lambda: demo(DemoConfig(out=tmp_path, serve=False)),
         ):
             with pytest.raises(InputError, match=f"another process is at work in {tmp_path};"):
@@ -48,7 +48,7 @@ def test_a_folder_that_another_process_works_in_is_left_alone_until_it_is_killed
 def test_a_folder_is_let_go_after_a_failure(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(InputError, match="nowhere is not a folder"):
-            finetune(FinetuneConfig(out=tmp_path / "run", model=tmp_path / "nowhere"))
+            sft(SftConfig(out=tmp_path / "run", model=tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("missing", ["module", "on this file system"])

@@ -19,9 +19,9 @@ from motley.errors import InputError
 from motley.infer.opening import open_engine
 from motley.infer.sampler import SamplingParams
 from motley.model import SIZES, Transformer, load, save
-from motley.train.config import FinetuneConfig
+from motley.train.config import SftConfig
 from motley.train.metrics import read_metrics
-from motley.train.sft import finetune
+from motley.train.sft import sft
 from motley.train.step import LossWeights, accumulate
 from motley.train.validation import loss_of, validate
 
@@ -150,8 +150,8 @@ def test_fine_tuning_in_fp8_learns_what_it_learns_in_fp32(base: Path, tmp_path: 
     losses: dict[str, list[float]] = {}
     for precision in ("fp32", "fp8"):
         out = tmp_path / precision
-        finetune(
-            FinetuneConfig(
+        sft(
+            SftConfig(
                 out=out, data=(str(file),), model=base, steps=20, batch_rows=4, seq_len=64, learning_rate=0.01,
                 precision=precision, device="cpu", valid_every=20,
             )
@@ -177,7 +177,7 @@ def test_a_line_that_is_no_conversation_is_named(line: str, said: str, base: Pat
     file = tmp_path / "conversations.jsonl"
     file.write_text(as_lines(CONVERSATIONS) + line + "\n")
     with pytest.raises(InputError) as refused:
-        finetune(FinetuneConfig(out=tmp_path / "run", data=(str(file),), model=base, steps=1, seq_len=64))
+        sft(SftConfig(out=tmp_path / "run", data=(str(file),), model=base, steps=1, seq_len=64))
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 

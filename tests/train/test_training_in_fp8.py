@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from test_layouts import DEEP, ROWS, Rows, random_layout
 from test_mixed_precision import SMOOTH, Case, distances, employed, few, for_groups  # noqa: F401  (a fixture)
 
 from motley.errors import InputError
 from motley.fleet.device import Format
 from motley.model import fp8
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import Layout, Team, side_by_side
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import Layout, PipelineGroup, side_by_side
 from motley.train import mixed_precision as precision
 from motley.train.mixed_precision import number_formats
 from motley.train.run_folder import Run
@@ -25,18 +25,18 @@ def test_the_gradient_of_any_layout_is_that_of_one_process_in_fp8_but_for_what_i
     """Tiles of tokens follow the micro-batches, and spread experts are weighed behind their products, not inside."""
     size, chance = 3, random.Random(5)
     layouts = [random_layout(size, chance), random_layout(size, chance)]
-    layouts.append(Layout((Team(((0, 1, 2),), (1, 2, 1), schedule="zero_bubble", micro_batch=2),), zero=1))
+    layouts.append(Layout((PipelineGroup(((0, 1, 2),), (1, 2, 1), schedule="zero_bubble", micro_batch=2),), zero=1))
     layouts.append(dataclasses.replace(side_by_side(size, DEEP.num_hidden_layers, 2), zero=3))
     cases: list[Case] = [(SMOOTH, layout, seed, ["fp8"] * size, [1.0] * size) for seed, layout in enumerate(layouts)]
-    shared = [any(team.experts for team in layout.teams) for layout in layouts]
+    shared = [any(group.experts for group in layout.groups) for layout in layouts]
     assert shared == [False, True, False, False]
     for distance, spread in zip(distances(size, cases, "fp8"), shared, strict=True):
         assert distance < (0.12 if spread else 0.04)
 
 
-def losses(crew: Crew, layout: Layout, formats: list[Format], steps: int) -> Any:
+def losses(comm: Communicator, layout: Layout, formats: list[Format], steps: int) -> Any:
     """(loss of every step, weights afterwards, held-out loss)."""
-    worker = employed(crew, SMOOTH, layout, 0, formats, [1.0] * crew.size)
+    worker = employed(comm, SMOOTH, layout, 0, formats, [1.0] * comm.size)
     seen = []
     for step in range(steps):
         found, norm = worker.gradient(Rows(), step % 2)  # type: ignore[arg-type]
@@ -50,8 +50,8 @@ def losses(crew: Crew, layout: Layout, formats: list[Format], steps: int) -> Any
 @pytest.mark.slow(4)
 def test_a_crew_of_fp8_and_fp32_learns_what_fp32_learns_and_stays_one_model() -> None:
     steps, layout = 12, dataclasses.replace(side_by_side(2, DEEP.num_hidden_layers, 2), zero=1)
-    (mixed, weights, held_out), (_, others, _) = on_crew(2, losses, layout, ["fp8", "fp32"], steps)
-    plain, _, expected = losses(Crew(), side_by_side(1, DEEP.num_hidden_layers, 2), ["fp32"], steps)
+    (mixed, weights, held_out), (_, others, _) = on_ranks(2, losses, layout, ["fp8", "fp32"], steps)
+    plain, _, expected = losses(Communicator(), side_by_side(1, DEEP.num_hidden_layers, 2), ["fp32"], steps)
     assert torch.equal(weights, others)
     assert plain[-1] < plain[0] - 0.3
     assert mixed == pytest.approx(plain, rel=0.05)
@@ -60,12 +60,12 @@ def test_a_crew_of_fp8_and_fp32_learns_what_fp32_learns_and_stays_one_model() ->
 
 def test_validation_reads_the_weights_as_bf16_does() -> None:
     alone = side_by_side(1, DEEP.num_hidden_layers, 2)
-    found = [losses(Crew(), alone, [name], 0)[2] for name in ("fp8", "bf16")]  # type: ignore[list-item]
+    found = [losses(Communicator(), alone, [name], 0)[2] for name in ("fp8", "bf16")]  # type: ignore[list-item]
     assert found[0] == found[1]
 
 
 def test_fp8_is_said_aloud_where_it_is_emulated(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert number_formats("fp8", Crew(), *unmeasured(tmp_path)) == ["fp8"]
+    assert number_formats("fp8", Communicator(), *unmeasured(tmp_path)) == ["fp8"]
     assert "worker 0 computes in fp8, which CPUs do through fp32" in " ".join(capsys.readouterr().err.split())
 
 
@@ -89,7 +89,7 @@ def test_a_gpu_trains_in_fp8_only_if_it_can_and_comes_to_what_the_emulation_says
     monkeypatch.setattr(precision, "formats_of", lambda device: formats)
     monkeypatch.setattr(fp8, "find_spec", lambda name: None if fault == "no Triton" else name)
     monkeypatch.setattr(fp8, "wrong", wrong)
-    crew = dataclasses.replace(Crew(), device=torch.device("cuda"))
+    comm = dataclasses.replace(Communicator(), device=torch.device("cuda"))
     said = {
         "an older chip": "it does not multiply in fp8 .*",
         "no Triton": "our kernels need Triton, which is not installed",
@@ -97,9 +97,9 @@ def test_a_gpu_trains_in_fp8_only_if_it_can_and_comes_to_what_the_emulation_says
         "no compiler": "products cannot be computed: RuntimeError: no C compiler",
     }
     if fault == "none":
-        assert number_formats("fp8", crew, *unmeasured(tmp_path)) == ["fp8"]
+        assert number_formats("fp8", comm, *unmeasured(tmp_path)) == ["fp8"]
         return
     with pytest.raises(
         InputError, match=rf"worker 0 \(chip\) cannot train in fp8: {said[fault]}; choose --precision bf16"
     ):
-        number_formats("fp8", crew, *unmeasured(tmp_path))
+        number_formats("fp8", comm, *unmeasured(tmp_path))

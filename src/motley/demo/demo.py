@@ -41,7 +41,7 @@ from motley.plan.network.flops import active_parameters, kv_cache_bytes_per_toke
 from motley.progress import note
 from motley.train.pretrain import pretrain
 from motley.train.run_folder import claimed
-from motley.train.sft import finetune
+from motley.train.sft import sft
 
 JOURNEY_FILE = "journey.json"
 
@@ -207,7 +207,7 @@ def _replanned(journey: Journey, stage: str, machine: Machine, console: Console)
     left = promised - spent
     new = replan(plan, stage, left, step, levels_of(machine.device, journey.facts["asked"]["level"]))
     revision = {"before": stage, "left_seconds": left, "step_seconds": step, "level": new.level,
-                "pretrain_steps": new.pretrain.steps, "finetune_steps": new.finetune.steps}  # fmt: skip
+                "pretrain_steps": new.pretrain.steps, "finetune_steps": new.sft.steps}  # fmt: skip
     for one in stages:
         if one["seconds"] is None:
             one["planned_seconds"] = new.seconds[one["name"]]
@@ -261,9 +261,9 @@ class Stages:
     def sft(self) -> dict[str, Any]:
         out = self.config.out
         settings = dataclasses.replace(
-            self.plan.finetune, out=out / "sft", model=out / "pretrain", data=(str(self.conversations),)
+            self.plan.sft, out=out / "sft", model=out / "pretrain", data=(str(self.conversations),)
         )
-        return finetune(settings, self.machine) or {}
+        return sft(settings, self.machine) or {}
 
     def eval(self) -> dict[str, Any]:
         out, plan = self.config.out, self.plan

@@ -22,7 +22,7 @@ from motley.emulation.roles import Role, roles_of
 from motley.errors import InputError
 from motley.fleet.inventory import Emulated
 from motley.fleet.probe import usable_cores
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 from motley.parallel.rank import Worker
 from motley.progress import note
 from motley.train.config import EmulateBy, EmulateLinks, TrainingConfig
@@ -49,11 +49,11 @@ class EmulatedFleet:
         """The fleet that the settings of a stage ask for, if any."""
         return cls(config.emulate, config.emulate_by, config.emulate_links) if config.emulate else None
 
-    def chip(self, crew: Crew, plan: Mapping[str, Any] | None) -> Emulated:
-        self.roles = crew.led(lambda: roles_of(self.fleet, crew.size, plan))
-        return self.roles[crew.rank].emulated
+    def chip(self, comm: Communicator, plan: Mapping[str, Any] | None) -> Emulated:
+        self.roles = comm.led(lambda: roles_of(self.fleet, comm.size, plan))
+        return self.roles[comm.rank].emulated
 
-    def links(self, crew: Crew) -> DelayedLinks | None:
+    def links(self, comm: Communicator) -> DelayedLinks | None:
         """Raises InputError for ranks of several machines, and for ones without the true links they were told of."""
         ends = [role.emulated.link for role in self.roles]
         if not any(end.bandwidth or end.latency for end in ends):
@@ -65,40 +65,40 @@ class EmulatedFleet:
                     "true links, and this one has none; leave it out"
                 )
             return None
-        if len(set(crew.all_values(socket.gethostname()))) > 1:
+        if len(set(comm.all_values(socket.gethostname()))) > 1:
             raise InputError("links can only be emulated between ranks of one machine; leave `link` out of `emulated`")
         rates = tuple(end.bandwidth or math.inf for end in ends)
         return DelayedLinks(
-            crew.rank, tuple(role.pool for role in self.roles), tuple(end.latency for end in ends), rates
+            comm.rank, tuple(role.pool for role in self.roles), tuple(end.latency for end in ends), rates
         )
 
-    def apply(self, worker: Worker, crew: Crew) -> None:
-        role = self.roles[crew.rank]
+    def apply(self, worker: Worker, comm: Communicator) -> None:
+        role = self.roles[comm.rank]
         speed = role.emulated.speed
-        room = room_for_all(crew, speed)
+        room = room_for_all(comm, speed)
         slow = throttle(speed * room, self.by)
-        worker.lane.pace = slow.pace
+        worker.replica.pace = slow.pace
         shared = f" (all at {room:.0%} of that: more ranks than cores)" if room < 1 else ""
         note(
-            f"rank {crew.rank} emulates chip {role.chip} of pool {role.pool}: {speed:.3g} of full speed{shared}, "
+            f"rank {comm.rank} emulates chip {role.chip} of pool {role.pool}: {speed:.3g} of full speed{shared}, "
             f"{slow.means}{role.words(self.links_by)}"
         )
         if role.fails_after and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # later the chip is repaired
             count, unit = role.fails_after
             if unit == "steps":
-                worker.before_step = lambda step: fail(crew.rank) if step == count else None
+                worker.before_step = lambda step: fail(comm.rank) if step == count else None
             else:
-                timer = threading.Timer(count, fail, (crew.rank,))
+                timer = threading.Timer(count, fail, (comm.rank,))
                 timer.daemon = True
                 timer.start()
 
 
-def room_for_all(crew: Crew, speed: float) -> float:
+def room_for_all(comm: Communicator, speed: float) -> float:
     """Share of full speed that every machine can give all its ranks; `speed` is what this one asks for."""
     asked: dict[str, float] = {}
     cores: dict[str, int] = {}
     wanted = (socket.gethostname(), speed * torch.get_num_threads(), usable_cores())
-    for host, own, there in crew.all_values(wanted):
+    for host, own, there in comm.all_values(wanted):
         asked[host], cores[host] = asked.get(host, 0.0) + own, there
     return min(1.0, *(cores[host] / asked[host] for host in asked))
 

@@ -62,7 +62,7 @@ class Cable:
 
 
 @dataclass(frozen=True)
-class Place:
+class Coordinates:
     """Where a worker is: pool and number in it (from 0), and its cable."""
 
     pool: int
@@ -74,11 +74,11 @@ class Place:
         return f"{NETWORK}.{self.pool + 1}.{self.number + 1}"
 
 
-def places_of(pools: Sequence[str], cables: Sequence[Cable]) -> list[Place]:
+def places_of(pools: Sequence[str], cables: Sequence[Cable]) -> list[Coordinates]:
     """Each worker's place. Raises InputError for more than addresses reach."""
     names = list(dict.fromkeys(pools))
     places = [
-        Place(names.index(pool), pools[:rank].count(pool), cable)
+        Coordinates(names.index(pool), pools[:rank].count(pool), cable)
         for rank, (pool, cable) in enumerate(zip(pools, cables, strict=True))
     ]
     if max(max(place.pool, place.number) for place in places) >= MOST:
@@ -100,7 +100,7 @@ class SlowLinks:
     way: Way
     kept: tuple[int, ...]
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    def __init__(self, places: Sequence[Coordinates]) -> None:
         self.places = places
         with ExitStack() as stack:
             try:
@@ -174,7 +174,7 @@ class SlowLinks:
 # ------------------------------------------------------------------------------------------ commands
 
 
-def wiring(places: Sequence[Place], way: Way, spaces: Sequence[int]) -> tuple[list[str], list[list[str]]]:
+def wiring(places: Sequence[Coordinates], way: Way, spaces: Sequence[int]) -> tuple[list[str], list[list[str]]]:
     """What `ip` is told in the namespace that holds the bridges, and in that of each worker.
 
     Args:
@@ -205,7 +205,7 @@ def _plugged_in(port: str, device: str, bridge: str, space: int) -> list[str]:
     return [f"link add {port} type veth {there}", f"link set {port} master {bridge} up"]
 
 
-def uplink(own: Place, places: Sequence[Place]) -> list[str]:
+def uplink(own: Coordinates, places: Sequence[Coordinates]) -> list[str]:
     """What `tc` is told in a worker's namespace: one rate for all it sends, a latency for each other pool."""
     rate = _bits(own.cable.rate)
     latencies = {place.pool: place.cable.latency for place in places if place.pool != own.pool}
@@ -226,7 +226,7 @@ def uplink(own: Place, places: Sequence[Place]) -> list[str]:
     return lines
 
 
-def downlink(rank: int, place: Place) -> list[str]:
+def downlink(rank: int, place: Coordinates) -> list[str]:
     """What `tc` is told where the cable of a worker is plugged in: the rate of all that it receives."""
     packets = math.ceil(min(place.cable.rate, NO_LIMIT) * QUEUE_SECONDS / LEAST_PACKET) + 1
     return [

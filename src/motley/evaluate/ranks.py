@@ -37,10 +37,10 @@ SEEN = 0.6  # pixels of the shortest span that is drawn
 
 def crew_section(stage: Stage) -> Html:
     """The section about the workers of a stage; nothing where one process worked alone."""
-    crews = stage.of_kind("crew")
-    if not crews or not (steps := _of_crew(stage.of_kind("workers"), crews[-1])):
+    comms = stage.of_kind("crew")
+    if not comms or not (steps := _of_crew(stage.of_kind("workers"), comms[-1])):
         return Html("")
-    about = crews[-1]
+    about = comms[-1]
     settled = steps[_warm(about) :] or steps
     islands = about.get("islands", [0] * len(about["names"]))
     first_island = [worker for worker, island in enumerate(islands) if island == 0]
@@ -50,7 +50,7 @@ def crew_section(stage: Stage) -> Html:
     shares = figure("Shares of the rows", _shares_svg(steps, about), f"of each lane, {_each(about)} by {_each(about)}")
     return element(
         "section",
-        element("h2", f"{stage.title}: the {'workers of all islands' if any(islands) else 'crew'}"),
+        element("h2", f"{stage.title}: the {'workers of all islands' if any(islands) else 'comm'}"),
         element("p", _step_sentence(settled, about)),
         _table(settled, about),
         element(

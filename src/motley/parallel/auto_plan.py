@@ -23,7 +23,7 @@ from motley.fleet.probe import Machine, most_seconds, probe
 from motley.fleet.units import rate_text
 from motley.fleet.write import fleet_text
 from motley.model import ModelConfig
-from motley.parallel.communicator import PREPARING_SECONDS, Crew
+from motley.parallel.communicator import PREPARING_SECONDS, Communicator
 from motley.parallel.layout import IslandLayout, islands_of_plan, ranks_of_pools, side_by_side
 from motley.parallel.zero.partition import NUMBER_BYTES, held_bytes
 from motley.plan.network.spec import deepseek
@@ -79,7 +79,7 @@ def may_be_planned(config: TrainingConfig) -> bool:
 def planned_from_probe(
     config: TrainingConfig,
     shape: ModelConfig,
-    crew: Crew,
+    comm: Communicator,
     folder: Path,
     memory: float,
     precision: Format,
@@ -101,15 +101,15 @@ def planned_from_probe(
     Raises InputError where no plan fits these workers, or the best leaves some of them without work.
     """
     short = str(why).partition(";")[0]
-    if crew.leads:
+    if comm.leads:
         note(f"{short}; so a plan is made from a probe of these workers")
-    machine = probe(PROBE_SECONDS, crew.device, grid=True, shown=crew.leads)
+    machine = probe(PROBE_SECONDS, comm.device, grid=True, shown=comm.leads)
     own = ProbedRank(socket.gethostname(), machine, memory, precision, emulated)
-    with crew.waiting(max(crew.patience, PREPARING_SECONDS) + most_seconds(PROBE_SECONDS)):
-        chips: list[ProbedRank] = crew.all_values(own)
+    with comm.waiting(max(comm.timeout, PREPARING_SECONDS) + most_seconds(PROBE_SECONDS)):
+        chips: list[ProbedRank] = comm.all_values(own)
         hosts = [chip.host for chip in chips]
         # Messages between two workers go by way of the host, in training too.
-        links = crew.talk("measuring links", lambda: links_between(hosts, torch.device("cpu")))
+        links = comm.talk("measuring links", lambda: links_between(hosts, torch.device("cpu")))
 
     def make() -> dict[str, Any]:
         if len(pools_of(chips)) > MOST_POOLS:
@@ -129,20 +129,20 @@ def planned_from_probe(
         if found is None:
             raise InputError(f"{short}; no plan fits either: {searcher.refusal()}")
         plan: dict[str, Any] = {**spelled_out(found), "objective": "time", **compared(searcher, found)}
-        if found.chips < crew.size:  # so few rows that some worker gets none
+        if found.chips < comm.size:  # so few rows that some worker gets none
             raise InputError(
-                f"{short}; the best plan has work for {found.chips} of {crew.size} workers only, so give more "
+                f"{short}; the best plan has work for {found.chips} of {comm.size} workers only, so give more "
                 "--batch-rows, or start fewer"
             )
         write_text(folder / FLEET_FILE, text)
         write_plan(folder / PLAN_FILE, plan)
         return plan
 
-    plan = crew.led(make)
-    if crew.leads:
+    plan = comm.led(make)
+    if comm.leads:
         said = "; ".join(
-            f"{' then '.join(stage['pool'] for stage in team['stages'])} take {team['sequences']} rows"
-            for team in plan["teams"]
+            f"{' then '.join(stage['pool'] for stage in group['stages'])} take {group['sequences']} rows"
+            for group in plan["teams"]
         )
         note(f"the plan, {folder / PLAN_FILE}: {said}; about {plan['step_seconds']:.3g} s a step")
     return folder / PLAN_FILE, seated(islands_of_plan(plan, shape), seats(plan, chips))
@@ -200,9 +200,9 @@ def seated(islands: Sequence[IslandLayout], workers: Sequence[int]) -> list[Isla
     """The one island of a plan with `workers` on its seats, instead of the worker of each seat's number."""
     (island,) = islands
     layout = island.layout
-    teams = tuple(
-        replace(team, lanes=tuple(tuple(workers[seat] for seat in lane) for lane in team.lanes))
-        for team in layout.teams
+    groups = tuple(
+        replace(group, replicas=tuple(tuple(workers[seat] for seat in replica) for replica in group.replicas))
+        for group in layout.groups
     )
     memory = tuple(layout.memory[workers.index(rank)] for rank in range(len(layout.memory)))
-    return [replace(island, layout=replace(layout, teams=teams, memory=memory))]
+    return [replace(island, layout=replace(layout, groups=groups, memory=memory))]

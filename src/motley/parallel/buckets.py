@@ -14,17 +14,17 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor
 
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 
 MESSAGE_BYTES = 32 << 20
 AT_ONCE = 3  # messages of one worker under way
 
 
-class Traffic:
+class Buckets:
     """The messages that this worker has under way. Nobody may touch what travels until it has arrived."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, comm: Communicator) -> None:
+        self._crew = comm
         self._under_way: deque[tuple[str, tuple[int, ...], dist.Work | None, Tensor, Tensor]] = deque()
         self._travelled: list[tuple[tuple[int, ...], int | None, int]] = []  # workers, owner, bytes
         self._doing = ""  # the newest message

@@ -21,12 +21,12 @@ from motley.fleet.inventory import Emulated
 from motley.fleet.probe import GLANCE_SECONDS, Machine, glance, most_seconds
 from motley.model import ModelConfig, Transformer
 from motley.parallel.auto_plan import may_be_planned, planned_from_probe
-from motley.parallel.communicator import Crew, LinkModel, join_crew
+from motley.parallel.communicator import Communicator, LinkModel, join
 from motley.parallel.diloco.diloco import USUAL_ROUND, Island
 from motley.parallel.expert.placement import experts_by_memory
 from motley.parallel.layout import IslandLayout, Zero, island_of, islands_of_plan, islands_side_by_side
 from motley.parallel.memory_fit import (
-    Budgets,
+    MemoryBudgets,
     budget,
     check_gathering,
     check_memory,
@@ -51,13 +51,13 @@ USUAL_ZERO: Zero = 1
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
-def meet(config: TrainingConfig) -> Crew:
+def meet(config: TrainingConfig) -> Communicator:
     """Find the other workers, if torchrun started some; each on a device of its own."""
     device = choose_device(config.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    return join_crew(device, config.patience)
+    return join(device, config.timeout)
 
 
 def sources() -> str:
@@ -125,7 +125,7 @@ def _alike(one: ModelConfig, other: ModelConfig) -> bool:
 
 
 def islands_for(
-    config: TrainingConfig, shape: ModelConfig, crew: Crew, plan: dict[str, Any] | None
+    config: TrainingConfig, shape: ModelConfig, comm: Communicator, plan: dict[str, Any] | None
 ) -> tuple[list[IslandLayout], int]:
     """(the islands that the settings ask for, steps in a round).
 
@@ -134,7 +134,7 @@ def islands_for(
     if plan is None:
         usual: Zero = 0 if config.live else USUAL_ZERO
         layers, zero = shape.num_hidden_layers, usual if config.zero is None else config.zero
-        islands = islands_side_by_side(config.islands, crew.size, layers, config.micro_batch, zero)
+        islands = islands_side_by_side(config.islands, comm.size, layers, config.micro_batch, zero)
         return islands, config.sync_every or USUAL_ROUND
     if config.islands != "1":
         raise InputError(f"--islands {config.islands} beside --plan: the plan says itself which islands there are")
@@ -142,28 +142,28 @@ def islands_for(
         raise InputError(f"--zero {config.zero} beside --plan: the plan says itself what workers share")
     islands = islands_of_plan(plan, shape)
     workers = sum(len(island.ranks) for island in islands)
-    if workers != crew.size:
-        raise InputError(f"the plan is for {workers} workers, but {crew.size} were started")
+    if workers != comm.size:
+        raise InputError(f"the plan is for {workers} workers, but {comm.size} were started")
     return islands, config.sync_every or plan.get("inner_steps") or USUAL_ROUND
 
 
-def check_devices(islands: Sequence[IslandLayout], crew: Crew) -> None:
+def check_devices(islands: Sequence[IslandLayout], comm: Communicator) -> None:
     """Raises InputError, on every worker, where copies of a model would drift apart: each kind rounds in its own way.
 
     What has never run is said aloud.
     """
-    kinds: list[str] = crew.all_values(kind_of_chip(crew.device))
+    kinds: list[str] = comm.all_values(kind_of_chip(comm.device))
     for island in islands:
         first = island.ranks[0]
         other = next((rank for rank in island.ranks if kinds[rank] != kinds[first]), None)
-        if island.layout.zero == 0 and len(island.layout.lanes) > 1 and other is not None:
+        if island.layout.zero == 0 and len(island.layout.replicas) > 1 and other is not None:
             raise InputError(
                 f"with ZeRO 0 every worker updates its own copy of the model, and workers {first} ({kinds[first]}) and "
                 f"{other} ({kinds[other]}) round differently, so that copies would drift apart; choose --zero 1, where "
                 "each weight is updated once and sent to the others, without --live"
             )
-    piped = any(team.stages > 1 for island in islands for team in island.layout.teams)
-    if crew.leads and (crew.by_host or (piped and crew.device.type != "cpu")):
+    piped = any(group.stages > 1 for island in islands for group in island.layout.groups)
+    if comm.leads and (comm.by_host or (piped and comm.device.type != "cpu")):
         note(
             "pipelines and --live on GPUs, and crews that share a GPU or have CPUs too, have only been tested on "
             "CPUs: compare losses of a few steps with those of one worker alone"
@@ -173,15 +173,15 @@ def check_devices(islands: Sequence[IslandLayout], crew: Crew) -> None:
 class Emulation(Protocol):
     """Makes the ranks of this machine as unequal as the chips of a fleet (`--emulate`). All ranks make each call."""
 
-    def chip(self, crew: Crew, plan: Mapping[str, Any] | None) -> Emulated:
+    def chip(self, comm: Communicator, plan: Mapping[str, Any] | None) -> Emulated:
         """What this rank emulates; called first. Raises InputError where the fleet does not fit the ranks."""
         ...
 
-    def links(self, crew: Crew) -> LinkModel | None:
+    def links(self, comm: Communicator) -> LinkModel | None:
         """Delays of the emulated links; None where there are none, or where the system makes the links slow."""
         ...
 
-    def apply(self, worker: Worker, crew: Crew) -> None:
+    def apply(self, worker: Worker, comm: Communicator) -> None:
         """Slow this rank down and let it fail as its chip does; called when it is ready to train."""
         ...
 
@@ -189,7 +189,7 @@ class Emulation(Protocol):
 def employ(
     config: TrainingConfig,
     shape: ModelConfig,
-    crew: Crew,
+    comm: Communicator,
     run: Run,
     data: Path,
     machine: Machine | None,
@@ -212,57 +212,57 @@ def employ(
     """
     if config.emulate and emulation is None:
         raise InputError("the setting `emulate` needs an `emulation` beside the settings, as motley.cli passes one")
-    plan = crew.led(lambda: plan_of(config))
-    emulated = emulation.chip(crew, plan) if emulation else Emulated()
-    islands, every = crew.led(lambda: islands_for(config, shape, crew, plan))
-    crew.agree({**facts(config, data), "shape": str(shape)})
-    if crew.alone:
-        check_memory(shape, config.optimizer, crew.device, config.moments)
+    plan = comm.led(lambda: plan_of(config))
+    emulated = emulation.chip(comm, plan) if emulation else Emulated()
+    islands, every = comm.led(lambda: islands_for(config, shape, comm, plan))
+    comm.agree({**facts(config, data), "shape": str(shape)})
+    if comm.alone:
+        check_memory(shape, config.optimizer, comm.device, config.moments)
     else:
-        check_gathering(islands, shape, config.optimizer, crew)
-    check_devices(islands, crew)
-    own = island_of(islands, crew.rank)
-    asked = asked_format(config.precision, emulated.precision, own.layout, own.ranks.index(crew.rank))
-    everyone = number_formats(asked, crew, run, lambda: run.machine(crew.device, machine))
+        check_gathering(islands, shape, config.optimizer, comm)
+    check_devices(islands, comm)
+    own = island_of(islands, comm.rank)
+    asked = asked_format(config.precision, emulated.precision, own.layout, own.ranks.index(comm.rank))
+    everyone = number_formats(asked, comm, run, lambda: run.machine(comm.device, machine))
     formats: list[Format] = [everyone[rank] for rank in own.ranks]
-    budgets = crew.all_values(budget(crew.device, emulated.memory))
-    programs = crew.all_values(held_already(crew.device))
-    if emulation or not crew.alone:
+    budgets = comm.all_values(budget(comm.device, emulated.memory))
+    programs = comm.all_values(held_already(comm.device))
+    if emulation or not comm.alone:
         if plan is None:
-            speed = emulated.speed * glance(crew.device, everyone[crew.rank])
-            with crew.waiting(crew.patience + most_seconds(GLANCE_SECONDS)):
-                glances = crew.all_values(speed)
+            speed = emulated.speed * glance(comm.device, everyone[comm.rank])
+            with comm.waiting(comm.timeout + most_seconds(GLANCE_SECONDS)):
+                glances = comm.all_values(speed)
             islands = dealt(islands, shape, config, budgets, glances)
         planned = plan is not None
         if planned:
-            islands = _with_experts_that_fit(islands, shape, config, budgets, everyone, crew.leads)
+            islands = _with_experts_that_fit(islands, shape, config, budgets, everyone, comm.leads)
         try:
-            islands = within_memory(islands, shape, config, crew, budgets, everyone, planned, shrink=not planned)
+            islands = within_memory(islands, shape, config, comm, budgets, everyone, planned, shrink=not planned)
         except InputError as error:
-            if crew.alone or planned or not may_be_planned(config):
+            if comm.alone or planned or not may_be_planned(config):
                 raise
             file, islands = planned_from_probe(
-                config, shape, crew, run.folder, budgets[crew.rank], everyone[crew.rank], emulated, error
+                config, shape, comm, run.folder, budgets[comm.rank], everyone[comm.rank], emulated, error
             )
             config = dataclasses.replace(config, plan=file)
-            check_devices(islands, crew)
-            islands = within_memory(islands, shape, config, crew, budgets, everyone, planned=True, shrink=True)
-        own = island_of(islands, crew.rank)
+            check_devices(islands, comm)
+            islands = within_memory(islands, shape, config, comm, budgets, everyone, planned=True, shrink=True)
+        own = island_of(islands, comm.rank)
     if emulation:
-        crew = dataclasses.replace(crew, links=emulation.links(crew))
+        comm = dataclasses.replace(comm, links=emulation.links(comm))
     parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]
-    if crew.alone:
-        worker = Worker(shape, config, own.layout, crew, weights and weights(crew.device), formats)
-        island = Island(worker, crew, parts, speeds, every)
+    if comm.alone:
+        worker = Worker(shape, config, own.layout, comm, weights and weights(comm.device), formats)
+        island = Island(worker, comm, parts, speeds, every)
     else:
-        island_crew = crew.part(parts) if len(islands) > 1 else crew
-        worker = Worker(shape, config, own.layout, island_crew, formats=formats)
-        island = Island(worker, crew, parts, speeds, every)
+        island_comm = comm.part(parts) if len(islands) > 1 else comm
+        worker = Worker(shape, config, own.layout, island_comm, formats=formats)
+        island = Island(worker, comm, parts, speeds, every)
         if weights is not None:
-            hand_out(weights, island, crew)
-    worker.budgets = Budgets(own.ranks, [budgets[rank] for rank in own.ranks], [programs[rank] for rank in own.ranks])
+            hand_out(weights, island, comm)
+    worker.budgets = MemoryBudgets(own.ranks, [budgets[rank] for rank in own.ranks], [programs[rank] for rank in own.ranks])
     if emulation:
-        emulation.apply(worker, crew)
+        emulation.apply(worker, comm)
     return island
 
 
@@ -277,17 +277,17 @@ def _with_experts_that_fit(
     """A plan's islands with experts moved off workers that have no room for theirs; who leads says so."""
     fitting = experts_by_memory(islands, shape, config, budgets, formats)
     for before, after in zip(islands, fitting, strict=True):
-        for planned, team in zip(before.layout.teams, after.layout.teams, strict=True):
-            if leads and team.experts != planned.experts:
-                workers = [before.ranks[rank] for lane in team.lanes for rank in lane]
+        for planned, group in zip(before.layout.groups, after.layout.groups, strict=True):
+            if leads and group.experts != planned.experts:
+                workers = [before.ranks[rank] for replica in group.replicas for rank in replica]
                 note(
-                    f"workers {workers} share experts as {list(team.experts)} instead of {list(planned.experts)}: one "
+                    f"workers {workers} share experts as {list(group.experts)} instead of {list(planned.experts)}: one "
                     "has no room for as many as the plan gives it"
                 )
     return fitting
 
 
-def hand_out(weights: Callable[[torch.device], Transformer], island: Island, crew: Crew) -> None:
+def hand_out(weights: Callable[[torch.device], Transformer], island: Island, comm: Communicator) -> None:
     """Worker 0 makes the whole model; every worker takes what it holds of it."""
     whole: Transformer | None = None
 
@@ -295,5 +295,5 @@ def hand_out(weights: Callable[[torch.device], Transformer], island: Island, cre
         nonlocal whole
         whole = weights(torch.device("cpu"))
 
-    crew.led(make)
+    comm.led(make)
     island.take_state(None if whole is None else (dict(whole.state_dict()), {}))

@@ -13,7 +13,7 @@ from motley.data.tokenizer import Tokenizer
 from motley.fleet.probe import Machine
 from motley.model import ModelConfig, Transformer
 from motley.parallel.build import Emulation, employ, meet
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 from motley.parallel.elastic.agent import Memory, Own, Result, live
 from motley.progress import note
 from motley.train.allocator import keep_freed_memory
@@ -23,26 +23,26 @@ from motley.train.run_folder import Run, claimed
 from motley.train.trainer import train
 
 
-def with_crew(config: TrainingConfig, own: Own, work: Callable[[Crew, Memory], Result]) -> Result:
+def with_crew(config: TrainingConfig, own: Own, work: Callable[[Communicator, Memory], Result]) -> Result:
     """`work` of this process with the others of its job, the run folder held meanwhile.
 
     own: what this worker's own --data and --model come to, beside the prepared data in use.
     """
     if config.live:
         return live(config, own, work)
-    crew = meet(config)
+    comm = meet(config)
     try:
         with ExitStack() as held:
-            crew.led(lambda: held.enter_context(claimed(config.out)))
-            return work(crew, Memory(own))
+            comm.led(lambda: held.enter_context(claimed(config.out)))
+            return work(comm, Memory(own))
     finally:
-        crew.leave()
+        comm.leave()
 
 
 def carry_out(
     config: TrainingConfig,
     shape: ModelConfig,
-    crew: Crew,
+    comm: Communicator,
     memory: Memory,
     run: Run,
     data: Path,
@@ -67,19 +67,19 @@ def carry_out(
         title: of the progress bar.
         emulation: makes the workers unequal, where the settings ask for it.
     """
-    goes_on = memory.serves(crew)
-    if not goes_on and not crew.alone:  # who joined a crew at work was compared with it at the door
-        crew.agree(memory.own(config, data))
+    goes_on = memory.serves(comm)
+    if not goes_on and not comm.alone:  # who joined a crew at work was compared with it at the door
+        comm.agree(memory.own(config, data))
     keep_freed_memory()
-    island = employ(config, shape, crew, run, data, machine, None if goes_on else weights, emulation)
+    island = employ(config, shape, comm, run, data, machine, None if goes_on else weights, emulation)
     rows = TokenStream(data, "train", config.seq_len, config.seed)
-    if config.hint_weight():
-        if crew.leads and memory.ngrams is None:
+    if config.ngram_share():
+        if comm.leads and memory.ngrams is None:
             note("counting how often what follows two tokens in the text")
         if island.worker.place.last:
-            memory.ngrams = memory.ngrams or counts_of(rows, shape.vocab_size, crew.device)
-            island.worker.take_hints(memory.ngrams)
+            memory.ngrams = memory.ngrams or counts_of(rows, shape.vocab_size, comm.device)
+            island.worker.learn_ngrams(memory.ngrams)
     held_out = TokenStream(data, "valid", config.seq_len, shuffle=False)
     at = train(island, memory.course(island, data), rows, held_out, tokenizer, title)
-    result = crew.led(lambda: run.finish(asdict(at)))
-    return result if crew.leads else None
+    result = comm.led(lambda: run.finish(asdict(at)))
+    return result if comm.leads else None

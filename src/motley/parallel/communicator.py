@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from motley.errors import CrewError, InputError
-from motley.parallel.telemetry.step_timer import Stopwatch
+from motley.errors import CommunicationError, InputError
+from motley.parallel.telemetry.step_timer import StepTimer
 
-PATIENCE_SECONDS = 300.0
+COMM_TIMEOUT_SECONDS = 300.0
 """How long a worker waits for a silent one before it says so and ends. One that died is noticed at once."""
 PREPARING_SECONDS = 1800.0
 """The same where worker 0 speaks for all: it may be preparing data or writing a checkpoint."""
@@ -64,7 +64,7 @@ class LinkModel(Protocol):
 
 
 @dataclass(frozen=True)
-class Crew:
+class Communicator:
     """This worker among all, or among those of a part.
 
     Attributes:
@@ -87,8 +87,8 @@ class Crew:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     groups: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False)
-    watch: Stopwatch = field(default_factory=Stopwatch, compare=False)
-    patience: float = PATIENCE_SECONDS
+    watch: StepTimer = field(default_factory=StepTimer, compare=False)
+    timeout: float = COMM_TIMEOUT_SECONDS
     processes: tuple[tuple[str, int], ...] = ()
     members: tuple[int, ...] = ()
     whole: "Crew | None" = None
@@ -119,8 +119,8 @@ class Crew:
         links = self.links and self.links.among(own)
         processes = tuple(self.processes[rank] for rank in own) if self.processes else ()
         place = own.index(self.rank)
-        return Crew(
-            place, len(own), self.device, self.groups, self.watch, self.patience, processes, own, self, links,
+        return Communicator(
+            place, len(own), self.device, self.groups, self.watch, self.timeout, processes, own, self, links,
             self.by_host,
         )  # fmt: skip
 
@@ -134,7 +134,7 @@ class Crew:
             wanted = set[tuple[int, ...]]().union(*self.whole.all_values(wanted))
         for ranks in sorted(wanted):
             if ranks not in self.groups:
-                self.groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=self.patience))
+                self.groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout))
 
     def among_all(self, rank: int) -> int:
         """The number of one of these workers among all, which torch.distributed goes by."""
@@ -182,7 +182,7 @@ class Crew:
         if self.alone:
             return value
         box = [value]
-        with self.waiting(max(self.patience, PREPARING_SECONDS)):
+        with self.waiting(max(self.timeout, PREPARING_SECONDS)):
             self.talk("sharing settings", lambda: dist.broadcast_object_list(box, self.among_all(source), self.group()))
         self.crossed("sharing settings", [(None, source, 0)])
         return box[0]
@@ -191,7 +191,7 @@ class Crew:
         """This crew, knowing the process of each worker, and waiting no longer than its patience from now on."""
         processes = tuple(self.all_values((socket.gethostname(), os.getpid())))
         assert dist.group.WORLD is not None
-        dist.group.WORLD.set_timeout(timedelta(seconds=self.patience))
+        dist.group.WORLD.set_timeout(timedelta(seconds=self.timeout))
         return replace(self, processes=processes)
 
     def led(self, work: Callable[[], Any]) -> Any:
@@ -207,7 +207,7 @@ class Crew:
             return result
         if cause is not None:
             raise cause
-        raise InputError(failure[1]) if failure[0] else CrewError(f"worker 0 failed: {failure[1]}")
+        raise InputError(failure[1]) if failure[0] else CommunicationError(f"worker 0 failed: {failure[1]}")
 
     def all_values(self, value: Any) -> list[Any]:
         """Each worker's `value`, in the order of ranks: any picklable value of our own making."""
@@ -292,7 +292,7 @@ class Crew:
         except RuntimeError as error:  # torch.distributed raises nothing finer
             first = str(error).strip().splitlines()[0][:200]
         # Raised out here, where the first error is gone: its frames hold messages, which hold connections open.
-        raise CrewError(f"worker {self.rank} lost {self._lost()} while {doing}: {first}{self.advice}")
+        raise CommunicationError(f"worker {self.rank} lost {self._lost()} while {doing}: {first}{self.advice}")
 
     @contextmanager
     def waiting(self, seconds: float, ranks: Sequence[int] | None = None) -> Iterator[None]:
@@ -303,7 +303,7 @@ class Crew:
             return
         group.set_timeout(timedelta(seconds=seconds))
         yield
-        group.set_timeout(timedelta(seconds=self.patience))
+        group.set_timeout(timedelta(seconds=self.timeout))
 
     def _lost(self) -> str:
         """Who is gone, where that can be seen: processes of this machine."""
@@ -368,7 +368,7 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
         if store.check([f"{start}/all"]) and mine in store.get(f"{start}/all").decode().split():
             return PrefixStore(start, store)
         time.sleep(0.05)
-    raise CrewError(f"worker {rank} waited {PREPARING_SECONDS:.0f} s for worker 0 to begin; start the job again")
+    raise CommunicationError(f"worker {rank} waited {PREPARING_SECONDS:.0f} s for worker 0 to begin; start the job again")
 
 
 def seat_of(device: torch.device) -> str:
@@ -376,7 +376,7 @@ def seat_of(device: torch.device) -> str:
     return f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else device.type
 
 
-def join_crew(device: torch.device, patience: float = PATIENCE_SECONDS) -> Crew:
+def join(device: torch.device, timeout: float = COMM_TIMEOUT_SECONDS) -> Communicator:
     """Meet the other workers of this job, if torchrun (or anything that sets its variables) started one.
 
     Args:
@@ -385,7 +385,7 @@ def join_crew(device: torch.device, patience: float = PATIENCE_SECONDS) -> Crew:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return Crew(device=device)
+        return Communicator(device=device)
     by_host = False
     if not dist.is_initialized():
         limit = timedelta(seconds=PREPARING_SECONDS)
@@ -397,5 +397,5 @@ def join_crew(device: torch.device, patience: float = PATIENCE_SECONDS) -> Crew:
         backend, by_host = ("cpu:gloo,cuda:nccl", False) if apart else ("gloo", set(seats) != {"cpu"})
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-    crew = Crew(dist.get_rank(), size, device, patience=patience, by_host=by_host, launcher=launcher)
-    return crew.acquainted()
+    comm = Communicator(dist.get_rank(), size, device, timeout=timeout, by_host=by_host, launcher=launcher)
+    return comm.acquainted()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from motley.errors import InputError
 from motley.model import Transformer
-from motley.parallel.communicator import Crew
-from motley.parallel.zero.flat_buffers import Shards
+from motley.parallel.communicator import Communicator
+from motley.parallel.zero.flat_buffers import FlatBuffers
 
 COMPARE_EVERY = 10  # steps: a pass over the weights beside ten of theirs, and of all that training reads and writes
 CHUNK = {"cpu": 2**16}  # numbers that are widened at once: they stay in the cache
@@ -38,7 +38,7 @@ def checksum(tensor: Tensor) -> Tensor:
     return total & MASK
 
 
-class Copies:
+class CopyCheck:
     """What of this worker's state other workers hold too.
 
     Args:
@@ -47,11 +47,11 @@ class Copies:
         crew: all workers.
     """
 
-    def __init__(self, model: Transformer, shards: Shards, crew: Crew) -> None:
-        self.crew, self.zero = crew, shards.zero
+    def __init__(self, model: Transformer, shards: FlatBuffers, comm: Communicator) -> None:
+        self.comm, self.zero = comm, shards.zero
         self.groups = sorted({part.holders for part in shards.all_parts if len(part.holders) > 1})
         self._tensors: dict[tuple[int, ...], list[Tensor]] = {group: [] for group in self.groups}
-        if crew.alone:
+        if comm.alone:
             return
         for holders, run in groupby(shards.here, lambda part: part.holders):
             if holders in self._tensors and self.zero < 3:
@@ -65,7 +65,7 @@ class Copies:
     def fingerprints(self) -> list[float]:
         """Of each group of holders, in the same order on every worker; 0 where this one is not among them."""
         with torch.no_grad():
-            zero = torch.zeros((), dtype=torch.int64, device=self.crew.device)
+            zero = torch.zeros((), dtype=torch.int64, device=self.comm.device)
             sums = [sum((checksum(one) for one in self._tensors[group]), zero) & MASK for group in self.groups]
         return [float(value) for value in torch.stack(sums).tolist()] if sums else []
 
@@ -81,8 +81,8 @@ class Copies:
             (usual, count), *others = Counter(found).most_common()
             if not others:
                 continue
-            odd = [self.crew.among_all(rank) for rank, value in zip(group, found, strict=True) if value != usual]
-            rest = [self.crew.among_all(rank) for rank, value in zip(group, found, strict=True) if value == usual]
+            odd = [self.comm.among_all(rank) for rank, value in zip(group, found, strict=True) if value != usual]
+            rest = [self.comm.among_all(rank) for rank, value in zip(group, found, strict=True) if value == usual]
             if count <= len(group) / 2:
                 who = f"workers {_listed(sorted([*odd, *rest]))} hold copies of the same weights that differ"
             else:

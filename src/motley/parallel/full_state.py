@@ -15,9 +15,9 @@ from torch import Tensor
 
 from motley.model import Transformer
 from motley.parallel import p2p as parcels
-from motley.parallel.communicator import Crew
-from motley.parallel.zero.flat_buffers import Shards
-from motley.parallel.zero.partition import Part
+from motley.parallel.communicator import Communicator
+from motley.parallel.zero.flat_buffers import FlatBuffers
+from motley.parallel.zero.partition import ParameterShard
 from motley.train.optimizer import Optimizer
 
 State = dict[str, Tensor]
@@ -26,18 +26,18 @@ TIED = "lm_head.weight"  # where it is the embedding, it is no parameter of its 
 
 
 def gather(
-    model: Transformer, shards: Shards, optimizer: Optimizer, crew: Crew, names: Collection[str] | None = None
+    model: Transformer, shards: FlatBuffers, optimizer: Optimizer, comm: Communicator, names: Collection[str] | None = None
 ) -> tuple[State, State] | None:
     """(weights and buffers, optimizer state) of the whole model at worker 0, in its host's memory; None elsewhere.
 
     names: of the only weights and buffers that are wanted, without optimizer state; None: everything.
     """
     mine = _own_state(shards, optimizer, names)
-    headers = crew.all_values([(part.label, kind) for part, kind, _ in mine])
+    headers = comm.all_values([(part.label, kind) for part, kind, _ in mine])
     held = _buffers(model)
-    buffers = crew.all_values({name: buffer.cpu() for name, buffer in held if names is None or name in names})
-    if not crew.leads:
-        parcels.send([tensor for _, _, tensor in mine], crew, 0)
+    buffers = comm.all_values({name: buffer.cpu() for name, buffer in held if names is None or name in names})
+    if not comm.leads:
+        parcels.send([tensor for _, _, tensor in mine], comm, 0)
         return None
     whole = _room(shards.all_parts, {piece for header in headers for piece in header})
     for part, kind, tensor in mine:
@@ -45,7 +45,7 @@ def gather(
     by_label = {part.label: part for part in shards.all_parts}
     for rank, header in enumerate(headers[1:], 1):
         rooms = [_piece(by_label[label], kind, whole) for label, kind in header]
-        arrivals = parcels.Arrivals(crew, rank, [room.shape for room in rooms])
+        arrivals = parcels.Arrivals(comm, rank, [room.shape for room in rooms])
         for room in rooms:
             arrivals.fill(room)
     weights, states = whole
@@ -57,9 +57,9 @@ def gather(
 def scatter(
     state: tuple[State, State] | None,
     model: Transformer,
-    shards: Shards,
+    shards: FlatBuffers,
     optimizer: Optimizer,
-    crew: Crew,
+    comm: Communicator,
     names: Collection[str] | None = None,
     keep: float = 0.0,
 ) -> None:
@@ -74,23 +74,23 @@ def scatter(
     weights, states = state
     held = dict(_buffers(model))
     parameters = shards.names | {TIED}
-    for name, buffer in crew.share({name: weights[name] for name in weights if name not in parameters}).items():
+    for name, buffer in comm.share({name: weights[name] for name in weights if name not in parameters}).items():
         if name in held:
             _move(held[name], buffer, keep)
-    known = set(crew.share(sorted(states)))
+    known = set(comm.share(sorted(states)))
     kept = set(shards.kept)
     here = [part for part in shards.here if names is None or part.name in names]
-    rows = crew.all_values([(part.label, part in kept) for part in here])
+    rows = comm.all_values([(part.label, part in kept) for part in here])
     by_label = {part.label: part for part in shards.all_parts}
     wanted = [_pieces([(by_label[label], keeps) for label, keeps in row], known) for row in rows]
-    mine = wanted[crew.rank]
-    if crew.leads:
+    mine = wanted[comm.rank]
+    if comm.leads:
         for rank, pieces in enumerate(wanted[1:], 1):
-            parcels.send([_piece(part, kind, state) for part, kind in pieces], crew, rank)
+            parcels.send([_piece(part, kind, state) for part, kind in pieces], comm, rank)
         arrived = (_piece(part, kind, state) for part, kind in mine)
     else:
         shapes = [() if kind == "step" else part.shape for part, kind in mine]
-        arrivals = parcels.Arrivals(crew, 0, shapes)
+        arrivals = parcels.Arrivals(comm, 0, shapes)
         arrived = (arrivals.fill(torch.empty(shape)) for shape in shapes)
     for part, new in zip(here, arrived, strict=False):  # weights come first
         _move(shards.view(part).data, new, keep)
@@ -108,13 +108,13 @@ def _move(tensor: Tensor, new: Tensor, keep: float) -> None:
 
 
 def _own_state(
-    shards: Shards, optimizer: Optimizer, names: Collection[str] | None = None
-) -> list[tuple[Part, str, Tensor]]:
+    shards: FlatBuffers, optimizer: Optimizer, names: Collection[str] | None = None
+) -> list[tuple[ParameterShard, str, Tensor]]:
     """(part, kind, tensor) of the parts that this worker owns; of `names` only weights."""
     states = optimizer.state_tensors() if names is None else {}
     found = []
     for part in shards.here:
-        if part.owner == shards.crew.rank and (names is None or part.name in names):
+        if part.owner == shards.comm.rank and (names is None or part.name in names):
             found.append((part, "weight", shards.view(part).data))
             for kind in KINDS:
                 if (tensor := states.get(f"{part.label}:{kind}")) is not None:
@@ -122,7 +122,7 @@ def _own_state(
     return found
 
 
-def _room(parts: Iterable[Part], sent: Collection[tuple[str, str]]) -> tuple[State, State]:
+def _room(parts: Iterable[ParameterShard], sent: Collection[tuple[str, str]]) -> tuple[State, State]:
     """Memory of the host for whole (weights, optimizer state), of which pieces (label, kind) are `sent`."""
     rows = {part.name: part.stop for part in parts}  # of its last part
     weights: State = {}
@@ -137,7 +137,7 @@ def _room(parts: Iterable[Part], sent: Collection[tuple[str, str]]) -> tuple[Sta
     return weights, states
 
 
-def _pieces(parts: list[tuple[Part, bool]], known: set[str]) -> list[tuple[Part, str]]:
+def _pieces(parts: list[tuple[ParameterShard, bool]], known: set[str]) -> list[tuple[ParameterShard, str]]:
     """(part, kind) of all that a worker gets, in the order of the messages: weights, then the states of what it keeps.
 
     parts: that it holds, and whether it keeps their optimizer state.
@@ -147,7 +147,7 @@ def _pieces(parts: list[tuple[Part, bool]], known: set[str]) -> list[tuple[Part,
     return [*((part, "weight") for part, _ in parts), *states]
 
 
-def _piece(part: Part, kind: str, state: tuple[State, State]) -> Tensor:
+def _piece(part: ParameterShard, kind: str, state: tuple[State, State]) -> Tensor:
     """A part of whole tensors, where it lies."""
     weights, states = state
     tensor = weights[part.name] if kind == "weight" else states[f"{part.name}:{kind}"]

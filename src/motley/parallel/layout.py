@@ -24,7 +24,7 @@ Zero = Literal[0, 1, 2, 3]
 
 
 @dataclass(frozen=True)
-class Team:
+class PipelineGroup:
     """Lanes of equal workers.
 
     Attributes:
@@ -37,7 +37,7 @@ class Team:
         formats: what a plan lets each stage compute in; empty: each worker decides.
     """
 
-    lanes: tuple[tuple[int, ...], ...]
+    replicas: tuple[tuple[int, ...], ...]
     layers: tuple[int, ...]
     experts: tuple[int, ...] = ()
     schedule: Schedule = "1f1b"
@@ -50,7 +50,7 @@ class Team:
         return len(self.layers)
 
     @property
-    def expert_lanes(self) -> int:
+    def expert_replicas(self) -> int:
         """Neighbouring lanes that share the experts."""
         return max(1, len(self.experts))
 
@@ -61,12 +61,12 @@ class Team:
     def stage_of(self, layer: int) -> int:
         return next(stage for stage in range(self.stages) if layer in self.stage_layers(stage))
 
-    def expert_range(self, lane: int, experts: int) -> range:
+    def expert_range(self, replica: int, experts: int) -> range:
         """The experts that a lane holds."""
         if not self.experts:
             return range(experts)
         ends = list(accumulate(self.experts, initial=0))
-        place = lane % self.expert_lanes
+        place = replica % self.expert_replicas
         return range(ends[place], ends[place + 1])
 
 
@@ -81,78 +81,78 @@ class Layout:
             is updated by workers in proportion to them, as far as memory allows.
     """
 
-    teams: tuple[Team, ...]
+    groups: tuple[PipelineGroup, ...]
     zero: Zero = 0
     memory: tuple[float, ...] = ()
     rates: tuple[float, ...] = ()
 
     @property
-    def lanes(self) -> list[tuple[int, int]]:
+    def replicas(self) -> list[tuple[int, int]]:
         """(team, lane of it) of every lane, in order."""
-        return [(number, lane) for number, team in enumerate(self.teams) for lane in range(len(team.lanes))]
+        return [(number, replica) for number, group in enumerate(self.groups) for replica in range(len(group.replicas))]
 
     def expert_groups(self) -> list[tuple[int, ...]]:
         """Workers that share a stage's experts, in the order of the experts they hold; alone where nobody shares."""
         return [
-            tuple(lane[stage] for lane in team.lanes[start : start + team.expert_lanes])
-            for team in self.teams
-            for start in range(0, len(team.lanes), team.expert_lanes)
-            for stage in range(team.stages)
+            tuple(replica[stage] for replica in group.replicas[start : start + group.expert_replicas])
+            for group in self.groups
+            for start in range(0, len(group.replicas), group.expert_replicas)
+            for stage in range(group.stages)
         ]
 
     @property
     def workers(self) -> int:
-        return sum(len(lane) for team in self.teams for lane in team.lanes)
+        return sum(len(replica) for group in self.groups for replica in group.replicas)
 
     def check(self, config: ModelConfig, workers: int) -> None:
         """Raises InputError where this layout does not fit the model or the workers that were started."""
-        ranks = sorted(rank for team in self.teams for lane in team.lanes for rank in lane)
+        ranks = sorted(rank for group in self.groups for replica in group.replicas for rank in replica)
         if ranks != list(range(workers)):
             raise InputError(f"the layout is for workers {ranks}, but {workers} were started, numbered from 0")
-        for number, team in enumerate(self.teams):
+        for number, group in enumerate(self.groups):
             name = f"team {number}"
-            if not team.lanes or not team.layers or team.micro_batch < 1:
+            if not group.replicas or not group.layers or group.micro_batch < 1:
                 raise InputError(f"{name} has no lanes, no stages or a micro-batch below 1")
-            if sum(team.layers) != config.num_hidden_layers or min(team.layers) < 0:
-                raise InputError(f"{name} has layers {list(team.layers)}, the model has {config.num_hidden_layers}")
-            if min(team.layers[1:-1], default=1) < 1:
-                raise InputError(f"{name} has layers {list(team.layers)}: only the first and last stage may have none")
-            if any(len(lane) != team.stages for lane in team.lanes):
-                raise InputError(f"{name} has {team.stages} stages, but a lane with another number of workers")
-            if team.experts and (sum(team.experts) != config.n_routed_experts or min(team.experts) < 1):
-                raise InputError(f"{name} has experts {list(team.experts)}, the model has {config.n_routed_experts}")
-            if len(team.lanes) % team.expert_lanes:
+            if sum(group.layers) != config.num_hidden_layers or min(group.layers) < 0:
+                raise InputError(f"{name} has layers {list(group.layers)}, the model has {config.num_hidden_layers}")
+            if min(group.layers[1:-1], default=1) < 1:
+                raise InputError(f"{name} has layers {list(group.layers)}: only the first and last stage may have none")
+            if any(len(replica) != group.stages for replica in group.replicas):
+                raise InputError(f"{name} has {group.stages} stages, but a lane with another number of workers")
+            if group.experts and (sum(group.experts) != config.n_routed_experts or min(group.experts) < 1):
+                raise InputError(f"{name} has experts {list(group.experts)}, the model has {config.n_routed_experts}")
+            if len(group.replicas) % group.expert_replicas:
                 raise InputError(
-                    f"{name} shares experts among {team.expert_lanes} lanes, which do not divide its {len(team.lanes)}"
+                    f"{name} shares experts among {group.expert_replicas} lanes, which do not divide its {len(group.replicas)}"
                 )
-        if self.zero >= 2 and any(team.stages > 1 or team.expert_lanes > 1 for team in self.teams):
+        if self.zero >= 2 and any(group.stages > 1 or group.expert_replicas > 1 for group in self.groups):
             raise InputError(
                 f"ZeRO {self.zero} is for workers that each compute with the whole model; pipelines and spread experts "
                 "run with ZeRO 0 and 1"
             )
         if self.memory and (len(self.memory) != workers or min(self.memory) < 0 or not sum(self.memory)):
             raise InputError(f"memory shares {list(self.memory)}: one for each of {workers} workers, none below 0")
-        if self.rates and (len(self.rates) != len(self.lanes) or min(self.rates) <= 0):
-            raise InputError(f"rates {list(self.rates)}: one above 0 for each of {len(self.lanes)} lanes")
+        if self.rates and (len(self.rates) != len(self.replicas) or min(self.rates) <= 0):
+            raise InputError(f"rates {list(self.rates)}: one above 0 for each of {len(self.replicas)} lanes")
 
 
 @dataclass(frozen=True)
-class Place:
+class Coordinates:
     """Where one worker stands in a layout."""
 
     layout: Layout
-    team_number: int
-    lane: int
+    group_number: int
+    replica: int
     stage: int
 
     @property
-    def team(self) -> Team:
-        return self.layout.teams[self.team_number]
+    def group(self) -> PipelineGroup:
+        return self.layout.groups[self.group_number]
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The workers of its lane, by stage."""
-        return self.team.lanes[self.lane]
+        return self.group.replicas[self.replica]
 
     @property
     def first(self) -> bool:
@@ -160,38 +160,38 @@ class Place:
 
     @property
     def last(self) -> bool:
-        return self.stage == self.team.stages - 1
+        return self.stage == self.group.stages - 1
 
     @property
-    def lane_number(self) -> int:
+    def replica_number(self) -> int:
         """Of all lanes of the layout."""
-        return self.layout.lanes.index((self.team_number, self.lane))
+        return self.layout.replicas.index((self.group_number, self.replica))
 
     @property
     def planned_format(self) -> Format | None:
-        return self.team.formats[self.stage] if self.team.formats else None
+        return self.group.formats[self.stage] if self.group.formats else None
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
         """The workers that share this stage's experts, in the order of the experts they hold."""
-        start = self.lane - self.lane % self.team.expert_lanes
-        return tuple(self.team.lanes[lane][self.stage] for lane in range(start, start + self.team.expert_lanes))
+        start = self.replica - self.replica % self.group.expert_replicas
+        return tuple(self.group.replicas[replica][self.stage] for replica in range(start, start + self.group.expert_replicas))
 
 
-def place_of(layout: Layout, rank: int) -> Place:
+def coordinates_of(layout: Layout, rank: int) -> Coordinates:
     """Where `rank` stands."""
     return next(
-        Place(layout, number, index, lane.index(rank))
-        for number, team in enumerate(layout.teams)
-        for index, lane in enumerate(team.lanes)
-        if rank in lane
+        Coordinates(layout, number, index, replica.index(rank))
+        for number, group in enumerate(layout.groups)
+        for index, replica in enumerate(group.replicas)
+        if rank in replica
     )
 
 
 def side_by_side(workers: int, layers: int, micro_batch: int, zero: Zero = 0) -> Layout:
     """Every worker a lane of its own that holds the whole model: uneven data parallelism and nothing else."""
-    teams = tuple(Team(((rank,),), (layers,), micro_batch=micro_batch) for rank in range(workers))
-    return Layout(teams, zero=zero)
+    groups = tuple(PipelineGroup(((rank,),), (layers,), micro_batch=micro_batch) for rank in range(workers))
+    return Layout(groups, zero=zero)
 
 
 @dataclass(frozen=True)
@@ -243,15 +243,15 @@ def islands_of_plan(plan: Mapping[str, Any], config: ModelConfig) -> list[Island
     """The islands of a plan file, mostly one; as `from_plan`."""
     with _reading():
         found, rank = {}, 0
-        for team in plan["teams"]:
-            workers = team["dp"] * len(team["stages"])
-            found.setdefault(team["island"], []).append((team, range(rank, rank + workers)))
+        for group in plan["teams"]:
+            workers = group["dp"] * len(group["stages"])
+            found.setdefault(group["island"], []).append((group, range(rank, rank + workers)))
             rank += workers
         islands = []
         for members in found.values():
-            layout = from_plan({**plan, "teams": [team for team, _ in members]}, config)
+            layout = from_plan({**plan, "teams": [group for group, _ in members]}, config)
             ranks = tuple(rank for _, own in members for rank in own)
-            islands.append(IslandLayout(ranks, layout, float(sum(team["sequences"] for team, _ in members))))
+            islands.append(IslandLayout(ranks, layout, float(sum(group["sequences"] for group, _ in members))))
         return islands
 
 
@@ -268,8 +268,8 @@ def ranks_of_pools(plan: Mapping[str, Any]) -> dict[str, list[int]]:
     """Which ranks, in the order of `from_plan`, work on the first, second, ... chip of each pool."""
     ranks: dict[str, list[int]] = {entry["pool"]: [] for entry in plan["pools"]}
     workers = 0
-    for team in plan["teams"]:
-        stages, copies = team["stages"], team["dp"]
+    for group in plan["teams"]:
+        stages, copies = group["stages"], group["dp"]
         for number, stage in enumerate(stages):
             ranks[stage["pool"]] += [workers + copy * len(stages) + number for copy in range(copies)]
         workers += copies * len(stages)
@@ -288,7 +288,7 @@ def _reading() -> Iterator[None]:
 
 
 def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
-    teams, rates, rank = [], [], 0
+    groups, rates, rank = [], [], 0
     memory: list[float] = []
     zero = max(int(entry["zero"]) for entry in plan["teams"])
     for entry in plan["teams"]:
@@ -307,7 +307,7 @@ def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
         )
         if any(stage["mtp"] and not stage["head"] for stage in entry["stages"]):
             raise InputError(f"the plan puts an MTP module of {pools} on another stage than the head")
-        lanes = tuple(
+        replicas = tuple(
             tuple(rank + copy * len(layers) + stage for stage in range(len(layers))) for copy in range(entry["dp"])
         )
         rank += entry["dp"] * len(layers)
@@ -318,11 +318,11 @@ def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
         formats = tuple(entry["precision"][stage["pool"]] for stage in entry["stages"])
         if unknown := set(formats) - set(ACTIVATIONS):
             raise InputError(f"the plan computes in {min(unknown)} on {pools}; known are {', '.join(ACTIVATIONS)}")
-        teams.append(Team(lanes, layers, spread, entry["schedule"], entry["micro_batch"], recompute, formats))
+        groups.append(PipelineGroup(replicas, layers, spread, entry["schedule"], entry["micro_batch"], recompute, formats))
         rates += [entry["sequences"] / entry["dp"] / plan["step_seconds"]] * entry["dp"]
         if zero:
-            memory += [_room(stage, zero) for stage in entry["stages"]] * len(lanes)
-    layout = Layout(tuple(teams), zero, tuple(memory), tuple(rates))  # type: ignore[arg-type]
+            memory += [_room(stage, zero) for stage in entry["stages"]] * len(replicas)
+    layout = Layout(tuple(groups), zero, tuple(memory), tuple(rates))  # type: ignore[arg-type]
     layout.check(config, rank)
     return layout
 

@@ -19,7 +19,7 @@ RECOVER = 0.05  # how far the rate of a lane that got no rows moves towards the 
 
 
 @dataclass
-class Shares:
+class LoadBalancer:
     """Rows of each lane, following measured speed; every worker computes the same shares from the same numbers.
 
     Attributes:
@@ -40,11 +40,11 @@ class Shares:
     def measured(self, rows: Sequence[float], seconds: Sequence[float]) -> None:
         """Take in how long each lane worked on its rows. A lane that got none slowly recovers its rate."""
         mean = sum(self.rates) / len(self.rates)
-        for lane, (count, spent) in enumerate(zip(rows, seconds, strict=True)):
-            old = self.rates[lane]
+        for replica, (count, spent) in enumerate(zip(rows, seconds, strict=True)):
+            old = self.rates[replica]
             if count and spent > 0:
                 rate = count / spent
-                self.rates[lane] = rate if self.known[lane] < COLD else old + FOLLOW * (rate - old)
-                self.known[lane] += 1
+                self.rates[replica] = rate if self.known[replica] < COLD else old + FOLLOW * (rate - old)
+                self.known[replica] += 1
             else:
-                self.rates[lane] = old + RECOVER * (mean - old)
+                self.rates[replica] = old + RECOVER * (mean - old)

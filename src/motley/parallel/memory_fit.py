@@ -19,10 +19,10 @@ from motley.fleet.device import ACTIVATIONS, Format
 from motley.fleet.probe import device_memory, host_memory, in_gigabytes
 from motley.model import ModelConfig
 from motley.parallel.buckets import AT_ONCE, MESSAGE_BYTES
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import IslandLayout, Layout, Place, island_of, place_of
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import IslandLayout, Layout, Coordinates, island_of, coordinates_of
 from motley.parallel.telemetry.step_stats import memory_bytes
-from motley.parallel.zero.partition import bytes_kept_anyway, bytes_kept_once, cut_parts, held_bytes
+from motley.parallel.zero.partition import bytes_kept_anyway, bytes_kept_once, cut_shards, held_bytes
 from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Layouts
 from motley.plan.cost_model.framework import load_engine
 from motley.plan.cost_model.memory import in_flight, saved_bytes
@@ -50,12 +50,12 @@ def gathered_bytes(config: ModelConfig, optimizer: OptimizerName) -> int:
 # ------------------------------------------------------------------------------------------ a crew
 
 
-def check_gathering(islands: Sequence[IslandLayout], config: ModelConfig, optimizer: OptimizerName, crew: Crew) -> None:
+def check_gathering(islands: Sequence[IslandLayout], config: ModelConfig, optimizer: OptimizerName, comm: Communicator) -> None:
     """Raises InputError, on every worker, when the host of one that writes cannot hold what a checkpoint gathers.
 
     Its device, which may be small, need not: the state goes there part by part (gather.py). Every worker calls this.
     """
-    hosts: list[int] = crew.all_values(host_memory()[0])
+    hosts: list[int] = comm.all_values(host_memory()[0])
     needed = gathered_bytes(config, optimizer)
     for writer in (island.ranks[0] for island in islands if len(island.ranks) > 1):
         if needed > hosts[writer]:
@@ -67,7 +67,7 @@ def check_gathering(islands: Sequence[IslandLayout], config: ModelConfig, optimi
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Of one worker, in bytes.
 
     Attributes:
@@ -112,7 +112,7 @@ def dealt(
     found = []
     for island in islands:
         layout = replace(island.layout, rates=tuple(speeds[rank] for rank in island.ranks))
-        parts, mtp = cut_parts(shape, layout), bool(config.mtp_weight)
+        parts, mtp = cut_shards(shape, layout), bool(config.mtp_weight)
         left = [
             max(0.0, budgets[among_all] - bytes_kept_anyway(parts, layout.zero, rank, mtp))
             for rank, among_all in enumerate(island.ranks)
@@ -138,15 +138,15 @@ def in_passing_bytes(shape: ModelConfig, zero: int, workers: int) -> float:
     return messages + UPDATE_COPIES * min(NUMBERS_AT_ONCE * FP32_BYTES, whole)
 
 
-def row_bytes(shape: ModelConfig, place: Place, seq_len: int, number_bytes: int, recompute: bool) -> float:
+def row_bytes(shape: ModelConfig, place: Coordinates, seq_len: int, number_bytes: int, recompute: bool) -> float:
     """Activations that a worker holds for one row of each micro-batch that its schedule has in flight."""
     plain, engine = shape_of(shape, "model", ""), load_engine("motley-cpu")
     blocks = [block for block, count in plain.runs for _ in range(count)]
-    own = [blocks[layer] for layer in place.team.stage_layers(place.stage)] + list(plain.mtp if place.last else ())
-    how = RECOMPUTES.index("full" if recompute or place.team.recompute else "none")
+    own = [blocks[layer] for layer in place.group.stage_layers(place.stage)] + list(plain.mtp if place.last else ())
+    how = RECOMPUTES.index("full" if recompute or place.group.recompute else "none")
     one = Layouts.of(
-        tp=1, cp=1, ep=1, dp=1, pp=place.team.stages, micro_batch=1, micro_batches=1, recompute=how,
-        schedule=SCHEDULES.index(place.team.schedule), chunks=1, zero=0,
+        tp=1, cp=1, ep=1, dp=1, pp=place.group.stages, micro_batch=1, micro_batches=1, recompute=how,
+        schedule=SCHEDULES.index(place.group.schedule), chunks=1, zero=0,
     )  # fmt: skip
     saved = sum(float(saved_bytes(block, plain, one, engine, seq_len)[0]) for block in own)
     flights = float(in_flight(one, np.array([place.stage]))[0])
@@ -160,14 +160,14 @@ def held_and_row(
     mtp = bool(config.mtp_weight)
     held = held_bytes(shape, layout, rank, config.optimizer, mtp=mtp, moments=config.moments).total
     number_bytes = ACTIVATIONS[number_format].itemsize
-    return held, row_bytes(shape, place_of(layout, rank), config.seq_len, number_bytes, config.recompute)
+    return held, row_bytes(shape, coordinates_of(layout, rank), config.seq_len, number_bytes, config.recompute)
 
 
 def within_memory(
     islands: list[IslandLayout],
     shape: ModelConfig,
     config: TrainingConfig,
-    crew: Crew,
+    comm: Communicator,
     budgets: Sequence[float],
     formats: Sequence[Format],
     planned: bool,
@@ -181,15 +181,15 @@ def within_memory(
     planned: a plan, which has margins of its own, asks for these islands.
     shrink: micro-batches to what fits; else they stay as they are.
     """
-    own = island_of(islands, crew.rank)
-    rank = list(own.ranks).index(crew.rank)
-    held, row = held_and_row(shape, config, own.layout, rank, formats[crew.rank])
+    own = island_of(islands, comm.rank)
+    rank = list(own.ranks).index(comm.rank)
+    held, row = held_and_row(shape, config, own.layout, rank, formats[comm.rank])
     if not planned:
-        held = ALLOCATED * (held + in_passing_bytes(shape, own.layout.zero, crew.size))
+        held = ALLOCATED * (held + in_passing_bytes(shape, own.layout.zero, comm.size))
         row = ALLOCATED * row
-    rows = 1 if shrink else place_of(own.layout, rank).team.micro_batch
-    needs: list[Need] = crew.all_values(Need(held, row, rows, budgets[crew.rank]))
-    tight = min(range(crew.size), key=lambda other: needs[other].most_rows - needs[other].rows)
+    rows = 1 if shrink else coordinates_of(own.layout, rank).group.micro_batch
+    needs: list[MemoryNeed] = comm.all_values(MemoryNeed(held, row, rows, budgets[comm.rank]))
+    tight = min(range(comm.size), key=lambda other: needs[other].most_rows - needs[other].rows)
     need = needs[tight]
     if need.most_rows < need.rows:
         raise InputError(
@@ -205,15 +205,15 @@ def within_memory(
 
 def _fitting(island: IslandLayout, most: Sequence[int]) -> IslandLayout:
     """The island with micro-batches of at most what each of its workers can hold."""
-    teams = [
-        replace(team, micro_batch=min(team.micro_batch, *(most[rank] for lane in team.lanes for rank in lane)))
-        for team in island.layout.teams
+    groups = [
+        replace(group, micro_batch=min(group.micro_batch, *(most[rank] for replica in group.replicas for rank in replica)))
+        for group in island.layout.groups
     ]
-    return replace(island, layout=replace(island.layout, teams=tuple(teams)))
+    return replace(island, layout=replace(island.layout, groups=tuple(groups)))
 
 
 @dataclass
-class Budgets:
+class MemoryBudgets:
     """What workers may hold, and who was seen to hold more.
 
     Attributes:

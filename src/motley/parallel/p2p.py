@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from motley.parallel.buckets import MESSAGE_BYTES
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 
 PARCEL_NUMBERS = MESSAGE_BYTES // torch.float32.itemsize
 
 
-def send(tensors: Sequence[Tensor], crew: Crew, to: int) -> None:
+def send(tensors: Sequence[Tensor], comm: Communicator, to: int) -> None:
     """Send all numbers of `tensors` to worker `to`, which takes them one tensor after the other (`Arrivals`)."""
     parcel, filled = torch.empty(min(PARCEL_NUMBERS, sum(tensor.numel() for tensor in tensors))), 0
     for tensor in tensors:
@@ -28,10 +28,10 @@ def send(tensors: Sequence[Tensor], crew: Crew, to: int) -> None:
             parcel[filled : filled + fits] = left[:fits]
             left, filled = left[fits:], filled + fits
             if filled == len(parcel):
-                crew.send(parcel, to)
+                comm.send(parcel, to)
                 filled = 0
     if filled:
-        crew.send(parcel[:filled], to)
+        comm.send(parcel[:filled], to)
 
 
 class Arrivals:
@@ -43,8 +43,8 @@ class Arrivals:
         shapes: of all that it sends, in order.
     """
 
-    def __init__(self, crew: Crew, source: int, shapes: Sequence[Sequence[int]]) -> None:
-        self._crew, self._source = crew, source
+    def __init__(self, comm: Communicator, source: int, shapes: Sequence[Sequence[int]]) -> None:
+        self._crew, self._source = comm, source
         self._to_come = sum(math.prod(shape) for shape in shapes)
         self._room = torch.empty(min(PARCEL_NUMBERS, self._to_come))
         self._parcel = self._room[:0]

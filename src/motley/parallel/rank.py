@@ -18,23 +18,23 @@ from torch import Tensor
 from motley.data.stream import NO_LOSS, PADDING, Batch, TokenStream
 from motley.fleet.device import ACTIVATIONS, Format
 from motley.model import ModelConfig, Transformer
-from motley.parallel.communicator import Crew
-from motley.parallel.consistency import Copies
-from motley.parallel.expert.dispatch import SpreadExperts
+from motley.parallel.communicator import Communicator
+from motley.parallel.consistency import CopyCheck
+from motley.parallel.expert.dispatch import ExpertParallel
 from motley.parallel.full_state import State, gather, scatter
-from motley.parallel.layout import Layout, place_of
-from motley.parallel.load_balance import Shares
-from motley.parallel.memory_fit import Budgets
-from motley.parallel.pipeline.runner import Lane, build_stage
-from motley.parallel.telemetry.step_stats import Timing, measured_here
-from motley.parallel.zero.flat_buffers import Shards
+from motley.parallel.layout import Layout, coordinates_of
+from motley.parallel.load_balance import LoadBalancer
+from motley.parallel.memory_fit import MemoryBudgets
+from motley.parallel.pipeline.runner import PipelineRunner, build_stage
+from motley.parallel.telemetry.step_stats import StepStats, measured_here
+from motley.parallel.zero.flat_buffers import FlatBuffers
 from motley.parallel.zero.partition import trained
-from motley.parallel.zero.stage2 import Turns, Visits
+from motley.parallel.zero.stage2 import Zero2, Zero3
 from motley.plan.search.pool_packing import apportion
 from motley.train.config import TrainingConfig
-from motley.train.loss_scaler import LossScales, culprits
+from motley.train.loss_scaler import LossScaler, culprits
 from motley.train.mixed_precision import check_formats, wire_dtype
-from motley.train.ngram_targets import Hints, Ngrams
+from motley.train.ngram_targets import NgramTargets, NgramCounts
 from motley.train.optimizer import Optimizer, by_muon
 from motley.train.step import Counts, LossWeights, StepLosses, Tally
 
@@ -56,61 +56,61 @@ class Worker:
         config: ModelConfig,
         settings: TrainingConfig,
         layout: Layout,
-        crew: Crew,
+        comm: Communicator,
         model: Transformer | None = None,
         formats: Sequence[Format] | None = None,
     ) -> None:
-        layout.check(config, crew.size)
-        all_formats: Sequence[Format] = formats or ("fp32",) * crew.size
+        layout.check(config, comm.size)
+        all_formats: Sequence[Format] = formats or ("fp32",) * comm.size
         check_formats(all_formats, layout)
-        self.scales = LossScales.of(all_formats)
-        dtype, wire = ACTIVATIONS[all_formats[crew.rank]], wire_dtype(all_formats)
-        self.config, self.settings, self.layout, self.crew = config, settings, layout, crew
-        self.place = place = place_of(layout, crew.rank)
-        if crew.alone:
-            self.model = Transformer(config).to(crew.device) if model is None else model
+        self.scales = LossScaler.of(all_formats)
+        dtype, wire = ACTIVATIONS[all_formats[comm.rank]], wire_dtype(all_formats)
+        self.config, self.settings, self.layout, self.comm = config, settings, layout, comm
+        self.place = place = coordinates_of(layout, comm.rank)
+        if comm.alone:
+            self.model = Transformer(config).to(comm.device) if model is None else model
         else:
-            self.model = build_stage(config, place, crew.device)
-        self.model.compute_dtype, self.model.recompute = dtype, settings.recompute or place.team.recompute
-        self.model.train_in_fp8(all_formats[crew.rank] == "fp8")
+            self.model = build_stage(config, place, comm.device)
+        self.model.compute_dtype, self.model.recompute = dtype, settings.recompute or place.group.recompute
+        self.model.train_in_fp8(all_formats[comm.rank] == "fp8")
         self.weights = LossWeights(settings.mtp_weight, settings.balance_weight)
         self.depths = config.num_nextn_predict_layers if self.weights.mtp else 0
         self._form_expert_groups()
-        self.shards = Shards(
-            self.model, config, layout, crew, lambda name: trained(name, bool(self.depths)), settings.optimizer
+        self.shards = FlatBuffers(
+            self.model, config, layout, comm, lambda name: trained(name, bool(self.depths)), settings.optimizer
         )
-        self.copies = Copies(self.model, self.shards, crew)
+        self.copies = CopyCheck(self.model, self.shards, comm)
         # Where several workers update the same weights, they must do it alike.
         products = torch.bfloat16 if torch.bfloat16 in ((dtype,) if self.shards.zero else (wire,)) else torch.float32
         named = [(part.label, self.shards.view(part)) for part in self.shards.kept]
         self.optimizer = Optimizer(
             named, settings.optimizer, settings.weight_decay, products, settings.embedding_rate, settings.moments
         )
-        self.lane = Lane(self.model, config, place, crew, wire)
-        if layout.zero >= 2 and not crew.alone:
-            turns = Turns if layout.zero == 2 else Visits
-            self.lane.turns = turns(self.model, self.shards, watched=bool(self.scales.workers))
-        self.shares = Shares(list(layout.rates or [1.0] * len(layout.lanes)))
-        self.timing = Timing()
-        self.budgets: Budgets | None = None
+        self.replica = PipelineRunner(self.model, config, place, comm, wire)
+        if layout.zero >= 2 and not comm.alone:
+            exchange = Zero2 if layout.zero == 2 else Zero3
+            self.replica.exchange = exchange(self.model, self.shards, watched=bool(self.scales.workers))
+        self.shares = LoadBalancer(list(layout.rates or [1.0] * len(layout.replicas)))
+        self.timing = StepStats()
+        self.budgets: MemoryBudgets | None = None
         self.before_step: Callable[[int], None] = lambda step: None
         self._rows: list[int] = []
 
     @property
-    def lane_tokens(self) -> int:
+    def replica_tokens(self) -> int:
         """In the rows that this worker's lane took in the last step."""
-        return self._rows[self.place.lane_number] * self.settings.seq_len
+        return self._rows[self.place.replica_number] * self.settings.seq_len
 
     @property
     def loss_scale(self) -> float:
         """This worker's own."""
-        return self.scales.values[self.crew.rank]
+        return self.scales.values[self.comm.rank]
 
     # ----------------------------------------------------------------------------------------------- a step
 
-    def take_hints(self, ngrams: Ngrams) -> None:
+    def learn_ngrams(self, ngrams: NgramCounts) -> None:
         """Learn from these counts too, in all steps; only who holds the head needs them."""
-        self.weights = replace(self.weights, hints=Hints(ngrams, self.settings.hint_weight()))
+        self.weights = replace(self.weights, hints=NgramTargets(ngrams, self.settings.ngram_share()))
 
     def gradient(self, stream: TokenStream, step: int, rows: range | None = None) -> tuple[StepLosses, float]:
         """(losses, gradient norm) of a step, the same on every worker; the summed gradient lies in the shards.
@@ -118,21 +118,21 @@ class Worker:
         rows: of the stream; None: the next batch_rows behind those of the steps before.
         """
         self.before_step(step)
-        self.crew.watch.begin()
+        self.comm.watch.begin()
         scale = self.loss_scale
         if rows is None:
             rows = range(step * self.settings.batch_rows, (step + 1) * self.settings.batch_rows)
         self._rows = self.shares.rows(len(rows))
         batch, length = self._own_rows(stream, rows.start, self._rows), self.settings.length(step)
         own = Counts.of(batch.cut(length), self.depths) if self.place.first else Counts(0, (0,) * self.depths, 0)
-        counts = own.added_up(lambda values: self.crew.sum(self.crew.outgoing(values)).cpu())
+        counts = own.added_up(lambda values: self.comm.sum(self.comm.outgoing(values)).cpu())
         self.shards.clear()
         confined = self.settings.confine_to_document
-        tally = self.lane.run(batch, self._micro_batches(), counts, self.weights, confined, length, scale)
-        made, received, received_gradient = (self.lane.broken > 0).tolist()
+        tally = self.replica.run(batch, self._micro_batches(), counts, self.weights, confined, length, scale)
+        made, received, received_gradient = (self.replica.broken > 0).tolist()
         overflowed = bool(self.scales.workers) and not self._own_gradient_is_finite()  # only loss scales ask who it was
         broken = [made, received, overflowed, received_gradient]
-        if scale != 1 and self.lane.turns is None:
+        if scale != 1 and self.replica.exchange is None:
             self.shards.scale(1 / scale)
         self.shards.reduce()
         return self._losses(tally, counts, broken), self.shards.norm()
@@ -140,7 +140,7 @@ class Worker:
     def update(self, losses: StepLosses, norm: float, learning_rate: float) -> None:
         """One step of the optimizer on the clipped gradient, and of the routers' biases."""
         self.shards.clip(self.settings.clip, norm)
-        with self.lane.working("optimizer"):
+        with self.replica.working("optimizer"):
             self.optimizer.step(learning_rate)
         self.shards.spread()
         for gate, layer in zip(self.model.gates(), self._moe_numbers(), strict=True):
@@ -155,24 +155,24 @@ class Worker:
 
         compared_after: the step after which copies of weights are compared; None: not now.
         """
-        span = self.lane.span_seconds + (0.0 if self.layout.zero else self.crew.watch.seconds["optimizer"])
+        span = self.replica.span_seconds + (0.0 if self.layout.zero else self.comm.watch.seconds["optimizer"])
         own = [] if compared_after is None else self.copies.fingerprints()
-        numbers = self.crew.everyone([*own, span, *measured_here(self.crew)])
+        numbers = self.comm.everyone([*own, span, *measured_here(self.comm)])
         if compared_after is not None:
             self.copies.check(numbers, compared_after)
             numbers = [row[len(own) :] for row in numbers]
         spans = [row[0] for row in numbers]
-        lanes = [max(spans[rank] for rank in self.layout.teams[team].lanes[lane]) for team, lane in self.layout.lanes]
-        self.timing = Timing.of(self._rows, self.layout, self.settings.seq_len, [row[1:] for row in numbers])
-        rows, spent = [float(count) for count in self._rows], lanes
+        replicas = [max(spans[rank] for rank in self.layout.groups[group].replicas[replica]) for group, replica in self.layout.replicas]
+        self.timing = StepStats.of(self._rows, self.layout, self.settings.seq_len, [row[1:] for row in numbers])
+        rows, spent = [float(count) for count in self._rows], replicas
         number = 0
-        for team in self.layout.teams:  # lanes that share experts keep step: they have one rate
-            for _ in range(0, len(team.lanes), team.expert_lanes):
-                group = range(number, number + team.expert_lanes)
+        for group in self.layout.groups:  # lanes that share experts keep step: they have one rate
+            for _ in range(0, len(group.replicas), group.expert_replicas):
+                group = range(number, number + group.expert_replicas)
                 mean, longest = sum(rows[i] for i in group) / len(group), max(spent[i] for i in group)
                 for i in group:
                     rows[i], spent[i] = mean, longest
-                number += team.expert_lanes
+                number += group.expert_replicas
         self.shares.measured(rows, spent)
 
     @torch.no_grad()
@@ -181,36 +181,36 @@ class Worker:
         self.model.eval()
         shares = apportion(rows, self.shares.rates)
         batch = self._own_rows(stream, start, shares)
-        nats = self.lane.evaluate(batch, self._micro_batches(shares), self.settings.confine_to_document)
+        nats = self.replica.evaluate(batch, self._micro_batches(shares), self.settings.confine_to_document)
         self.model.train()
-        return float(self.crew.sum(self.crew.outgoing(torch.tensor(nats, dtype=torch.float64))))
+        return float(self.comm.sum(self.comm.outgoing(torch.tensor(nats, dtype=torch.float64))))
 
     # ----------------------------------------------------------------------------------------------- state
 
     def compare_copies(self, step: int) -> None:
         """Raises InputError, on every worker, where copies of weights differ after `step`."""
         if self.copies.groups:
-            self.copies.check(self.crew.everyone(self.copies.fingerprints()), step)
+            self.copies.check(self.comm.everyone(self.copies.fingerprints()), step)
 
     def whole_state(self) -> tuple[State, State] | None:
         """(weights, optimizer state) of the whole model at worker 0, None elsewhere."""
-        if self.crew.alone:  # it is all here, and need not be copied
+        if self.comm.alone:  # it is all here, and need not be copied
             return dict(self.model.state_dict()), self.optimizer.state_tensors()
-        return gather(self.model, self.shards, self.optimizer, self.crew)
+        return gather(self.model, self.shards, self.optimizer, self.comm)
 
     def take_state(self, state: tuple[State, State] | None) -> None:
         """The inverse of `whole_state`; an empty optimizer state leaves the optimizer new."""
-        scatter(state, self.model, self.shards, self.optimizer, self.crew)
+        scatter(state, self.model, self.shards, self.optimizer, self.comm)
 
     def fragment(self, names: Collection[str]) -> State | None:
         """These weights and buffers of the whole model at worker 0, None elsewhere."""
-        found = gather(self.model, self.shards, self.optimizer, self.crew, names)
+        found = gather(self.model, self.shards, self.optimizer, self.comm, names)
         return None if found is None else found[0]
 
     def take_fragment(self, weights: State | None, names: Collection[str], keep: float) -> None:
         """Move all weights and buffers `names` to those that worker 0 has, but for a share `keep` of the way."""
         scatter(
-            None if weights is None else (weights, {}), self.model, self.shards, self.optimizer, self.crew, names, keep
+            None if weights is None else (weights, {}), self.model, self.shards, self.optimizer, self.comm, names, keep
         )
 
     def momentum_names(self) -> set[str]:
@@ -222,17 +222,17 @@ class Worker:
     # ----------------------------------------------------------------------------------------------- pieces
 
     def _form_expert_groups(self) -> None:
-        self.crew.form(self.layout.expert_groups())
+        self.comm.form(self.layout.expert_groups())
         for module in self.model.modules():
-            if isinstance(module, SpreadExperts):
-                module.connect(self.crew, self.place.expert_ranks)
+            if isinstance(module, ExpertParallel):
+                module.connect(self.comm, self.place.expert_ranks)
 
     def _own_gradient_is_finite(self) -> bool:
         """What this worker made of the step's gradient, before anything is added to it."""
-        return self.shards.finite() if self.lane.turns is None else self.lane.turns.finite
+        return self.shards.finite() if self.replica.exchange is None else self.replica.exchange.finite
 
     def _own_rows(self, stream: TokenStream, start: int, shares: list[int]) -> Batch:
-        number = self.place.lane_number
+        number = self.place.replica_number
         count = shares[number]
         if count:
             return stream.rows(start + sum(shares[:number]), count)
@@ -242,18 +242,18 @@ class Worker:
     def _micro_batches(self, shares: list[int] | None = None) -> int:
         """How many this worker computes: what its rows make, or what the busiest of the lanes in step with it needs."""
         shares = shares or self._rows
-        number, team = self.place.lane_number, self.place.team
-        first = number - self.place.lane % team.expert_lanes
-        in_step = range(len(shares)) if self.lane.turns else range(first, first + team.expert_lanes)
-        sizes = [self.layout.teams[team].micro_batch for team, _ in self.layout.lanes]
-        return max(math.ceil(shares[lane] / sizes[lane]) for lane in in_step)
+        number, group = self.place.replica_number, self.place.group
+        first = number - self.place.replica % group.expert_replicas
+        in_step = range(len(shares)) if self.replica.exchange else range(first, first + group.expert_replicas)
+        sizes = [self.layout.groups[group].micro_batch for group, _ in self.layout.replicas]
+        return max(math.ceil(shares[replica] / sizes[replica]) for replica in in_step)
 
     def _moe_numbers(self) -> list[int]:
         """Number among the model's MoE layers (MTP's last) of each router of this stage."""
         config = self.config
         everything = range(config.num_hidden_layers + config.num_nextn_predict_layers)
         moe = [layer for layer in everything if config.is_moe_layer(layer)]
-        own = set(self.place.team.stage_layers(self.place.stage))
+        own = set(self.place.group.stage_layers(self.place.stage))
         if self.place.last:
             own |= set(range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers))
         return [number for number, layer in enumerate(moe) if layer in own]
@@ -268,12 +268,12 @@ class Worker:
         for number, load in zip(self._moe_numbers(), tally.expert_counts, strict=False):
             loads[number] = load.double().cpu()
         sums = torch.stack([tally.main, tally.mtp, tally.balance]).double().cpu()
-        seen = torch.zeros(self.crew.size, len(broken), dtype=torch.float64)
-        seen[self.crew.rank] = torch.tensor(broken)
-        total: Tensor = self.crew.sum(self.crew.outgoing(torch.cat([sums, seen.flatten(), loads.flatten()]))).cpu()
+        seen = torch.zeros(self.comm.size, len(broken), dtype=torch.float64)
+        seen[self.comm.rank] = torch.tensor(broken)
+        total: Tensor = self.comm.sum(self.comm.outgoing(torch.cat([sums, seen.flatten(), loads.flatten()]))).cpu()
         sums, seen, counted = total.split([len(sums), seen.numel(), loads.numel()])
         main, mtp, balance = sums.tolist()
         counted = counted.view(moe, experts).long()
-        found = culprits(seen.view(self.crew.size, len(broken)), self.layout.expert_groups())
+        found = culprits(seen.view(self.comm.size, len(broken)), self.layout.expert_groups())
         used = moe if self.depths else sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
         return StepLosses(main, mtp, balance, list(counted[:used]), counts.tokens, found)

@@ -50,7 +50,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Ngrams:
+class NgramCounts:
     """Counts of a text.
 
     Attributes:
@@ -134,7 +134,7 @@ class Expected:
         factors: fp32 [positions, ORDERS], by which their shares are multiplied.
     """
 
-    ngrams: Ngrams
+    ngrams: NgramCounts
     floor: Tensor
     begins: Tensor
     ends: Tensor
@@ -159,7 +159,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Hints:
+class NgramTargets:
     """What a step learns besides what came next.
 
     Attributes:
@@ -167,11 +167,11 @@ class Hints:
         weight: of what they expect; 1 - weight is left to the token that came.
     """
 
-    ngrams: Ngrams
+    ngrams: NgramCounts
     weight: float
 
 
-def counts_of(rows: TokenStream, vocab_size: int, device: torch.device) -> Ngrams:
+def counts_of(rows: TokenStream, vocab_size: int, device: torch.device) -> NgramCounts:
     """Counts of the text that a stream reads: of all of it, or of equal parts of its shards up to COUNTED_TOKENS.
 
     vocab_size: of the model, which may have room for more tokens than the text's tokenizer knows.
@@ -181,7 +181,7 @@ def counts_of(rows: TokenStream, vocab_size: int, device: torch.device) -> Ngram
     text = rows.text(COUNTED_TOKENS)
     if len(text) < 3:
         raise InputError(f"{rows.folder} holds {len(text)} tokens, too few to count; leave --ngram-weight out")
-    return Ngrams.of(text, vocab_size, device)
+    return NgramCounts.of(text, vocab_size, device)
 
 
 def _counted(ascending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

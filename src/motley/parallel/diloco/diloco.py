@@ -31,15 +31,15 @@ from torch import Tensor
 from motley.data.stream import TokenStream
 from motley.errors import InputError
 from motley.model import Transformer
-from motley.parallel.communicator import Crew
-from motley.parallel.diloco.outer_optimizer import Outer, fragments_of
+from motley.parallel.communicator import Communicator
+from motley.parallel.diloco.outer_optimizer import OuterOptimizer, fragments_of
 from motley.parallel.diloco.quantize import decode, encode, encoded_bytes
-from motley.parallel.diloco.round_stats import Doings, RoundWatch, spans_of, timing_of
+from motley.parallel.diloco.round_stats import RankRound, RoundWatch, spans_of, timing_of
 from motley.parallel.diloco.sync_schedule import Round
 from motley.parallel.full_state import State
-from motley.parallel.load_balance import Shares
+from motley.parallel.load_balance import LoadBalancer
 from motley.parallel.rank import Worker
-from motley.parallel.telemetry.step_stats import Timing, memory_bytes
+from motley.parallel.telemetry.step_stats import StepStats, memory_bytes
 from motley.parallel.telemetry.step_timer import Span
 from motley.parallel.zero.partition import trained
 from motley.plan.search.pool_packing import apportion
@@ -69,7 +69,7 @@ class _Flight:
 
 
 @dataclass
-class Ledger:
+class IslandRound:
     """What an island did in a round; seconds and bytes are measured, the rest is exact."""
 
     tokens: float = 0.0
@@ -80,7 +80,7 @@ class Ledger:
 
 
 @dataclass
-class Meeting:
+class OuterStep:
     """The end of a round as all islands know it.
 
     Attributes:
@@ -95,9 +95,9 @@ class Meeting:
 
     number: int
     round: Round
-    ledgers: list[Ledger]
+    ledgers: list[IslandRound]
     seconds: float
-    timing: Timing
+    timing: StepStats
     spans: list[list[Span]]
     loss_scales: list[float]
 
@@ -136,7 +136,7 @@ class Island:
     """
 
     def __init__(
-        self, worker: Worker, world: Crew, parts: Sequence[Sequence[int]], speeds: Sequence[float], every: int
+        self, worker: Worker, world: Communicator, parts: Sequence[Sequence[int]], speeds: Sequence[float], every: int
     ) -> None:
         self.worker, self.world = worker, world
         self.settings, self.config = worker.settings, worker.config
@@ -147,10 +147,10 @@ class Island:
         self.every = every if self.count > 1 else 1
         if self.settings.batch_rows < self.count:
             raise InputError(f"--batch-rows {self.settings.batch_rows} are too few for {self.count} islands")
-        self.speeds, self.measured = list(speeds), Shares(list(speeds))
-        self.outer: Outer | None = None
+        self.speeds, self.measured = list(speeds), LoadBalancer(list(speeds))
+        self.outer: OuterOptimizer | None = None
         self.rounds = 0
-        self._patience = max(world.patience, ROUND_PATIENCE_SECONDS)
+        self._patience = max(world.timeout, ROUND_PATIENCE_SECONDS)
         if self.count > 1:
             world.form([self.leaders])
         with torch.device("meta"):
@@ -167,7 +167,7 @@ class Island:
         )
         self._own = _Own()
         self._flights: dict[int, _Flight] = {}
-        self._round_timing = Timing()
+        self._round_timing = StepStats()
         self.begin_round(0)
 
     # ---------------------------------------------------------------------------------------------- a round
@@ -176,8 +176,8 @@ class Island:
         """Deal out the rows of the round that begins at the run's step `step`."""
         steps = max(1, min(self.every, self.settings.steps - step))
         self.round = Round.of(step, steps, self.settings.batch_rows, self.speeds)
-        self.taken, self.ledger, self._seconds = 0, Ledger(), 0.0
-        self._watch = RoundWatch(self.worker.crew.watch, len(self.fragments))
+        self.taken, self.ledger, self._seconds = 0, IslandRound(), 0.0
+        self._watch = RoundWatch(self.worker.comm.watch, len(self.fragments))
 
     @property
     def between_rounds(self) -> bool:
@@ -190,7 +190,7 @@ class Island:
         return self.round.rows(self.number, self.taken)
 
     @property
-    def timing(self) -> Timing:
+    def timing(self) -> StepStats:
         """Of all workers: of one crew the last step, of islands the last round; empty before the first."""
         return self.worker.timing if self.count == 1 else self._round_timing
 
@@ -199,7 +199,7 @@ class Island:
         """The run's step that this island has reached."""
         return self.round.step(self.number, self.taken)
 
-    def moved(self, tokens: int, learned: bool, seconds: float) -> Meeting | None:
+    def moved(self, tokens: int, learned: bool, seconds: float) -> OuterStep | None:
         """The island took one step on `tokens` tokens; meet the others where it is time. At a round's end: how it went.
 
         Every worker calls this. learned: whether the step was not skipped.
@@ -213,20 +213,20 @@ class Island:
         self.ledger.busy_seconds += seconds
         self._own.learned_since = [before + tokens * learned for before in self._own.learned_since]
         if self.count > 1:
-            self._watch.stepped(self.worker.lane_tokens, seconds)
+            self._watch.stepped(self.worker.replica_tokens, seconds)
             meetings = self.round.meetings(self.number, len(self.fragments), self.settings.overlap)
             for number, (leaves, _) in enumerate(meetings):
                 if leaves == self.taken:
                     self._send(number)
-                    self._watch.doings.crossings[number].left = self._watch.now
+                    self._watch.rank_round.crossings[number].left = self._watch.now
             for number, (_, arrives) in enumerate(meetings):
                 if arrives == self.taken:
                     self._take_in(number)
             self._watch.carried()
         ended = self.taken == self.round.inner[self.number]
-        ledgers, doings = self._end_round() if ended and self.count > 1 else ([], [])
+        ledgers, rank_round = self._end_round() if ended and self.count > 1 else ([], [])
         self._seconds += time.perf_counter() - started
-        meeting = self._meeting(ledgers, doings) if ledgers else None
+        meeting = self._meeting(ledgers, rank_round) if ledgers else None
         if ended:
             self.begin_round(self.round.start + self.round.steps)
         return meeting
@@ -272,7 +272,7 @@ class Island:
     def _take_in(self, number: int) -> None:
         """Wait for what all islands sent of a fragment; take the outer step; tell this island."""
         fragment, shared = self.fragments[number], None
-        seen = self._watch.doings.crossings[number]
+        seen = self._watch.rank_round.crossings[number]
         seen.came = self._watch.now
         if (flight := self._flights.pop(number, None)) is not None:
             assert self.outer is not None
@@ -295,15 +295,15 @@ class Island:
         seen.taken = self._watch.now
         seen.arrived = seen.arrived or seen.taken
 
-    def _end_round(self) -> tuple[list[Ledger], list[Doings]]:
+    def _end_round(self) -> tuple[list[IslandRound], list[RankRound]]:
         """All islands compare what they hold and tell what they did; the next round follows their speed."""
-        started, doings = time.perf_counter(), self._watch.doings
+        started, rank_round = time.perf_counter(), self._watch.rank_round
         digest = -1.0 if self.outer is None else float(self._digest())
         head = [digest, *dataclasses.astuple(self.ledger)]
-        doings.lane, doings.loss_scale = self.worker.place.lane_number, self.worker.loss_scale
-        doings.memory, doings.reached = memory_bytes(self.world.device), self._watch.now
+        rank_round.replica, rank_round.loss_scale = self.worker.place.replica_number, self.worker.loss_scale
+        rank_round.memory, rank_round.reached = memory_bytes(self.world.device), self._watch.now
         with self.world.waiting(self._patience):
-            everyone = self.world.everyone([*head, *doings.numbers()])
+            everyone = self.world.everyone([*head, *rank_round.numbers()])
         self.ledger.waited_seconds += time.perf_counter() - started
         told = [everyone[leader][: len(head)] for leader in self.leaders]
         for island, (theirs, *_) in enumerate(told):
@@ -313,25 +313,25 @@ class Island:
                     f"{self.round.start + self.round.steps}: a machine computes or transmits wrongly; start the job "
                     "again, it goes on from its newest checkpoint"
                 )
-        ledgers = [Ledger(*values) for _, *values in told]
+        ledgers = [IslandRound(*values) for _, *values in told]
         self._follow([ledger.busy_seconds for ledger in ledgers])
         self.rounds += 1
-        return ledgers, [Doings.of(numbers[len(head) :]) for numbers in everyone]
+        return ledgers, [RankRound.of(numbers[len(head) :]) for numbers in everyone]
 
-    def _meeting(self, ledgers: list[Ledger], doings: list[Doings]) -> Meeting:
+    def _meeting(self, ledgers: list[IslandRound], rank_round: list[RankRound]) -> OuterStep:
         """What the islands told at the end of the round in hand."""
         fragments, overlap = len(self.fragments), self.settings.overlap
         meetings = [self.round.meetings(island, fragments, overlap) for island in range(self.count)]
         arrivals = [[arrives for _, arrives in own] for own in meetings]
-        self._round_timing = timing_of(doings, self._islands, self.settings.seq_len)
-        spans = spans_of(doings, self._islands, self.leaders, arrivals)
-        scales = [one.loss_scale for one in doings]
-        return Meeting(self.rounds, self.round, ledgers, self._seconds, self._round_timing, spans, scales)
+        self._round_timing = timing_of(rank_round, self._islands, self.settings.seq_len)
+        spans = spans_of(rank_round, self._islands, self.leaders, arrivals)
+        scales = [one.loss_scale for one in rank_round]
+        return OuterStep(self.rounds, self.round, ledgers, self._seconds, self._round_timing, spans, scales)
 
     def _follow(self, seconds: Sequence[float]) -> None:
         """Deal out later rounds by speed, where that is worth it."""
         self.measured.measured(self.round.shares, seconds)
-        self._patience = self.world.patience + LATE_ROUNDS * max(seconds)
+        self._patience = self.world.timeout + LATE_ROUNDS * max(seconds)
         if self.settings.inner_steps == "planned":
             return
         rates = self.measured.rates
@@ -363,7 +363,7 @@ class Island:
         shares = apportion(rows, self.speeds)
         with self._as_shared():
             nats = self.worker.held_out_loss(stream, shares[self.number], sum(shares[: self.number]))
-        own = torch.tensor(nats if self.worker.crew.leads else 0.0, dtype=torch.float64)
+        own = torch.tensor(nats if self.worker.comm.leads else 0.0, dtype=torch.float64)
         return float(self.world.sum(self.world.outgoing(own)))
 
     @property
@@ -412,12 +412,12 @@ class Island:
         if self.count == 1:
             self.worker.take_state(state)
             return
-        if not self.worker.crew.leads:
+        if not self.worker.comm.leads:
             self.worker.take_state(None)
             return
         weights, states = self._from_first(None if state is None else state[0]), {} if state is None else state[1]
         settings = self.settings
-        self.outer = Outer(self.fragments, weights, settings.outer_learning_rate, settings.outer_momentum)
+        self.outer = OuterOptimizer(self.fragments, weights, settings.outer_learning_rate, settings.outer_momentum)
         self._own = _Own([torch.zeros(f.parameters) for f in self.fragments], [0.0 for _ in self.fragments])
         for number, tensor in enumerate(self.outer.momentum):
             if momentum:
@@ -441,7 +441,7 @@ class Island:
     def go_on(self, facts: dict[str, Any]) -> None:
         """Begin the round behind a checkpoint with these facts."""
         if (known := facts.get("islands")) is not None and known["count"] == self.count > 1:
-            self.rounds, self.speeds, self.measured = known["rounds"], known["speeds"], Shares(**known["measured"])
+            self.rounds, self.speeds, self.measured = known["rounds"], known["speeds"], LoadBalancer(**known["measured"])
         self.begin_round(facts["step"])
 
     def momentum(self) -> State:

@@ -77,7 +77,7 @@ def fragments_of(
     return [fragment for fragment in fragments if fragment.parameters]
 
 
-class Outer:
+class OuterOptimizer:
     """The model that islands share, and the optimizer that moves it.
 
     Attributes:

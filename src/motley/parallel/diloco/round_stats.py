@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, fields
 
-from motley.parallel.telemetry.step_stats import Timing
-from motley.parallel.telemetry.step_timer import KINDS, OTHER, Span, Stopwatch, visible
+from motley.parallel.telemetry.step_stats import StepStats
+from motley.parallel.telemetry.step_timer import KINDS, OTHER, Span, StepTimer, visible
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Crossing:
 
 
 @dataclass
-class Doings:
+class RankRound:
     """What one worker did in a round; as plain numbers it is part of a message.
 
     Attributes:
@@ -50,7 +50,7 @@ class Doings:
         crossings: of each fragment.
     """
 
-    lane: float = 0.0
+    replica: float = 0.0
     tokens: float = 0.0
     sent: float = 0.0
     received: float = 0.0
@@ -76,7 +76,7 @@ class Doings:
         return cls(**plain, seconds=seconds, crossings=crossings)
 
 
-PLAIN = [one.name for one in fields(Doings)][:-2]
+PLAIN = [one.name for one in fields(RankRound)][:-2]
 """What is a number by itself."""
 
 
@@ -88,9 +88,9 @@ class RoundWatch:
         fragments: how many the islands exchange.
     """
 
-    def __init__(self, watch: Stopwatch, fragments: int) -> None:
+    def __init__(self, watch: StepTimer, fragments: int) -> None:
         self._watch, self._began = watch, 0.0
-        self.doings = Doings(crossings=[Crossing() for _ in range(fragments)])
+        self.rank_round = RankRound(crossings=[Crossing() for _ in range(fragments)])
 
     @property
     def now(self) -> float:
@@ -99,20 +99,20 @@ class RoundWatch:
 
     def stepped(self, tokens: int, seconds: float) -> None:
         """A step has ended, of so many tokens in the worker's lane; it took `seconds` without a checkpoint."""
-        spent, doings = self._watch.stop(), self.doings
+        spent, rank_round = self._watch.stop(), self.rank_round
         self._began = self._began or time.perf_counter() - spent
         for kind in KINDS:
-            doings.seconds[kind] += self._watch.seconds[kind]
-        doings.paused += max(0.0, spent - seconds)
-        doings.tokens += tokens
+            rank_round.seconds[kind] += self._watch.seconds[kind]
+        rank_round.paused += max(0.0, spent - seconds)
+        rank_round.tokens += tokens
 
     def carried(self) -> None:
         """Count the bytes of the step and of what the islands exchanged behind it, before the next one begins."""
-        self.doings.sent += self._watch.sent
-        self.doings.received += self._watch.received
+        self.rank_round.sent += self._watch.sent
+        self.rank_round.received += self._watch.received
 
 
-def timing_of(doings: Sequence[Doings], islands: Sequence[int], seq_len: int) -> Timing:
+def timing_of(rank_round: Sequence[RankRound], islands: Sequence[int], seq_len: int) -> StepStats:
     """The round in the form of a step: who worked, waited, sent and held how much.
 
     Args:
@@ -120,24 +120,24 @@ def timing_of(doings: Sequence[Doings], islands: Sequence[int], seq_len: int) ->
         islands: their islands' numbers.
         seq_len: tokens of a row.
     """
-    length, seconds = max(one.reached for one in doings), []
-    for one in doings:
+    length, seconds = max(one.reached for one in rank_round), []
+    for one in rank_round:
         spent = dict(one.seconds)
         # The last message is a wait too, which nobody can measure before it: who is done early waits for the last.
         spent["meeting"] += sum(way.arrived - way.came for way in one.crossings) + length - one.reached
         spent[OTHER] += length - sum(spent.values())
         seconds.append(spent)
-    lanes = {(island, one.lane): one.tokens for island, one in zip(islands, doings, strict=True)}
-    whole = max(1.0, sum(lanes.values()))
-    return Timing(
-        [round(tokens / seq_len) for _, tokens in sorted(lanes.items())], length, seconds,
-        [round(one.tokens) for one in doings], [one.tokens / whole for one in doings],
-        [one.sent for one in doings], [one.received for one in doings], [one.memory for one in doings],
+    replicas = {(island, one.replica): one.tokens for island, one in zip(islands, rank_round, strict=True)}
+    whole = max(1.0, sum(replicas.values()))
+    return StepStats(
+        [round(tokens / seq_len) for _, tokens in sorted(replicas.items())], length, seconds,
+        [round(one.tokens) for one in rank_round], [one.tokens / whole for one in rank_round],
+        [one.sent for one in rank_round], [one.received for one in rank_round], [one.memory for one in rank_round],
     )  # fmt: skip
 
 
 def spans_of(
-    doings: Sequence[Doings], islands: Sequence[int], leaders: Sequence[int], arrivals: Sequence[Sequence[int]]
+    rank_round: Sequence[RankRound], islands: Sequence[int], leaders: Sequence[int], arrivals: Sequence[Sequence[int]]
 ) -> list[list[Span]]:
     """[worker][span]: `steps` (how many), `meeting` (fragment, or -1: the round's last message), `outer` (fragment).
 
@@ -147,14 +147,14 @@ def spans_of(
         leaders: of each island.
         arrivals: of each island, after how many inner steps it takes in which fragment.
     """
-    length, last = max(one.reached for one in doings), max(range(len(doings)), key=lambda rank: doings[rank].reached)
+    length, last = max(one.reached for one in rank_round), max(range(len(rank_round)), key=lambda rank: rank_round[rank].reached)
     rows = []
-    for rank, (one, island) in enumerate(zip(doings, islands, strict=True)):
+    for rank, (one, island) in enumerate(zip(rank_round, islands, strict=True)):
         row, now, done = [], one.paused, 0
         for fragment, (way, arrival) in enumerate(zip(one.crossings, arrivals[island], strict=True)):
             if arrival > done:
                 row.append(Span("steps", arrival - done, (), now, way.came))
-            row.append(Span("meeting", fragment, _late(fragment, rank, doings, leaders, island), way.came, way.arrived))
+            row.append(Span("meeting", fragment, _late(fragment, rank, rank_round, leaders, island), way.came, way.arrived))
             row.append(Span("outer", fragment, (), way.arrived, way.taken))
             now, done = way.taken, arrival
         row.append(Span("meeting", -1, (last,) if last != rank else (), one.reached, length))
@@ -162,9 +162,9 @@ def spans_of(
     return rows
 
 
-def _late(fragment: int, rank: int, doings: Sequence[Doings], leaders: Sequence[int], island: int) -> tuple[int, ...]:
+def _late(fragment: int, rank: int, rank_round: Sequence[RankRound], leaders: Sequence[int], island: int) -> tuple[int, ...]:
     """The worker that sent a fragment last, if it did when this one was already waiting; else only the way was long."""
-    last = max(leaders, key=lambda leader: doings[leader].crossings[fragment].left)
-    if doings[last].crossings[fragment].left > doings[rank].crossings[fragment].came:
+    last = max(leaders, key=lambda leader: rank_round[leader].crossings[fragment].left)
+    if rank_round[last].crossings[fragment].left > rank_round[rank].crossings[fragment].came:
         return (last,)
     return () if rank == leaders[island] else (leaders[island],)

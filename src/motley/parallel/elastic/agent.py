@@ -23,17 +23,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from motley.errors import CrewError, InputError
+from motley.errors import CommunicationError, InputError
 from motley.fleet.device import choose_device
 from motley.parallel.build import facts
-from motley.parallel.communicator import LAST_LOOK_SECONDS, OTHERS, Crew, compare
+from motley.parallel.communicator import LAST_LOOK_SECONDS, OTHERS, Communicator, compare
 from motley.parallel.diloco.diloco import Island
 from motley.parallel.elastic.rendezvous import Door, entered
-from motley.parallel.load_balance import Shares
+from motley.parallel.load_balance import LoadBalancer
 from motley.progress import note
 from motley.train.chip_kind import kind_of_chip
 from motley.train.config import TrainingConfig
-from motley.train.ngram_targets import Ngrams
+from motley.train.ngram_targets import NgramCounts
 from motley.train.run_folder import as_begun, claimed, kept_speed
 from motley.train.trainer import Course, begin
 
@@ -43,12 +43,12 @@ Own = Callable[[Any, Path], Mapping[str, str]]
 LOOK_SECONDS = 0.2  # between two looks whether all are still there, while a message keeps one waiting
 
 
-class Regroup(CrewError):
+class Regroup(CommunicationError):
     """Nobody is lost: somebody wants to join or to leave, so all meet again."""
 
 
 @dataclass(frozen=True)
-class LiveCrew(Crew):
+class ElasticCommunicator(Communicator):
     """A crew that ends when somebody waits at its door.
 
     Attributes:
@@ -70,7 +70,7 @@ class LiveCrew(Crew):
 
         def wait() -> None:
             try:
-                outcome.append((super(LiveCrew, self).talk(doing, message, whom), None))
+                outcome.append((super(ElasticCommunicator, self).talk(doing, message, whom), None))
             except BaseException as error:
                 outcome.append((None, error))
 
@@ -80,7 +80,7 @@ class LiveCrew(Crew):
             thread.join(LOOK_SECONDS)
             assert self.door is not None
             if not outcome and (parted := self.door.parted(self.names)):
-                raise CrewError(f"worker {self.rank} lost {parted} while {doing}")
+                raise CommunicationError(f"worker {self.rank} lost {parted} while {doing}")
         result, error = outcome.pop()
         if error is not None:
             raise error
@@ -127,22 +127,22 @@ class Memory:
     island: Island | None = None
     kept: Course | None = None
     data: Path | None = None
-    ngrams: Ngrams | None = None
+    ngrams: NgramCounts | None = None
 
     @property
     def step(self) -> int:
         """How far it is; -1 before it has any state."""
         return -1 if self.kept is None else self.kept.at.step
 
-    def serves(self, crew: Crew) -> bool:
+    def serves(self, comm: Communicator) -> bool:
         """Whether worker 0, and so the crew, has a state to go on from that need not be read."""
-        return crew.share(self.kept is not None)
+        return comm.share(self.kept is not None)
 
     def course(self, island: Island, data: Path) -> Course:
         """Where the run stands, with its state in the worker; every worker of a crew calls this."""
-        crew, worker, before = island.world, island.worker, self.island
-        old = None if before is None or not crew.leads else before.worker
-        kept, rates, scales = crew.share((self.kept, self._rates(), None if old is None else asdict(old.scales)))
+        comm, worker, before = island.world, island.worker, self.island
+        old = None if before is None or not comm.leads else before.worker
+        kept, rates, scales = comm.share((self.kept, self._rates(), None if old is None else asdict(old.scales)))
         if kept is None:
             kept = begin(island)
         else:
@@ -150,19 +150,19 @@ class Memory:
             worker.scales.restore(scales)
             island.take_state(None if old is None else (dict(old.model.state_dict()), old.optimizer.state_tensors()))
             island.begin_round(kept.at.step)
-        if isinstance(crew, LiveCrew):
-            assert crew.door is not None
+        if isinstance(comm, ElasticCommunicator):
+            assert comm.door is not None
             self.told = self.told or self.own(worker.settings, data)
-            crew.door.introduce({**_own_facts(worker.settings, data, crew.device, self.told), DATA: str(data)})
-            worker.shares = _shares(crew.names, rates)
+            comm.door.introduce({**_own_facts(worker.settings, data, comm.device, self.told), DATA: str(data)})
+            worker.shares = _shares(comm.names, rates)
             if rates:
-                kept.news = [_news(crew.names, tuple(rates), kept.at.step)]
+                kept.news = [_news(comm.names, tuple(rates), kept.at.step)]
         self.island, self.kept, self.data = island, kept, data
         return kept
 
     def _rates(self) -> dict[str, tuple[float, int]]:
         """Rows a second of each member of the last crew, and how often that was measured."""
-        if self.island is None or not isinstance(self.island.world, LiveCrew):
+        if self.island is None or not isinstance(self.island.world, ElasticCommunicator):
             return {}
         shares = self.island.worker.shares
         return dict(zip(self.island.world.names, zip(shares.rates, shares.known, strict=True), strict=True))
@@ -181,7 +181,7 @@ def _own_facts(config: TrainingConfig, data: Path, device: torch.device, inputs:
     return {**facts(config, data), "the processor": kind_of_chip(device), **inputs, **path}
 
 
-def live(config: TrainingConfig, own: Own, work: Callable[[Crew, Memory], Result]) -> Result:
+def live(config: TrainingConfig, own: Own, work: Callable[[Communicator, Memory], Result]) -> Result:
     """`work`, with one crew after the other, until it returns; what it keeps in the memory goes from crew to crew.
 
     own: what this worker's own --data and --model come to.
@@ -204,34 +204,34 @@ def live(config: TrainingConfig, own: Own, work: Callable[[Crew, Memory], Result
         compare("this worker", mine, "the crew at work", {name: theirs[name] for name in theirs if name != DATA})
 
     memory = Memory(own)
-    with claimed(config.out, shared=True), entered(config.out / "crew", config.patience) as door:
+    with claimed(config.out, shared=True), entered(config.out / "crew", config.timeout) as door:
         while True:
             try:
                 return work(_form(door, memory.step, device, check), memory)
-            except CrewError as lost:
+            except CommunicationError as lost:
                 reason = str(lost)
             note(f"{reason}; going on from step {max(0, memory.step)} with those who are here")
             _part()
 
 
-def _form(door: Door, step: int, device: torch.device, check: Callable[[Mapping[str, str]], None]) -> LiveCrew:
+def _form(door: Door, step: int, device: torch.device, check: Callable[[Mapping[str, str]], None]) -> ElasticCommunicator:
     """Agree on a crew and meet it. Raises CrewError when somebody dies on the way."""
     host = socket.gethostname()
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
     agreed = door.agree(step, host, store.port, check)
     rank, size = agreed.members.index(door.name), len(agreed.members)
     by_host = device.type != "cpu"  # members come and go: gloo notices, where NCCL would wait for the dead
-    crew = LiveCrew(rank, size, device, patience=door.patience, by_host=by_host, door=door, names=agreed.members)
+    comm = ElasticCommunicator(rank, size, device, timeout=door.timeout, by_host=by_host, door=door, names=agreed.members)
     if size == 1:
-        return crew
-    limit = timedelta(seconds=door.patience)
+        return comm
+    limit = timedelta(seconds=door.timeout)
 
     def meet() -> None:
         theirs = store if rank == 0 else TCPStore(agreed.host, agreed.port, is_master=False, timeout=limit)
         dist.init_process_group("gloo", store=theirs, rank=rank, world_size=size, timeout=limit)
 
-    crew.talk("meeting", meet)
-    return crew.acquainted()
+    comm.talk("meeting", meet)
+    return comm.acquainted()
 
 
 def _part() -> None:
@@ -244,11 +244,11 @@ def _part() -> None:
     dist.distributed_c10d._world.group_count = 0
 
 
-def _shares(names: tuple[str, ...], rates: Mapping[str, tuple[float, int]]) -> Shares:
+def _shares(names: tuple[str, ...], rates: Mapping[str, tuple[float, int]]) -> LoadBalancer:
     """Rows by the speeds that were measured; a newcomer begins with their mean."""
     mean = sum(rate for rate, _ in rates.values()) / len(rates) if rates else 1.0
     now = [rates.get(name, (mean, 0)) for name in names]
-    return Shares([rate for rate, _ in now], [known for _, known in now])
+    return LoadBalancer([rate for rate, _ in now], [known for _, known in now])
 
 
 def _news(now: tuple[str, ...], before: tuple[str, ...], step: int) -> str:

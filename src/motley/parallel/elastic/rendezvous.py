@@ -60,7 +60,7 @@ class Door:
 
     folder: Path
     name: str
-    patience: float
+    timeout: float
     facts: Mapping[str, str] | None = None
     number: int = 0
     _said: dict[str, Any] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class Door:
             if outside and not checked and (facts := members[at_work[0]]["facts"]) is not None:
                 check(facts)
                 checked = True
-            if outside and waited > LIMIT * self.patience:
+            if outside and waited > LIMIT * self.timeout:
                 raise InputError(
                     f"the crew at work in {self.folder.parent} let nobody in for {waited:.0f} s; see whether its "
                     "processes are stopped, end them and start again"
@@ -132,7 +132,7 @@ class Door:
         """
         ready = self._in_order(wanted, members)
         missing = any(name not in ready for name in at_work)
-        return self.name in ready and waited >= (missing + ready.index(self.name)) * self.patience
+        return self.name in ready and waited >= (missing + ready.index(self.name)) * self.timeout
 
     def newest(self) -> Agreement:
         """The newest crew; one of nobody before the first."""
@@ -186,7 +186,7 @@ class Door:
 
 
 @contextmanager
-def entered(folder: Path, patience: float) -> Iterator[Door]:
+def entered(folder: Path, timeout: float) -> Iterator[Door]:
     """A member's place in `folder` for as long as this lasts or the process lives."""
     if fcntl is None:
         raise InputError("--live needs a system that locks files; this one has no flock")
@@ -196,7 +196,7 @@ def entered(folder: Path, patience: float) -> Iterator[Door]:
     with lock.open("a") as held:
         _lock(held, fcntl.LOCK_EX)
         try:
-            yield Door(folder, name, patience)
+            yield Door(folder, name, timeout)
         finally:
             file.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)

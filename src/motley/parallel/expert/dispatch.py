@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from motley.model.experts import Experts
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 
 
-class SpreadExperts(Experts):
+class ExpertParallel(Experts):
     """The experts of one worker out of a group, as a drop-in for `Experts`.
 
     Args:
@@ -28,16 +28,16 @@ class SpreadExperts(Experts):
     def __init__(self, held: int, spread: tuple[int, ...], hidden_size: int, intermediate_size: int) -> None:
         super().__init__(held, hidden_size, intermediate_size)
         self.ends = list(accumulate(spread))
-        self.crew: Crew | None = None
+        self.comm: Communicator | None = None
         self.ranks: tuple[int, ...] = ()
 
-    def connect(self, crew: Crew, ranks: tuple[int, ...]) -> None:
+    def connect(self, comm: Communicator, ranks: tuple[int, ...]) -> None:
         """Say who the group is; `ranks` in the order of the experts they hold."""
-        self.crew, self.ranks = crew, ranks
+        self.comm, self.ranks = comm, ranks
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, hidden], chosen [tokens, k], weights fp32 [tokens, k] → [tokens, hidden]."""
-        assert self.crew is not None
+        assert self.comm is not None
         k, slots = chosen.shape[1], chosen.flatten()
         ends = torch.tensor(self.ends, device=slots.device)
         worker = torch.bucketize(slots, ends, right=True)  # place in the group of each slot's expert
@@ -45,12 +45,12 @@ class SpreadExperts(Experts):
         leaving = torch.bincount(worker, minlength=len(self.ranks))
         arriving = self._exchange_counts(leaving)
         out_splits, in_splits = leaving.tolist(), arriving.tolist()
-        rows = _Travel.apply(x[order // k], out_splits, in_splits, self.crew, self.ranks)
-        first = self.ends[place - 1] if (place := self.ranks.index(self.crew.rank)) else 0
+        rows = _Travel.apply(x[order // k], out_splits, in_splits, self.comm, self.ranks)
+        first = self.ends[place - 1] if (place := self.ranks.index(self.comm.rank)) else 0
         expert = self._plain(slots[order], out_splits, in_splits) - first
         ones = torch.ones(len(expert), 1, device=x.device)
         done = super().forward(rows, expert[:, None], ones) if len(expert) else rows
-        back = _Travel.apply(done, in_splits, out_splits, self.crew, self.ranks)
+        back = _Travel.apply(done, in_splits, out_splits, self.comm, self.ranks)
         weighed = back * weights.flatten()[order, None].to(back.dtype)
         return torch.zeros_like(x).index_add(0, order // k, weighed.to(x.dtype))
 
@@ -58,11 +58,11 @@ class SpreadExperts(Experts):
         return self._plain(leaving, [1] * len(self.ranks), [1] * len(self.ranks))
 
     def _plain(self, values: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
-        assert self.crew is not None
-        return all_to_all(values, leaving, arriving, self.crew, self.ranks)
+        assert self.comm is not None
+        return all_to_all(values, leaving, arriving, self.comm, self.ranks)
 
 
-def all_to_all(values: Tensor, leaving: list[int], arriving: list[int], crew: Crew, ranks: tuple[int, ...]) -> Tensor:
+def all_to_all(values: Tensor, leaving: list[int], arriving: list[int], comm: Communicator, ranks: tuple[int, ...]) -> Tensor:
     """Rows of `values` in runs of `leaving` to the workers `ranks`; what they sent, in runs of `arriving`.
 
     Groups order their members by rank; runs here follow `ranks`.
@@ -70,21 +70,21 @@ def all_to_all(values: Tensor, leaving: list[int], arriving: list[int], crew: Cr
     by_rank = sorted(range(len(ranks)), key=lambda place: ranks[place])
     if by_rank != list(range(len(ranks))):
         raise ValueError(f"the workers of an expert group must stand in the order of their ranks, not {ranks}")
-    posted = crew.posted(values.contiguous())
+    posted = comm.posted(values.contiguous())
     received = posted.new_empty(sum(arriving), *values.shape[1:])
-    crew.talk(
+    comm.talk(
         "exchanging tokens of experts",
-        lambda: dist.all_to_all_single(received, posted, arriving, leaving, group=crew.group(ranks)),
+        lambda: dist.all_to_all_single(received, posted, arriving, leaving, group=comm.group(ranks)),
         ranks,
     )
-    row, own = values.element_size() * values.shape[1:].numel(), ranks.index(crew.rank)
-    crew.watch.moved(row * (sum(leaving) - leaving[own]), row * (sum(arriving) - arriving[own]))
-    if (links := crew.links) is not None:
+    row, own = values.element_size() * values.shape[1:].numel(), ranks.index(comm.rank)
+    comm.watch.moved(row * (sum(leaving) - leaving[own]), row * (sum(arriving) - arriving[own]))
+    if (links := comm.links) is not None:
         sent, got = (
             row * sum(count for count, rank in zip(counts, ranks, strict=True) if links.crosses(rank))
             for counts in (leaving, arriving)
         )
-        crew.talk("exchanging tokens of experts", lambda: links.exchange(ranks, sent, got), ranks)
+        comm.talk("exchanging tokens of experts", lambda: links.exchange(ranks, sent, got), ranks)
     return received.to(values.device)
 
 
@@ -93,10 +93,10 @@ class _Travel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, rows: Tensor, leaving: list[int], arriving: list[int], crew: Crew, ranks: tuple[int, ...]
+        ctx, rows: Tensor, leaving: list[int], arriving: list[int], comm: Communicator, ranks: tuple[int, ...]
     ) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.back = (arriving, leaving, crew, ranks)
-        return all_to_all(rows, leaving, arriving, crew, ranks)
+        ctx.back = (arriving, leaving, comm, ranks)
+        return all_to_all(rows, leaving, arriving, comm, ranks)
 
     @staticmethod
     @once_differentiable

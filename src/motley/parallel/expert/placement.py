@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from motley.fleet.device import Format
 from motley.model import ModelConfig
-from motley.parallel.layout import IslandLayout, Layout, Team
+from motley.parallel.layout import IslandLayout, Layout, PipelineGroup
 from motley.parallel.memory_fit import held_and_row
 from motley.train.config import TrainingConfig
 
@@ -31,9 +31,9 @@ def experts_by_memory(
     for island in islands:
         room = [budgets[rank] for rank in island.ranks]
         computing: list[Format] = [formats[rank] for rank in island.ranks]
-        numbers = range(len(island.layout.teams))
-        teams = [_fitting(island.layout, number, shape, config, room, computing) for number in numbers]
-        found.append(replace(island, layout=replace(island.layout, teams=tuple(teams))))
+        numbers = range(len(island.layout.groups))
+        groups = [_fitting(island.layout, number, shape, config, room, computing) for number in numbers]
+        found.append(replace(island, layout=replace(island.layout, groups=tuple(groups))))
     return found
 
 
@@ -44,22 +44,22 @@ def _fitting(
     config: TrainingConfig,
     budgets: Sequence[float],
     formats: Sequence[Format],
-) -> Team:
+) -> PipelineGroup:
     """Team `number` of the layout with experts that fit its workers; as it is where they do, or nothing would."""
-    team = layout.teams[number]
-    most = [math.inf] * len(team.experts)
-    for lane, ranks in enumerate(team.lanes) if team.experts else ():
-        own = lane % team.expert_lanes
-        fewer = _with_experts(layout, number, _one_fewer(team.experts, own))
+    group = layout.groups[number]
+    most = [math.inf] * len(group.experts)
+    for replica, ranks in enumerate(group.replicas) if group.experts else ():
+        own = replica % group.expert_replicas
+        fewer = _with_experts(layout, number, _one_fewer(group.experts, own))
         for rank in ranks:
             held, row = held_and_row(shape, config, layout, rank, formats[rank])
             each = held - held_and_row(shape, config, fewer, rank, formats[rank])[0]
             if each > 0:  # a stage without sparse layers holds no experts
-                left = budgets[rank] - held - team.micro_batch * row
-                most[own] = min(most[own], team.experts[own] + left // each)
-    if all(room >= count for room, count in zip(most, team.experts, strict=True)):
-        return team
-    return replace(team, experts=_even_up_to(most, team.experts))
+                left = budgets[rank] - held - group.micro_batch * row
+                most[own] = min(most[own], group.experts[own] + left // each)
+    if all(room >= count for room, count in zip(most, group.experts, strict=True)):
+        return group
+    return replace(group, experts=_even_up_to(most, group.experts))
 
 
 def _one_fewer(experts: tuple[int, ...], place: int) -> tuple[int, ...]:
@@ -70,10 +70,10 @@ def _one_fewer(experts: tuple[int, ...], place: int) -> tuple[int, ...]:
     return tuple(moved)
 
 
-def _with_experts(layout: Layout, team: int, experts: tuple[int, ...]) -> Layout:
-    teams = list(layout.teams)
-    teams[team] = replace(teams[team], experts=experts)
-    return replace(layout, teams=tuple(teams))
+def _with_experts(layout: Layout, group: int, experts: tuple[int, ...]) -> Layout:
+    groups = list(layout.groups)
+    groups[group] = replace(groups[group], experts=experts)
+    return replace(layout, groups=tuple(groups))
 
 
 def _even_up_to(most: Sequence[float], experts: tuple[int, ...]) -> tuple[int, ...]:

@@ -29,11 +29,11 @@ from motley.data.stream import Batch
 from motley.model import ModelConfig, Transformer
 from motley.model.moe import MoE, Routing
 from motley.model.rotary import Rotary
-from motley.parallel.communicator import Crew
-from motley.parallel.expert.dispatch import SpreadExperts
-from motley.parallel.layout import Place, Schedule
+from motley.parallel.communicator import Communicator
+from motley.parallel.expert.dispatch import ExpertParallel
+from motley.parallel.layout import Coordinates, Schedule
 from motley.parallel.pipeline.zero_bubble import defer_weight_gradients
-from motley.parallel.zero.stage2 import Turns
+from motley.parallel.zero.stage2 import Zero2
 from motley.train.step import Counts, LossWeights, Tally, attended_documents, batch_rows, micro_batches, predicted_loss
 
 Kind = Literal["F", "B", "W"]
@@ -61,14 +61,14 @@ def order(schedule: Schedule, stage: int, stages: int, count: int) -> list[tuple
     return todo
 
 
-def build_stage(config: ModelConfig, place: Place, device: torch.device) -> Transformer:
+def build_stage(config: ModelConfig, place: Coordinates, device: torch.device) -> Transformer:
     """The part of the model that one worker runs, ready on `device` but for its parameters, which are only shapes.
 
     Modules keep their published names; layers of other stages are empty, stacks of experts hold only its own.
     """
     with torch.device("meta"):
         model = Transformer(config)
-    own = place.team.stage_layers(place.stage)
+    own = place.group.stage_layers(place.stage)
     for layer in range(config.num_hidden_layers):
         if layer not in own:
             model.model.layers[layer] = nn.Identity()
@@ -77,13 +77,13 @@ def build_stage(config: ModelConfig, place: Place, device: torch.device) -> Tran
         del model.model.norm, model.lm_head
     if not place.first and not (place.last and (len(model.mtp) or config.tie_word_embeddings)):
         del model.model.embed_tokens
-    if place.team.experts:
-        held = place.team.expert_range(place.lane, config.n_routed_experts or 0)
+    if place.group.experts:
+        held = place.group.expert_range(place.replica, config.n_routed_experts or 0)
         for module in model.modules():
             if isinstance(module, MoE):
                 with torch.device("meta"):
-                    module.experts = SpreadExperts(
-                        len(held), place.team.experts, config.hidden_size, config.moe_intermediate_size
+                    module.experts = ExpertParallel(
+                        len(held), place.group.experts, config.hidden_size, config.moe_intermediate_size
                     )
     for gate in model.gates():
         for name, buffer in gate.named_buffers():
@@ -103,7 +103,7 @@ class _Flight:
     later: list[Callable[[], None]] = field(default_factory=list)
 
 
-class Lane:
+class PipelineRunner:
     """One worker's stage at work on the rows of its lane.
 
     Attributes:
@@ -115,15 +115,15 @@ class Lane:
         turns: what all workers exchange during a micro-batch (ZeRO 2 and 3), or None.
     """
 
-    def __init__(self, model: Transformer, config: ModelConfig, place: Place, crew: Crew, wire: torch.dtype) -> None:
-        self.model, self.place, self.crew, self.wire = model, place, crew, wire
+    def __init__(self, model: Transformer, config: ModelConfig, place: Coordinates, comm: Communicator, wire: torch.dtype) -> None:
+        self.model, self.place, self.comm, self.wire = model, place, comm, wire
         self.span_seconds = 0.0
         self.broken = torch.zeros(3, device=model.device)
         self.pace: Callable[[float], float] = lambda seconds: 0.0
-        self.turns: Turns | None = None
-        self._layers = [model.model.layers[layer] for layer in place.team.stage_layers(place.stage)]
+        self.exchange: Zero2 | None = None
+        self._layers = [model.model.layers[layer] for layer in place.group.stage_layers(place.stage)]
         self._config = config
-        deferred = place.team.schedule == "zero_bubble" and place.team.stages > 1
+        deferred = place.group.schedule == "zero_bubble" and place.group.stages > 1
         self._later = defer_weight_gradients(model) if deferred else None
 
     def run(
@@ -148,19 +148,19 @@ class Lane:
             length: into sequences of so many tokens rows are cut.
             scale: this worker's loss scale, a power of two; messages carry what is not scaled.
         """
-        started, waited = time.perf_counter(), self.crew.watch.waited
+        started, waited = time.perf_counter(), self.comm.watch.waited
         batch, rows = self._cut(batch, count)
         self.broken.zero_()
-        if self.turns is not None:
-            self.turns.begin_step(scale)
+        if self.exchange is not None:
+            self.exchange.begin_step(scale)
         tally = Tally.empty(self.model.device)
         flights: dict[int, _Flight] = {}
         sending: Sending = []
         depths = bool(weights.mtp)
-        for kind, micro in order(self.place.team.schedule, self.place.stage, self.place.team.stages, count):
+        for kind, micro in order(self.place.group.schedule, self.place.stage, self.place.group.stages, count):
             if kind == "F":
-                if self.turns is not None:
-                    self.turns.begin(backward=True)
+                if self.exchange is not None:
+                    self.exchange.begin(backward=True)
                 if not _any(rows[micro]):
                     continue
                 part = batch_rows(batch, rows[micro], self.model.device).cut(length)
@@ -173,16 +173,16 @@ class Lane:
                 if flight.sent is not None:
                     self._send(flight.sent.detach(), self.place.ranks[self.place.stage + 1], sending)
             elif kind == "B" and not _any(rows[micro]):
-                assert self.turns is not None
-                self.turns.finish()
+                assert self.exchange is not None
+                self.exchange.finish()
             elif kind == "B":
                 flight = flights[micro]
                 grad = None if self.place.last else self._receive(flight.batch, self.place.ranks[self.place.stage + 1])
                 with self.working("backward", micro):
                     self._look(2, grad)
                     self._backward(flight, grad, scale)
-                if self.turns is not None:
-                    self.turns.finish()
+                if self.exchange is not None:
+                    self.exchange.finish()
                 if flight.received is not None:
                     assert flight.received.grad is not None
                     true = (flight.received.grad.float() / scale).to(self.wire)
@@ -195,8 +195,8 @@ class Lane:
                         work()
         self._finish(sending)
         self.span_seconds = time.perf_counter() - started
-        if self.turns is not None:  # each message is a wait for everyone
-            self.span_seconds -= self.crew.watch.waited - waited
+        if self.exchange is not None:  # each message is a wait for everyone
+            self.span_seconds -= self.comm.watch.waited - waited
         return tally
 
     @torch.no_grad()
@@ -206,10 +206,10 @@ class Lane:
         batch, rows = self._cut(batch, count)
         sending: Sending = []
         for part_rows in rows:
-            if self.turns is not None:
-                self.turns.begin(backward=False)
+            if self.exchange is not None:
+                self.exchange.begin(backward=False)
                 if not _any(part_rows):
-                    self.turns.finish()
+                    self.exchange.finish()
                     continue
             part = batch_rows(batch, part_rows, self.model.device)
             received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
@@ -246,10 +246,10 @@ class Lane:
         if self.place.last:
             main = model.model.norm(x)
             further, more = model.further(main, part.input_ids, documents, part.documents) if depths else ([], [])
-            if self.turns is None:
+            if self.exchange is None:
                 loss = predicted_loss(model, main, further, part, counts, weights, tally, scale)
             else:
-                loss = self.turns.predicted_loss(model, main, further, part, counts, weights, tally)
+                loss = self.exchange.predicted_loss(model, main, further, part, counts, weights, tally)
             routings = routings + more
         else:
             sent = x.to(self.wire)
@@ -260,8 +260,8 @@ class Lane:
 
     def _cut(self, batch: Batch, count: int) -> tuple[Batch, Sequence[slice]]:
         """(the batch, the rows of each of `count` micro-batches)."""
-        if self.turns is None:
-            return _filled(batch, self.place.team.micro_batch, count)
+        if self.exchange is None:
+            return _filled(batch, self.place.group.micro_batch, count)
         rows = len(batch.input_ids)
         return batch, [slice(rows * number // count, rows * (number + 1) // count) for number in range(count)]
 
@@ -290,31 +290,31 @@ class Lane:
     def working(self, kind: str, micro_batch: int = -1) -> Iterator[None]:
         """Time what is done inside as work of this kind, waits inside left out, and let `pace` slow it down."""
         self._settle()
-        with self.crew.watch.at(kind, micro_batch):
-            started, waited = time.perf_counter(), self.crew.watch.waited
+        with self.comm.watch.at(kind, micro_batch):
+            started, waited = time.perf_counter(), self.comm.watch.waited
             yield
             self._settle()
-            self.pace(time.perf_counter() - started - (self.crew.watch.waited - waited))
+            self.pace(time.perf_counter() - started - (self.comm.watch.waited - waited))
 
     def _settle(self) -> None:
         """Wait for a device that computes behind the host's back, so that its time is what is measured."""
-        if self.crew.device.type == "cuda":
-            torch.cuda.synchronize(self.crew.device)
+        if self.comm.device.type == "cuda":
+            torch.cuda.synchronize(self.comm.device)
 
     def _receive(self, part: Batch, source: int) -> Tensor:
         tensor = torch.empty(*part.input_ids.shape, self._config.hidden_size, dtype=self.wire, device=self.model.device)
-        return self.crew.receive(tensor, source, self.crew.patience).requires_grad_()
+        return self.comm.receive(tensor, source, self.comm.timeout).requires_grad_()
 
     def _send(self, tensor: Tensor, to: int, sending: Sending) -> None:
         """Begin to send; `sending` keeps what is under way, as much as a pipeline can hold."""
-        sending += self.crew.begin_to_send(tensor, to)
-        self._finish(sending, 4 * self.place.team.stages)  # over a pretended cable a message comes in two
+        sending += self.comm.begin_to_send(tensor, to)
+        self._finish(sending, 4 * self.place.group.stages)  # over a pretended cable a message comes in two
 
     def _finish(self, sending: Sending, left: int = 0) -> None:
-        limit = timedelta(seconds=self.crew.patience)
+        limit = timedelta(seconds=self.comm.timeout)
         while len(sending) > left:
             work, _ = sending.pop(0)
-            self.crew.talk("sending along a pipeline", lambda: work.wait(limit) if work is not None else None)  # noqa: B023
+            self.comm.talk("sending along a pipeline", lambda: work.wait(limit) if work is not None else None)  # noqa: B023
 
 
 def _any(rows: slice) -> bool:

@@ -6,7 +6,7 @@ worker 1   work          ▏ gr ▏ up ▏   weights         time, and no other'
 
 from dataclasses import dataclass
 
-from motley.parallel.telemetry.step_stats import Timing
+from motley.parallel.telemetry.step_stats import StepStats
 from motley.train.config import TrainingConfig
 
 MOST_SHARE = 0.5
@@ -18,7 +18,7 @@ IN_A_ROW = 3
 
 
 @dataclass
-class Exchange:
+class CommBoundWatch:
     """Looks at every step of a crew without islands until it has something to say.
 
     Attributes:
@@ -29,7 +29,7 @@ class Exchange:
     slow: int = 0
     told: bool = False
 
-    def complaint(self, timing: Timing, config: TrainingConfig) -> list[str]:
+    def complaint(self, timing: StepStats, config: TrainingConfig) -> list[str]:
         """A sentence, once, about messages that took most of the last few steps, of which `timing` is the newest."""
         spent = timing.exchange_seconds
         self.slow = self.slow + 1 if spent >= max(LEAST_SECONDS, MOST_SHARE * timing.step_seconds) else 0

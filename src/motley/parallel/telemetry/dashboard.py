@@ -15,13 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from motley.fleet.units import rate_text, size_text
-from motley.parallel.telemetry.step_stats import Timing
+from motley.parallel.telemetry.step_stats import StepStats
 
 MOST_LINES = 16
 NAME_LETTERS = 28
 
 
-def shown_workers(timing: Timing) -> list[int]:
+def shown_ranks(timing: StepStats) -> list[int]:
     """All workers; of more than MOST_LINES, the slowest and the most idle, half of the lines each."""
     everyone = range(len(timing.share))
     if len(everyone) <= MOST_LINES:
@@ -33,7 +33,7 @@ def shown_workers(timing: Timing) -> list[int]:
     return sorted([*slowest, *most_idle])
 
 
-def crew_table(about: Mapping[str, Any], timing: Timing) -> RenderableType:
+def ranks_table(about: Mapping[str, Any], timing: StepStats) -> RenderableType:
     """What the workers did in the last step or round; `about` them as `timing.introduction` says."""
     names, islands = about["names"], about.get("islands")
     if islands and not timing.share:
@@ -44,7 +44,7 @@ def crew_table(about: Mapping[str, Any], timing: Timing) -> RenderableType:
         table.add_column(head, no_wrap=True)
     for head in (*right[:3], *(["meetings"] if islands else []), *right[3:]):
         table.add_column(head, justify="right", no_wrap=True)
-    workers = shown_workers(timing)  # nobody before the first step has ended
+    workers = shown_ranks(timing)  # nobody before the first step has ended
     for worker in workers:
         island = [f"{islands[worker]}"] if islands else []
         table.add_row(f"{worker}", *island, _short(names[worker]), *_numbers(timing, [worker], bool(islands)))
@@ -58,7 +58,7 @@ def _short(name: str) -> str:
     return escape(name if len(name) <= NAME_LETTERS else name[: NAME_LETTERS - 1] + "…")
 
 
-def _numbers(timing: Timing, workers: Sequence[int], meetings: bool) -> list[str]:
+def _numbers(timing: StepStats, workers: Sequence[int], meetings: bool) -> list[str]:
     """The means of `workers`."""
     speed, share, idle, met, memory, link = (
         sum(values[worker] for worker in workers) / len(workers)

@@ -10,15 +10,15 @@ import psutil
 import torch
 
 from motley.fleet.probe import device_name
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import Layout, Place, place_of
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import Layout, Coordinates, coordinates_of
 from motley.parallel.telemetry.step_timer import KINDS, OTHER, WAITS, WORK, Span, visible
 
 SETTLED = 3  # the first step that is no longer a warm-up
 DRAWN = 16  # steps of a run, about, whose spans are kept
 
 
-def introduction(world: Crew, place: Place, rows: int, planned: bool = False, island: int = 0) -> dict[str, Any]:
+def introduction(world: Communicator, place: Coordinates, rows: int, planned: bool = False, island: int = 0) -> dict[str, Any]:
     """For the metrics: each worker's chip, island (where there are several), team, lane and stage.
 
     Teams and lanes are numbered through all islands. With a plan: the seconds that it foresees for computing `rows`.
@@ -32,16 +32,16 @@ def introduction(world: Crew, place: Place, rows: int, planned: bool = False, is
     """
     layout = place.layout
     seconds = rows / sum(layout.rates) if planned else 0.0
-    mine = (device_name(world.device), platform.node(), island, place.team_number, place.lane_number, place.stage)
-    told = world.all_values((*mine, len(layout.teams), len(layout.lanes), seconds))
-    chips, hosts, islands, teams, lanes, stages, more_teams, more_lanes, foreseen = map(list, zip(*told, strict=True))
+    mine = (device_name(world.device), platform.node(), island, place.group_number, place.replica_number, place.stage)
+    told = world.all_values((*mine, len(layout.groups), len(layout.replicas), seconds))
+    chips, hosts, islands, groups, replicas, stages, more_teams, more_lanes, foreseen = map(list, zip(*told, strict=True))
     several = len(set(hosts)) > 1
     first_teams, first_lanes = _firsts(islands, more_teams), _firsts(islands, more_lanes)
     return {
         "names": [f"{chip}, {host}" if several else chip for chip, host in zip(chips, hosts, strict=True)],
         **({"islands": islands} if len(set(islands)) > 1 else {}),
-        "teams": [first_teams[own] + team for own, team in zip(islands, teams, strict=True)],
-        "lanes": [first_lanes[own] + lane for own, lane in zip(islands, lanes, strict=True)],
+        "teams": [first_teams[own] + group for own, group in zip(islands, groups, strict=True)],
+        "lanes": [first_lanes[own] + replica for own, replica in zip(islands, replicas, strict=True)],
         "stages": stages,
         **({"predicted_step_seconds": max(foreseen)} if planned else {}),
     }
@@ -58,10 +58,10 @@ def is_drawn(step: int, steps: int) -> bool:
     return step in (SETTLED, steps) or step % math.ceil(steps / DRAWN) == 0
 
 
-def everyones_spans(crew: Crew, step_seconds: float) -> list[list[list[Any]]]:
+def all_spans(comm: Communicator, step_seconds: float) -> list[list[list[Any]]]:
     """[worker][span] of the step that just ended: kind, micro-batch, workers waited for, start and end in seconds."""
-    inside = [span for span in crew.watch.spans if span.start < step_seconds]  # islands may have met behind it
-    return crew.all_values(rounded(visible(inside, step_seconds)))
+    inside = [span for span in comm.watch.spans if span.start < step_seconds]  # islands may have met behind it
+    return comm.all_values(rounded(visible(inside, step_seconds)))
 
 
 def rounded(spans: Sequence[Span]) -> list[list[Any]]:
@@ -76,15 +76,15 @@ def memory_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def measured_here(crew: Crew) -> list[float]:
+def measured_here(comm: Communicator) -> list[float]:
     """This worker's numbers of the step that ends, as `Timing.of` reads them."""
-    watch = crew.watch
+    watch = comm.watch
     total = watch.stop()
-    return [total, *(watch.seconds[kind] for kind in KINDS), watch.sent, watch.received, memory_bytes(crew.device)]
+    return [total, *(watch.seconds[kind] for kind in KINDS), watch.sent, watch.received, memory_bytes(comm.device)]
 
 
 @dataclass(frozen=True)
-class Timing:
+class StepStats:
     """Of one step, or of a round of islands, lists by worker unless they say otherwise; empty before the first.
 
     Attributes:
@@ -116,7 +116,7 @@ class Timing:
         seconds: list[dict[str, float]] = [dict(zip(KINDS, row[1:], strict=False)) for row in measured]
         for worker, row in zip(seconds, measured, strict=True):
             worker["numbers"] += step_seconds - row[0]
-        own = [rows[place_of(layout, rank).lane_number] for rank in range(len(measured))]
+        own = [rows[coordinates_of(layout, rank).replica_number] for rank in range(len(measured))]
         sent, received, memory = ([row[column] for row in measured] for column in (-3, -2, -1))
         return cls(
             list(rows), step_seconds, seconds, [count * seq_len for count in own],
@@ -124,7 +124,7 @@ class Timing:
         )  # fmt: skip
 
     @property
-    def worker_seconds(self) -> list[float]:
+    def rank_seconds(self) -> list[float]:
         """Of computing."""
         return [sum(worker[kind] for kind in WORK) for worker in self.seconds]
 
@@ -152,7 +152,7 @@ class Timing:
     def tokens_per_second(self) -> list[float]:
         """Each worker's own speed: the tokens of its lane by what it computed for them itself."""
         return [
-            tokens / spent if spent > 0 else 0.0 for tokens, spent in zip(self.tokens, self.worker_seconds, strict=True)
+            tokens / spent if spent > 0 else 0.0 for tokens, spent in zip(self.tokens, self.rank_seconds, strict=True)
         ]
 
     @property
@@ -168,7 +168,7 @@ class Timing:
             "step_seconds": self.step_seconds,
             "tokens_per_second": self.tokens_per_second,
             "share": self.share,
-            "busy_seconds": self.worker_seconds,
+            "busy_seconds": self.rank_seconds,
             "wait_seconds": {kind: [worker[kind] for worker in self.seconds] for kind in WAITS},
             "other_seconds": [worker[OTHER] for worker in self.seconds],
             "idle_share": self.idle_share,

@@ -52,7 +52,7 @@ class Span(NamedTuple):
     end: float
 
 
-class Stopwatch:
+class StepTimer:
     """Seconds, bytes and spans of this worker's current step.
 
     Attributes:

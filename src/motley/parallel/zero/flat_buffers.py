@@ -15,35 +15,35 @@ import torch
 from torch import Tensor, nn
 
 from motley.model import ModelConfig, Transformer
-from motley.parallel.buckets import Traffic
-from motley.parallel.communicator import Crew
+from motley.parallel.buckets import Buckets
+from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout
-from motley.parallel.zero.partition import Part, kept, parts_of
+from motley.parallel.zero.partition import ParameterShard, kept, shards_of
 from motley.train.optimizer import OptimizerName
 
 
-class Room:
+class FlatBuffer:
     """Memory for parts, side by side in the order given."""
 
-    def __init__(self, parts: list[Part], device: torch.device) -> None:
+    def __init__(self, parts: list[ParameterShard], device: torch.device) -> None:
         self.parts = parts
         ends = list(accumulate((part.numbers for part in parts), initial=0))
         self.flat = torch.zeros(ends[-1], device=device)
         self._start = {part.label: start for part, start in zip(parts, ends[:-1], strict=True)}
 
-    def __contains__(self, part: Part) -> bool:
+    def __contains__(self, part: ParameterShard) -> bool:
         return part.label in self._start
 
-    def span(self, parts: list[Part]) -> Tensor:
+    def span(self, parts: list[ParameterShard]) -> Tensor:
         """Neighbouring parts as one flat tensor."""
         start = self._start[parts[0].label]
         return self.flat[start : start + sum(part.numbers for part in parts)]
 
-    def of(self, part: Part) -> Tensor:
+    def of(self, part: ParameterShard) -> Tensor:
         return self.span([part]).view(part.shape)
 
 
-def runs_of(parts: Iterable[Part], rank: int, by_owner: bool) -> list[list[Part]]:
+def runs_of(parts: Iterable[ParameterShard], rank: int, by_owner: bool) -> list[list[ParameterShard]]:
     """Neighbours that `rank` shares with the same others, and with `by_owner` for the same owner.
 
     Neighbours among all parts: then they are neighbours at each of their holders.
@@ -58,7 +58,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
     return not ends or bool(torch.stack(ends).isfinite().all())
 
 
-class Shards:
+class FlatBuffers:
     """This worker's parts of the model: their weights and gradients, and what it updates itself.
 
     Args:
@@ -81,36 +81,36 @@ class Shards:
         model: Transformer,
         config: ModelConfig,
         layout: Layout,
-        crew: Crew,
+        comm: Communicator,
         trained: Callable[[str], bool],
         optimizer: OptimizerName,
     ) -> None:
-        self.crew, self.zero = crew, layout.zero
-        self.all_parts = parts_of(config, layout, optimizer)
+        self.comm, self.zero = comm, layout.zero
+        self.all_parts = shards_of(config, layout, optimizer)
         self.names = {part.name for part in self.all_parts}
-        crew.form({part.holders for part in self.all_parts})
+        comm.form({part.holders for part in self.all_parts})
         self.trained = [part for part in self.all_parts if trained(part.name)]
         in_order = self.trained + [part for part in self.all_parts if not trained(part.name)]
-        self.kept = kept(in_order, "optimizer", self.zero, crew.rank)
-        self.here = kept(in_order, "weights", self.zero, crew.rank)
-        self.traffic = Traffic(crew)
-        self._shared = runs_of(self.trained, crew.rank, by_owner=self.zero > 0)
-        self._alone = dict(model.named_parameters()) if crew.alone else {}
-        if crew.alone:
+        self.kept = kept(in_order, "optimizer", self.zero, comm.rank)
+        self.here = kept(in_order, "weights", self.zero, comm.rank)
+        self.buckets = Buckets(comm)
+        self._shared = runs_of(self.trained, comm.rank, by_owner=self.zero > 0)
+        self._alone = dict(model.named_parameters()) if comm.alone else {}
+        if comm.alone:
             self._views = {part.label: self._alone[part.name] for part in self.here}
             return
-        self.weights = Room(self.here, crew.device)
-        self.gradients = Room(kept(self.trained, "gradients", self.zero, crew.rank), crew.device)
+        self.weights = FlatBuffer(self.here, comm.device)
+        self.gradients = FlatBuffer(kept(self.trained, "gradients", self.zero, comm.rank), comm.device)
         self._views = {part.label: nn.Parameter(self.weights.of(part)) for part in self.here}
         self._furnish(model)
 
-    def view(self, part: Part) -> nn.Parameter:
+    def view(self, part: ParameterShard) -> nn.Parameter:
         """The weights of a part that this worker keeps."""
         return self._views[part.label]
 
     def clear(self) -> None:
         """Forget the last step's gradient."""
-        if self.crew.alone:
+        if self.comm.alone:
             for parameter in self._alone.values():
                 parameter.grad = None
         else:
@@ -119,7 +119,7 @@ class Shards:
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply the gradient that this worker keeps."""
-        if self.crew.alone:
+        if self.comm.alone:
             for parameter in self._alone.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
@@ -129,7 +129,7 @@ class Shards:
     @torch.no_grad()
     def finite(self) -> bool:
         """Whether all of the gradient that this worker keeps is."""
-        grads = [p.grad for p in self._alone.values()] if self.crew.alone else [self.gradients.flat]
+        grads = [p.grad for p in self._alone.values()] if self.comm.alone else [self.gradients.flat]
         return all_finite([grad for grad in grads if grad is not None])
 
     @torch.no_grad()
@@ -137,16 +137,16 @@ class Shards:
         """Sum the gradient of each part over its holders; with ZeRO only the owner knows the sum afterwards."""
         for run in self._shared if self.zero < 2 else []:  # from 2 on it is under way already
             owner = run[0].owner if self.zero else None
-            self.traffic.sum(self.gradients.span(run), run[0].holders, owner)
-        self.traffic.finish()
+            self.buckets.sum(self.gradients.span(run), run[0].holders, owner)
+        self.buckets.finish()
 
     @torch.no_grad()
     def norm(self) -> float:
         """Length of the whole gradient, the same on every worker; each part counts once, at its owner."""
-        owned = [self.view(part).grad for part in self.trained if part.owner == self.crew.rank]
+        owned = [self.view(part).grad for part in self.trained if part.owner == self.comm.rank]
         lengths = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in owned if grad is not None]
         total = torch.stack(lengths).cpu().double().square().sum() if lengths else torch.zeros((), dtype=torch.float64)
-        return math.sqrt(float(self.crew.sum(self.crew.outgoing(total))))
+        return math.sqrt(float(self.comm.sum(self.comm.outgoing(total))))
 
     @torch.no_grad()
     def clip(self, largest: float, norm: float) -> None:
@@ -159,21 +159,21 @@ class Shards:
         """After the owners' update: new weights for all holders."""
         if self.zero in (1, 2):
             for run in self._shared:
-                self.traffic.spread(self.weights.span(run), run[0].holders, run[0].owner)
-            self.traffic.finish()
+                self.buckets.spread(self.weights.span(run), run[0].holders, run[0].owner)
+            self.buckets.finish()
 
     def _furnish(self, model: Transformer) -> None:
         """Let the model's parameters, and the views of their parts, lie in this worker's memory."""
         for part in self.here:
             if part in self.gradients:
                 self._views[part.label].grad = self.gradients.of(part)
-        own: dict[str, list[Part]] = {}
+        own: dict[str, list[ParameterShard]] = {}
         for part in self.here:
             own.setdefault(part.name, []).append(part)
         made: dict[int, nn.Parameter] = {}
         for name, shape in list(model.named_parameters()):
             if self.zero == 3:  # its weights come when they are needed
-                made[id(shape)] = nn.Parameter(torch.empty(0, device=self.crew.device))
+                made[id(shape)] = nn.Parameter(torch.empty(0, device=self.comm.device))
                 continue
             made[id(shape)] = there = nn.Parameter(self.weights.span(own[name]).view(shape.shape))
             if self.zero < 2 and own[name][0] in self.gradients:

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from motley.model import ModelConfig, Transformer
-from motley.parallel.layout import Layout, Team, Zero, place_of
+from motley.parallel.layout import Layout, PipelineGroup, Zero, coordinates_of
 from motley.train.optimizer import ITERATIONS, MOMENTS, Moments, OptimizerName, as_matrices, by_muon
 
 NUMBER_BYTES = 4
@@ -36,7 +36,7 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterShard:
     """Rows `start` to `stop` of the first dimension of parameter `name`, as a tensor of `shape`."""
 
     name: str
@@ -57,38 +57,38 @@ class Part:
         return self.name if self.whole else f"{self.start}:{self.stop}|{self.name}"
 
 
-def parts_of(config: ModelConfig, layout: Layout, optimizer: OptimizerName) -> tuple[Part, ...]:
+def shards_of(config: ModelConfig, layout: Layout, optimizer: OptimizerName) -> tuple[ParameterShard, ...]:
     """All parts of the model in the order of its parameters, the same on every worker."""
     return _owned_parts(config, _any_batch(layout), optimizer)
 
 
-def cut_parts(config: ModelConfig, layout: Layout) -> tuple[Part, ...]:
+def cut_shards(config: ModelConfig, layout: Layout) -> tuple[ParameterShard, ...]:
     """The same before anyone owns them (owner -1): whatever rates and memory the layout has."""
     return _cut_parts(config, replace(_any_batch(layout), rates=(), memory=()))
 
 
 def _any_batch(layout: Layout) -> Layout:
     """The layout without what parts do not depend on, so that a start, which changes that, builds them once."""
-    return replace(layout, teams=tuple(replace(team, micro_batch=1) for team in layout.teams))
+    return replace(layout, groups=tuple(replace(group, micro_batch=1) for group in layout.groups))
 
 
 @lru_cache(maxsize=2)  # a start asks for each worker of a layout; a large model has tens of thousands of parts
-def _owned_parts(config: ModelConfig, layout: Layout, optimizer: OptimizerName) -> tuple[Part, ...]:
-    found = cut_parts(config, layout)
+def _owned_parts(config: ModelConfig, layout: Layout, optimizer: OptimizerName) -> tuple[ParameterShard, ...]:
+    found = cut_shards(config, layout)
     owners = _owners(found, layout, optimizer)
     return tuple(replace(part, owner=owner) for part, owner in zip(found, owners, strict=True))
 
 
 @lru_cache(maxsize=2)
-def _cut_parts(config: ModelConfig, layout: Layout) -> tuple[Part, ...]:
+def _cut_parts(config: ModelConfig, layout: Layout) -> tuple[ParameterShard, ...]:
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
-    found: list[Part] = []
+    found: list[ParameterShard] = []
     for name, shape in shapes.items():
         bounds = _bounds(name, shape[0], layout)
         for start, stop in pairwise(bounds):
             holders = tuple(sorted(_holders(name, start, config, layout)))
-            found.append(Part(name, start, stop, (stop - start, *shape[1:]), holders, -1, len(bounds) == 2))
+            found.append(ParameterShard(name, start, stop, (stop - start, *shape[1:]), holders, -1, len(bounds) == 2))
     return tuple(found)
 
 
@@ -100,7 +100,7 @@ ALONE_FROM: dict[Kind, Zero] = {
 }  # ZeRO level; below it all holders keep it
 
 
-def kept(parts: Iterable[Part], kind: Kind, zero: Zero, rank: int) -> list[Part]:
+def kept(parts: Iterable[ParameterShard], kind: Kind, zero: Zero, rank: int) -> list[ParameterShard]:
     """The parts of which worker `rank` keeps something from step to step."""
     return [p for p in parts if (p.owner == rank if zero >= ALONE_FROM[kind] else rank in p.holders)]
 
@@ -129,14 +129,14 @@ class HeldBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def bytes_kept_once(part: Part, layout: Layout, optimizer: OptimizerName) -> int:
+def bytes_kept_once(part: ParameterShard, layout: Layout, optimizer: OptimizerName) -> int:
     """What a part's owner keeps for all its holders; moments count as fp32, so that owners do not depend on them."""
     states = 1 if by_muon(optimizer, part.name, len(part.shape)) else 2
     numbers = states * (layout.zero >= 1) + (layout.zero >= 2) + (layout.zero >= 3)
     return NUMBER_BYTES * part.numbers * numbers
 
 
-def bytes_kept_anyway(parts: Iterable[Part], zero: Zero, rank: int, mtp: bool) -> int:
+def bytes_kept_anyway(parts: Iterable[ParameterShard], zero: Zero, rank: int, mtp: bool) -> int:
     """What worker `rank` keeps of what it computes with, whoever owns it: weights below ZeRO 3, gradients below 2."""
     held = [part for part in parts if rank in part.holders]
     weights = sum(part.numbers for part in held) if zero < ALONE_FROM["weights"] else 0
@@ -153,7 +153,7 @@ def held_bytes(
     moments: Moments = "fp32",
 ) -> HeldBytes:
     """What worker `rank` of a layout keeps, all but moments in fp32 (the routers' biases, a few numbers, left out)."""
-    parts = parts_of(config, layout, optimizer)
+    parts = shards_of(config, layout, optimizer)
     learning = [part for part in parts if trained(part.name, mtp)]
     states = counters = 0
     for part in kept(parts, "optimizer", layout.zero, rank):
@@ -175,8 +175,8 @@ def _bounds(name: str, rows: int, layout: Layout) -> list[int]:
         if sharded:
             return list(range(rows + 1))
         spread = {0, rows}
-        for team in layout.teams:
-            spread |= {team.expert_range(lane, rows).start for lane in range(team.expert_lanes)}
+        for group in layout.groups:
+            spread |= {group.expert_range(replica, rows).start for replica in range(group.expert_replicas)}
         return sorted(spread)
     if name in TABLES and sharded:
         count = min(TABLE_PARTS, rows)
@@ -185,32 +185,32 @@ def _bounds(name: str, rows: int, layout: Layout) -> list[int]:
 
 
 def _holders(name: str, row: int, config: ModelConfig, layout: Layout) -> Iterator[int]:
-    for team in layout.teams:
-        for stage in _stages(name, config, team):
-            for lane, ranks in enumerate(team.lanes):
-                if ".mlp.experts." not in name or row in team.expert_range(lane, config.n_routed_experts or 0):
+    for group in layout.groups:
+        for stage in _stages(name, config, group):
+            for replica, ranks in enumerate(group.replicas):
+                if ".mlp.experts." not in name or row in group.expert_range(replica, config.n_routed_experts or 0):
                     yield ranks[stage]
 
 
-def _stages(name: str, config: ModelConfig, team: Team) -> set[int]:
+def _stages(name: str, config: ModelConfig, group: PipelineGroup) -> set[int]:
     """Stages of a team that compute with a parameter."""
-    last = team.stages - 1
+    last = group.stages - 1
     if name == "model.embed_tokens.weight":
         return {0, last} if config.num_nextn_predict_layers or config.tie_word_embeddings else {0}
     if name.startswith("model.layers."):
-        return {team.stage_of(int(name.split(".")[2]))}
+        return {group.stage_of(int(name.split(".")[2]))}
     return {last}
 
 
-def _owners(parts: Sequence[Part], layout: Layout, optimizer: OptimizerName) -> list[int]:
+def _owners(parts: Sequence[ParameterShard], layout: Layout, optimizer: OptimizerName) -> list[int]:
     """One holder for each part, so that all are done with their updates as early as their memory allows.
 
     Where there is not enough memory for all, what each keeps is in proportion to what it has.
     """
     work = [update_work(part, optimizer) for part in parts]
     size = [bytes_kept_once(part, layout, optimizer) for part in parts]
-    rates = layout.rates or (1.0,) * len(layout.lanes)
-    speeds = [rates[place_of(layout, rank).lane_number] for rank in range(layout.workers)]
+    rates = layout.rates or (1.0,) * len(layout.replicas)
+    speeds = [rates[coordinates_of(layout, rank).replica_number] for rank in range(layout.workers)]
     room = layout.memory or (math.inf,) * layout.workers
 
     def in_time(seconds: float) -> list[int] | None:
@@ -229,7 +229,7 @@ def _owners(parts: Sequence[Part], layout: Layout, optimizer: OptimizerName) -> 
     return found
 
 
-def update_work(part: Part, optimizer: OptimizerName) -> float:
+def update_work(part: ParameterShard, optimizer: OptimizerName) -> float:
     """Floating-point operations of one update of a part, or what takes as long."""
     products = 0.0
     if by_muon(optimizer, part.name, len(part.shape)):
@@ -240,7 +240,7 @@ def update_work(part: Part, optimizer: OptimizerName) -> float:
 
 
 def _filled(
-    parts: Sequence[Part], work: Sequence[float], most: Sequence[float], size: Sequence[int], room: Sequence[float]
+    parts: Sequence[ParameterShard], work: Sequence[float], most: Sequence[float], size: Sequence[int], room: Sequence[float]
 ) -> list[int] | None:
     """Owners where none works more than its `most` nor keeps more bytes than its `room`; None where that fails.
 
@@ -264,7 +264,7 @@ def _filled(
     return owners
 
 
-def _by_memory(parts: Sequence[Part], room: Sequence[float]) -> list[int]:
+def _by_memory(parts: Sequence[ParameterShard], room: Sequence[float]) -> list[int]:
     """Of what a group of workers holds, each takes the next run up to its share of their memory."""
     whole: dict[tuple[int, ...], int] = {}
     for part in parts:

@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 
 from motley.model import Transformer
 from motley.model.moe import Routing
-from motley.parallel.zero.flat_buffers import Shards, all_finite
-from motley.parallel.zero.partition import Part, unit_of
+from motley.parallel.zero.flat_buffers import FlatBuffers, all_finite
+from motley.parallel.zero.partition import ParameterShard, unit_of
 from motley.train.step import predicted_loss
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -42,13 +42,13 @@ class Unit:
     """Parameters that travel at once, and their parts, in order."""
 
     module: str
-    parts: tuple[Part, ...]
+    parts: tuple[ParameterShard, ...]
 
     @property
     def numbers(self) -> int:
         return sum(part.numbers for part in self.parts)
 
-    def runs(self) -> Iterator[tuple[list[Part], slice]]:
+    def runs(self) -> Iterator[tuple[list[ParameterShard], slice]]:
         """Neighbours with the same owner, and where they lie in the unit."""
         start = 0
         for _, run in groupby(self.parts, lambda part: part.owner):
@@ -64,7 +64,7 @@ class Unit:
             yield name, (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
 
-def units_of(parts: Sequence[Part]) -> dict[str, Unit]:
+def units_of(parts: Sequence[ParameterShard]) -> dict[str, Unit]:
     """All units of a model by the module they are, in the order of its parameters."""
     return {name: Unit(name, tuple(group)) for name, group in groupby(parts, lambda part: unit_of(part.name))}
 
@@ -72,7 +72,7 @@ def units_of(parts: Sequence[Part]) -> dict[str, Unit]:
 Step = tuple[Literal["gather", "send"], Unit]
 
 
-class Turns:
+class Zero2:
     """ZeRO 2: each worker's gradient of a unit goes to the owners as soon as a backward pass has made it.
 
     Args:
@@ -85,7 +85,7 @@ class Turns:
         finite: whether all that it made of the step's gradient was, if `watched`; what others sent does not count.
     """
 
-    def __init__(self, model: Transformer, shards: Shards, watched: bool) -> None:
+    def __init__(self, model: Transformer, shards: FlatBuffers, watched: bool) -> None:
         self.shards, self._watched = shards, watched
         self.scale, self.finite = 1.0, True
         self.units = units_of(shards.trained)
@@ -148,16 +148,16 @@ class Turns:
             parameter.grad = None
         for run, place in unit.runs():
             owner, holders = run[0].owner, run[0].holders
-            if owner == self.shards.crew.rank:
+            if owner == self.shards.comm.rank:
                 sent = self.shards.gradients.span(run)
-                self.shards.traffic.settle(sent)
+                self.shards.buckets.settle(sent)
                 if flat is not None:
                     sent += flat[place]
             elif flat is not None:
                 sent = flat[place]
             else:
                 sent = self.shards.gradients.flat.new_zeros(place.stop - place.start)
-            self.shards.traffic.sum(sent, holders, owner)
+            self.shards.buckets.sum(sent, holders, owner)
 
     def _flat_gradient(self, unit: Unit) -> Tensor | None:
         parameters = self._of(unit)
@@ -167,7 +167,7 @@ class Turns:
         return grads[0].reshape(-1) if len(grads) == 1 else torch.cat([grad.reshape(-1) for grad in grads])
 
 
-class Visits(Turns):
+class Zero3(Zero2):
     """ZeRO 3: besides, weights are here only while a unit computes."""
 
     def predicted_loss(self, model: Transformer, main: Tensor, further: Sequence[Tensor], *rest: Any) -> Tensor:
@@ -211,7 +211,7 @@ class Visits(Turns):
     def _connect(self, model: Transformer) -> None:
         model.recompute = False  # every unit is computed again as it is
         self._anchor = torch.zeros(
-            (), device=self.shards.crew.device, requires_grad=True
+            (), device=self.shards.comm.device, requires_grad=True
         )  # so that the embedding, too, has a backward pass
         for unit in (*self.trunk, *self.mtp):
             module = model.get_submodule(unit.module)
@@ -241,10 +241,10 @@ class Visits(Turns):
         """The unit's weights, whole and flat."""
         flat = self.shards.weights.flat.new_empty(unit.numbers)
         for run, place in unit.runs():
-            if run[0].owner == self.shards.crew.rank:
+            if run[0].owner == self.shards.comm.rank:
                 flat[place].copy_(self.shards.weights.span(run))
-            self.shards.traffic.spread(flat[place], run[0].holders, run[0].owner)
-        self.shards.traffic.finish()
+            self.shards.buckets.spread(flat[place], run[0].holders, run[0].owner)
+        self.shards.buckets.finish()
         return flat
 
 
@@ -260,7 +260,7 @@ class _Passing(torch.autograd.Function):
     """A unit on its way: nothing of its weights is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, visits: Visits, unit: Unit, run: Callable[..., Any], anchor: Tensor, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, visits: Zero3, unit: Unit, run: Callable[..., Any], anchor: Tensor, *inputs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.set_materialize_grads(False)
         ctx.visits, ctx.unit, ctx.run = visits, unit, run
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
@@ -291,7 +291,7 @@ class _Ending(torch.autograd.Function):
     """The loss: its backward pass, times the loss scale, is done with its forward pass, while the head is here."""
 
     @staticmethod
-    def forward(ctx, visits: Visits, loss: Callable[..., Tensor], *states: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, visits: Zero3, loss: Callable[..., Tensor], *states: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         own = [state.detach().requires_grad_() for state in states]
         with visits.visit(visits.head):
             with torch.enable_grad():
