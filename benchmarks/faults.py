@@ -33,7 +33,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from budget import Budget, kept
-from fault_layouts import LAYOUTS, LIMIT_SECONDS, PATIENCE, STEPS, Bench, Communicator, listener, master_port, records, until
+from fault_layouts import (
+    LAYOUTS,
+    LIMIT_SECONDS,
+    PATIENCE,
+    STEPS,
+    Bench,
+    Communicator,
+    listener,
+    master_port,
+    records,
+    until,
+)
 
 import motley
 

@@ -75,7 +75,9 @@ class TokenClock(Clock):
 def built(recipe: Recipe, device: torch.device, seed: int, rows: TokenStream) -> Learner:
     """The network with new weights, and what its recipe counts in the text of `rows`."""
     hints = (
-        NgramTargets(counts_of(rows, recipe.shape.vocab_size, device), recipe.ngram_weight) if recipe.ngram_weight else None
+        NgramTargets(counts_of(rows, recipe.shape.vocab_size, device), recipe.ngram_weight)
+        if recipe.ngram_weight
+        else None
     )
     if isinstance(recipe.shape, Llama):
         return Ordinary(recipe, recipe.shape, device, seed, hints)

@@ -165,7 +165,9 @@ class Ordinary:
     Only as a lever of ours, the network that is not ours, it learns from n-grams, through our loss.
     """
 
-    def __init__(self, recipe: Recipe, shape: Llama, device: torch.device, seed: int, hints: NgramTargets | None) -> None:
+    def __init__(
+        self, recipe: Recipe, shape: Llama, device: torch.device, seed: int, hints: NgramTargets | None
+    ) -> None:
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,

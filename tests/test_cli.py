@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from motley import __version__
-from motley.cli import COMMANDS, find, run
+from motley.cli import COMMANDS, find, main
 
 SCRIPT = Path(sys.executable).with_name("motley")
 
@@ -38,17 +38,17 @@ def test_an_unknown_command_is_named_with_those_there_are() -> None:
 
 def test_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, status in ((["fleet"], 2), (["fleet", "--help"], 0), (["fleet", "-h"], 0)):
-        assert run(arguments) == status
+        assert main(arguments) == status
         said = capsys.readouterr()
         assert [name for name in COMMANDS if f"  {name} " in said.out] == ["fleet probe", "fleet show", "fleet chips"]
         assert said.err == ""
-    assert run(["fleet", "fly"]) == 2
+    assert main(["fleet", "fly"]) == 2
     assert "choose one of fleet probe, fleet show, fleet chips" in capsys.readouterr().err
 
 
 def test_a_command_that_is_a_group_too_names_the_commands_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        run(["plan", "--help"])
+        main(["plan", "--help"])
     assert left.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "motley plan describe, motley plan evaluate, motley plan simulate" in said
@@ -113,18 +113,18 @@ def test_the_demo_says_its_result_before_it_serves_and_with_json_nothing_else(
     result = {"report": "runs/demo/report.html", "model": "runs/demo/export"}
     monkeypatch.setattr("motley.demo.demo.demo", lambda _: result)
     monkeypatch.setattr("motley.serve.app.serve", lambda config, other_ports: print(f"talk to {config.model}"))
-    assert run(["demo", "--out", str(tmp_path), "--json"]) == 0
+    assert main(["demo", "--out", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
-    assert run(["demo", "--out", str(tmp_path)]) == 0
+    assert main(["demo", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [f"talk to {tmp_path}/export"]
-    assert run(["demo", "--out", str(tmp_path), "--no-serve"]) == 0
+    assert main(["demo", "--out", str(tmp_path), "--no-serve"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_a_failure_of_the_system_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").mkdir()  # where a run keeps a file
     (tmp_path / "text.txt").write_text("\n".join(f"line {n} of the text" for n in range(3000)))
-    assert run(["pretrain", "--data", str(tmp_path / "text.txt"), "--steps", "1", "--out", str(tmp_path)]) == 2
+    assert main(["pretrain", "--data", str(tmp_path / "text.txt"), "--steps", "1", "--out", str(tmp_path)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("motley pretrain: ")
     assert "config.json" in last

@@ -1,5 +1,7 @@
 """`python -m motley` equals `motley`."""
 
+import sys
+
 from motley.cli import main
 
-main()
+sys.exit(main())

@@ -79,7 +79,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "sft": Command(
         "fine-tune a model on conversations",
-        "motley.train.sft:finetune", "motley.train.config:FinetuneConfig", "motley.train.run_folder:summary",
+        "motley.train.sft:sft", "motley.train.config:SftConfig", "motley.train.run_folder:summary",
     ),
     "launch": Command(
         "start a plan on its machines: print the torchrun commands, or run them over ssh",
@@ -142,49 +142,70 @@ def find(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command; returns the exit status: 0, 1 when other workers were lost, 2 for what the user can mend,
-    130 when stopped."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command: the entry point of `motley` and `python -m motley`.
+
+    arguments: None: those of this process.
+
+    Returns the exit status: 0, 1 when other ranks exited, 2 for what the user can mend, 130 when stopped.
+    """
+    words, status = sys.argv[1:] if arguments is None else arguments, 0
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else "".join(words[:1])
+    try:
+        if (command := COMMANDS.get(name)) is None:
+            status = answer(words)
+        else:
+            refuse_removed(words)
+            config, as_json = parse(name, command, words[len(name.split()) :])
+            result = find(entry(name, command, config))(config, **emulation_for(config))
+            if command.report is not None and result is not None:
+                print(json.dumps(result, ensure_ascii=False) if as_json else find(command.report)(result))
+            if command.after is not None and not as_json:
+                find(command.after)(config)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (InputError, CommunicationError, OSError, KeyboardInterrupt) as error:
+        status = tell(name, error)
+    if arguments is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _end(status)
+    return status
+
+
+def answer(words: Sequence[str]) -> int:
+    """Usage, the version, or what is wrong with a command; returns the exit status."""
+    if not words or words[0] in ("-h", "--help"):
         print(usage())
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
+        return 0 if words else 2
+    if words[0] == "--version":
         print(__version__)
         return 0
-    name = " ".join(arguments[:2]) if " ".join(arguments[:2]) in COMMANDS else arguments[0]
-    command = COMMANDS.get(name)
-    if command is None:
-        group = inside(name)
-        if group and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
-            print(usage(name))
-            return 2 if len(arguments) == 1 else 0
-        there_are = f"choose one of {', '.join(group)}" if group else f"there are {', '.join(COMMANDS)}"
-        print(f"motley: there is no command {' '.join(arguments[:2])!r}; {there_are}", file=sys.stderr)
-        return 2
-    try:
-        refuse_removed(arguments)
-        config, as_json = parse(name, command, arguments[len(name.split()) :])
-        result = find(command.function)(config, **emulation_for(config))
-        if command.report is not None and result is not None:
-            print(json.dumps(result, ensure_ascii=False) if as_json else find(command.report)(result), flush=True)
-        if command.after is not None and not as_json:
-            find(command.after)(config)
-    except InputError as error:
-        print(f"motley {name}: {error}", file=sys.stderr)
-        return 2
-    except CommunicationError as error:
-        print(f"motley {name}: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # what no stage foresaw: a folder without permission, a disk that is gone
+    group = inside(words[0])
+    if group and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print(usage(words[0]))
+        return 2 if len(words) == 1 else 0
+    there_are = f"choose one of {', '.join(group)}" if group else f"there are {', '.join(COMMANDS)}"
+    print(f"motley: there is no command {' '.join(words[:2])!r}; {there_are}", file=sys.stderr)
+    return 2
+
+
+def tell(name: str, error: BaseException) -> int:
+    """Say in one sentence why a command failed; returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\nmotley {name}: {error or 'stopped'}", file=sys.stderr)
+        return 130
+    if isinstance(error, OSError):  # what no stage foresaw: a folder without permission, a disk that is gone
         where = f"{error.filename}: " if error.filename else ""
         print(f"motley {name}: {where}{error.strerror or error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stopped:
-        print(f"\nmotley {name}: {stopped or 'stopped'}", file=sys.stderr)
-        return 130
-    return 0
+    print(f"motley {name}: {error}", file=sys.stderr)
+    return 1 if isinstance(error, CommunicationError) else 2
+
+
+def entry(name: str, command: Command, config: Any) -> str:
+    """The function that runs a command: a training stage is one process's own, or that of many ranks."""
+    return f"motley.parallel.run:{name}" if getattr(config, "needs_ranks", False) else command.function
 
 
 def refuse_removed(arguments: Sequence[str]) -> None:
@@ -244,21 +265,8 @@ def _with_new_names(name: str, arguments: Sequence[str], renamed: Mapping[str, s
     return found
 
 
-def main() -> None:
-    """Entry point of `motley` and `python -m motley`."""
-    try:
-        status = run(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _end(status)
-    sys.exit(status)
-
-
 def _end(status: int) -> None:
-    """End a worker of a crew at once, after what is to be done at exit.
+    """End one of many ranks at once, after what is to be done at exit.
 
     Now and then a thread of gloo still winds up while the interpreter takes itself apart, and ends a process whose work
     is done with "terminate called without an active exception" (PyTorch 2.13).

@@ -18,7 +18,7 @@ from test_resume import command
 from test_resume import data as data  # the fixtures
 from test_resume import shape as shape
 
-from motley.cli import run
+from motley.cli import main
 from motley.emulation import netns as slow_link
 from motley.emulation.apply import EmulatedFleet
 from motley.emulation.launch import EmulatedLaunchConfig, worker_words
@@ -232,7 +232,7 @@ def test_a_chip_that_failed_is_a_repaired_one_after_the_next_start(fleet: Path):
 def test_what_cannot_be_played_is_one_sentence(
     options: list[str], said: str, fleet: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert run(["launch", "emulated", *(str(fleet) if word == "FLEET" else word for word in options)]) == 2
+    assert main(["launch", "emulated", *(str(fleet) if word == "FLEET" else word for word in options)]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("motley launch emulated: ")
     assert said in shown.err
@@ -246,7 +246,7 @@ trap 'echo told to end; exit 1' TERM
 echo $$ > worker$RANK.new; mv worker$RANK.new worker$RANK; echo "$@"
 while :; do sleep 0.05; done
 """
-LAUNCH = "import sys; sys.executable = './python'; from motley.cli import run; sys.exit(run(sys.argv[1:]))"
+LAUNCH = "import sys; sys.executable = './python'; from motley.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def started(folder: Path, *words: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:

@@ -18,7 +18,7 @@ import slurm
 import yaml
 from test_torchrun import plan_of
 
-from motley.cli import run
+from motley.cli import main
 from motley.fleet.inventory import load_fleet
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -152,5 +152,5 @@ def test_the_pods_start_every_worker_once_under_names_that_the_service_gives_the
             assert program == "motley"
             arguments = [word.replace("$(JOB_COMPLETION_INDEX)", str(index)) for word in arguments]
             assert f"--here={job['metadata']['name']}-{index}.{service['metadata']['name']}" in arguments
-            assert run(arguments) == 0, capsys.readouterr().err
+            assert main(arguments) == 0, capsys.readouterr().err
     assert started(tmp_path) == list(range(18))

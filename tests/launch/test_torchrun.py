@@ -19,7 +19,7 @@ from test_resume import TINY, command
 from test_resume import data as data  # the fixtures
 from test_resume import shape as shape
 
-from motley.cli import run
+from motley.cli import main
 from motley.errors import InputError
 from motley.launch.torchrun import LaunchConfig, Seat, groups_of, hosts_of, launch, seats_of, torchrun_words
 from motley.model import ModelConfig
@@ -182,7 +182,7 @@ def test_what_does_not_fit_the_plan_is_one_sentence(
 ):
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(TWO))
-    assert run(["launch", str(file), *options]) == 2
+    assert main(["launch", str(file), *options]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith(f"motley launch: {said}")
     assert shown.err.count("\n") == 1
@@ -205,13 +205,13 @@ def test_the_printed_commands_can_be_pasted(tmp_path: Path, capsys: pytest.Captu
     file = tmp_path / "my plan.json"
     file.write_text(json.dumps(TWO))
     asked = ["launch", str(file), "--hosts", "a=x,y", "b=z", "--job", "sft --model 'my run'"]
-    assert run(asked) == 0
+    assert main(asked) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[::2] == ["# x: a, rank 0 1", "# y: a, rank 2 3", "# z: b, rank 4 5"]
     words = shlex.split(lines[3])
     assert words[:4] == ["torchrun", "--nnodes=3", "--node-rank=1", "--nproc-per-node=2"]
     assert words[-6:] == ["-m", "motley", "sft", "--model", "my run", f"--plan={file}"]
-    assert run([*asked, "--json"]) == 0
+    assert main([*asked, "--json"]) == 0
     commands = json.loads(capsys.readouterr().out)["commands"]
     assert [entry["command"] for entry in commands] == lines[1::2]
 

@@ -66,7 +66,9 @@ def test_seats_go_to_workers_of_the_pool_that_the_plan_meant() -> None:
         ],
     }
     assert seats(plan, chips) == [1, 0, 2]
-    planned = Layout((PipelineGroup(((0,),), (4,)), PipelineGroup(((1, 2),), (2, 2))), 1, memory=(4.0, 1.0, 2.0), rates=(3.0, 1.0))
+    planned = Layout(
+        (PipelineGroup(((0,),), (4,)), PipelineGroup(((1, 2),), (2, 2))), 1, memory=(4.0, 1.0, 2.0), rates=(3.0, 1.0)
+    )
     (island,) = seated([IslandLayout((0, 1, 2), planned)], [1, 0, 2])
     assert [group.replicas for group in island.layout.groups] == [((1,),), ((0, 2),)]
     assert island.layout.memory == (1.0, 4.0, 2.0), "of worker 0, 1, 2"

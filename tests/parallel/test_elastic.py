@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import motley.parallel.carry_out
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,7 +24,6 @@ from test_resume import data as data
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 import motley.parallel.build
-import motley.parallel.carry_out
 import motley.parallel.elastic.agent
 from motley.data.stream import Batch, TokenStream
 from motley.errors import CommunicationError, InputError

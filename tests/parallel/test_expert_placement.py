@@ -37,7 +37,9 @@ def fitting(layout: Layout, budgets: Sequence[float]) -> Layout:
 
 @pytest.mark.parametrize("layout", [FOUR, PIPELINES])
 def test_a_plan_that_fits_stays_as_it_is(layout: Layout) -> None:
-    uneven = replace(layout, groups=(replace(layout.groups[0], experts=(5, 3) if layout is PIPELINES else (3, 1, 2, 2)),))
+    uneven = replace(
+        layout, groups=(replace(layout.groups[0], experts=(5, 3) if layout is PIPELINES else (3, 1, 2, 2)),)
+    )
     for own in (layout, uneven):
         assert fitting(own, [need(own, rank) for rank in range(4)]) == own
 

@@ -17,7 +17,7 @@ from motley.parallel.layout import Layout, PipelineGroup
 from motley.parallel.pipeline.runner import order
 from motley.parallel.rank import Worker
 from motley.train.config import PretrainConfig
-from motley.train.ngram_targets import NgramTargets, NgramCounts
+from motley.train.ngram_targets import NgramCounts, NgramTargets
 from motley.train.optimizer import Optimizer
 from motley.train.step import LossWeights, accumulate
 from motley.train.validation import loss_of
@@ -330,7 +330,8 @@ def test_sharded_gradients_and_weights_take_the_step_whatever_the_workers_rows(s
         rows = [(HANGING, (1, 1, 1)), ((1.0, 1e-3, 1e-3), (3, 1, 2)), ((1.0, 1.0, 1.0), (2, 1, 3))]
         for rates, sizes in rows if shape == DEEP else rows[:1]:
             groups = tuple(
-                PipelineGroup(((rank,),), (DEEP.num_hidden_layers,), micro_batch=size) for rank, size in enumerate(sizes)
+                PipelineGroup(((rank,),), (DEEP.num_hidden_layers,), micro_batch=size)
+                for rank, size in enumerate(sizes)
             )
             memory = tuple(chance.choice([0.0, 1.0, 5.0]) for _ in range(2))
             layout = Layout(groups, zero=zero, memory=(*memory, 2.0), rates=rates)  # type: ignore[arg-type]

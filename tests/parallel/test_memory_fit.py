@@ -20,7 +20,7 @@ from motley.fleet.probe import host_memory
 from motley.model import SIZES, Transformer, experts, native
 from motley.parallel import memory_fit as memory
 from motley.parallel.communicator import Communicator
-from motley.parallel.layout import islands_side_by_side, coordinates_of, side_by_side
+from motley.parallel.layout import coordinates_of, islands_side_by_side, side_by_side
 from motley.parallel.memory_fit import (
     MemoryBudgets,
     budget,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from motley.parallel.own_inputs import own_model
 from spawned_ranks import SERVER, free_port
 from test_communicator import alone as alone  # fixtures
 from test_communicator import losses, until
@@ -19,7 +20,6 @@ from test_resume import shape as shape
 from motley.data.pack import DataConfig, prepare
 from motley.model import ModelConfig, Transformer, save
 from motley.parallel.elastic.rendezvous import Door
-from motley.parallel.own_inputs import own_model
 from motley.train.config import PretrainConfig
 from motley.train.pretrain import own
 

@@ -54,7 +54,9 @@ def steps_on(comm: Communicator, devices: list[str], cases: list[Any], port: int
 
 def unequal(zero: int, sizes: tuple[int, int] = (1, 3)) -> Layout:
     """Two workers, the second three times as fast."""
-    groups = tuple(PipelineGroup(((rank,),), (DEEP.num_hidden_layers,), micro_batch=size) for rank, size in enumerate(sizes))
+    groups = tuple(
+        PipelineGroup(((rank,),), (DEEP.num_hidden_layers,), micro_batch=size) for rank, size in enumerate(sizes)
+    )
     return Layout(groups, zero=zero, rates=(1.0, 3.0))  # type: ignore[arg-type]
 
 
@@ -66,7 +68,9 @@ def test_workers_of_unequal_speed_take_the_step_of_a_single_process(devices: lis
     if len({device.split(":")[0] for device in devices}) == 1:  # copies on chips of several makes drift apart
         layouts.append(unequal(0))
     layouts.append(TWO_STAGES)
-    layouts.append(Layout((PipelineGroup(((0,), (1,)), (DEEP.num_hidden_layers,), experts=(3, 1), micro_batch=2),), zero=1))
+    layouts.append(
+        Layout((PipelineGroup(((0,), (1,)), (DEEP.num_hidden_layers,), experts=(3, 1), micro_batch=2),), zero=1)
+    )
     optimizers = ["muon", "adamw"]
     cases = [(layout, settings(optimizer=optimizers[n % 2]), n) for n, layout in enumerate(layouts)]
     found = on_ranks(2, steps_on, devices, cases, free_port())

@@ -76,7 +76,11 @@ CHAIN = {  # each crew goes on from the folder of the one before
     "alone": side_by_side(1, 4, 2),
     "two in a pipeline": Layout((PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2),), zero=1),
     "two with 1 and 3 experts beside a pipeline of two": Layout(
-        (PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2, 3),), (3, 1), micro_batch=3)), zero=1
+        (
+            PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2),
+            PipelineGroup(((2, 3),), (3, 1), micro_batch=3),
+        ),
+        zero=1,
     ),
     "two at ZeRO 3": dataclasses.replace(side_by_side(2, 4, 2, zero=3), memory=(3.0, 1.0)),
     "three at ZeRO 2": dataclasses.replace(side_by_side(3, 4, 3, zero=2), memory=(1.0, 1.0, 4.0)),

@@ -17,10 +17,17 @@ from motley.parallel.rank import Worker
 CHAIN = [  # each takes over from the one before
     dataclasses.replace(side_by_side(3, 4, 2, zero=1), memory=(1.0, 4.0, 1.0)),
     Layout(
-        (PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=3)), zero=0
+        (
+            PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2),
+            PipelineGroup(((2,),), (4,), micro_batch=3),
+        ),
+        zero=0,
     ),
     dataclasses.replace(side_by_side(3, 4, 2, zero=3), memory=(3.0, 1.0, 1.0)),
-    Layout((PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=1)), zero=1),
+    Layout(
+        (PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=1)),
+        zero=1,
+    ),
     dataclasses.replace(side_by_side(3, 4, 2, zero=2), memory=(1.0, 1.0, 4.0)),
 ]
 

@@ -20,7 +20,10 @@ from motley.parallel.telemetry.step_stats import DRAWN, StepStats, all_spans, in
 from motley.parallel.telemetry.step_timer import KINDS, WAITS, Span, StepTimer, visible
 
 PIPELINE = Layout((PipelineGroup(((0, 1, 2),), (1, 2, 1), micro_batch=2),))
-EXPERTS = Layout((PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=2)), zero=1)
+EXPERTS = Layout(
+    (PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=2)),
+    zero=1,
+)
 
 
 class Clock:

@@ -45,7 +45,7 @@ def test_serve_says_its_address_once_it_listens_and_ends_quietly_on_ctrl_c(think
 
 def test_without_its_page_serve_says_where_the_api_is(thinking_model: Path, tmp_path: Path) -> None:
     code = "import sys, pathlib, motley.serve.app as app; app.PAGES = pathlib.Path(sys.argv.pop(1))\n"
-    code += "from motley.cli import main; main()"
+    code += "from motley.cli import main; raise SystemExit(main())"
     server = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path), "serve", str(thinking_model), "--port", "0"],
         stdout=subprocess.PIPE, text=True,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from motley.errors import InputError
-from motley.train.config import SftConfig, PretrainConfig, TrainingConfig
+from motley.train.config import PretrainConfig, SftConfig, TrainingConfig
 from motley.train.lr_schedule import check_stages
 
 BAD: dict[str, list[Any]] = {

@@ -15,7 +15,7 @@ from test_resume import shape as shape
 
 from motley.evaluate.report import write_report
 from motley.model import SIZES
-from motley.train.config import SftConfig, PretrainConfig
+from motley.train.config import PretrainConfig, SftConfig
 from motley.train.expert_balance import FASTEST, SLOWEST, TRAVEL, Balance, ByLength, imbalance, patience
 from motley.train.metrics import read_metrics
 from motley.train.run_folder import as_begun, kept_speed, open_run

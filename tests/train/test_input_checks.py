@@ -16,7 +16,7 @@ from motley.errors import InputError
 from motley.evaluate.command import EvalConfig, evaluate
 from motley.model import SIZES, load
 from motley.train.checkpoint import checkpoints
-from motley.train.config import SftConfig, PretrainConfig
+from motley.train.config import PretrainConfig, SftConfig
 from motley.train.pretrain import pretrain
 from motley.train.sft import sft
 

@@ -16,7 +16,7 @@ from motley.errors import InputError
 from motley.model import ModelConfig, Transformer, native
 from motley.train.config import PretrainConfig
 from motley.train.loss import CHUNK, blended_cross_entropy
-from motley.train.ngram_targets import DISCOUNT, Expected, NgramTargets, NgramCounts, counts_of
+from motley.train.ngram_targets import DISCOUNT, Expected, NgramCounts, NgramTargets, counts_of
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import new_model_config, pretrain
 from motley.train.step import LossWeights, accumulate

@@ -11,7 +11,7 @@ import pytest
 from motley.demo.demo import DemoConfig, demo
 from motley.errors import InputError
 from motley.train import run_folder as run
-from motley.train.config import SftConfig, PretrainConfig
+from motley.train.config import PretrainConfig, SftConfig
 from motley.train.pretrain import pretrain
 from motley.train.run_folder import claimed
 from motley.train.sft import sft

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from motley.data.tasks import FAMILIES
 from motley.errors import InputError
 from motley.model import SIZES, ModelConfig
-from motley.train.config import SftConfig, PretrainConfig
+from motley.train.config import PretrainConfig, SftConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Level:
     size: str
     vocab_size: int
     pretrain: PretrainConfig
-    sft: SftConfig
+    finetune: SftConfig
     pretrain_tokens: int
     finetune_tokens: int
     accuracy: float | None
@@ -54,9 +54,7 @@ _READ = PretrainConfig(
     model="pico", batch_rows=8, micro_batch=8, seq_len=128, learning_rate=4e-3, embedding_rate=4.0, mtp_weight=0.0,
     bias_speed=1e-2, confine_to_document=True,
 )  # fmt: skip
-_SOLVE = SftConfig(
-    batch_rows=8, micro_batch=8, seq_len=128, learning_rate=2.5e-3, decay_share=0.7, bias_speed=1e-2
-)
+_SOLVE = SftConfig(batch_rows=8, micro_batch=8, seq_len=128, learning_rate=2.5e-3, decay_share=0.7, bias_speed=1e-2)
 _PICO = {"size": "pico", "vocab_size": 512, "pretrain": _READ, "finetune": _SOLVE}
 _WIDE = {
     "vocab_size": 2048, "tokens_per_problem": 62, "pretrain_tokens": 1_500_000, "finetune_tokens": 4_700_000,

@@ -7,10 +7,10 @@ import torch
 
 from motley.data.stream import Batch
 from motley.data.tasks import FAMILIES, make_problems
+from motley.fleet.device import Format
 from motley.model import ModelConfig, Transformer
 from motley.train.config import TrainingConfig
-from motley.train.optimizer import Optimizer
-from motley.train.step import LossWeights, accumulate
+from motley.train.strategy import SingleProcess
 
 PROBLEMS = 2000  # drawn to see how fast Python is
 PROBLEMS_SECONDS = 0.115  # that this took where the stages beside training were measured
@@ -22,7 +22,7 @@ def step_seconds(
     shape: ModelConfig,
     config: TrainingConfig,
     device: torch.device,
-    dtype: torch.dtype,
+    number_format: Format,
     steps: int = 6,
     within: float = float("inf"),
 ) -> tuple[float, float]:
@@ -34,15 +34,13 @@ def step_seconds(
         shape: of the model.
         config: settings of the stage.
         device: where it computes.
-        dtype: what it computes in.
+        number_format: what it computes in.
         steps: that are measured, after two that are not.
         within: seconds after which no further step is begun, once one was measured.
     """
     model = Transformer(shape)
     model.initialize(config.seed)
-    model.to(device)
-    model.compute_dtype = dtype
-    optimizer = Optimizer(model.named_parameters(), config.optimizer, config.weight_decay, dtype, config.embedding_rate)
+    strategy = SingleProcess(model.to(device), config, number_format)
     ids = torch.randint(
         shape.vocab_size, (config.batch_rows, config.seq_len), generator=torch.Generator().manual_seed(0)
     )
@@ -58,11 +56,9 @@ def step_seconds(
     began = now()
     while len(times) < WARM_UP + steps and (len(times) <= WARM_UP or now() - began < within):
         started = now()
-        optimizer.zero_grad()
-        accumulate(model, batch, config.micro_batch, LossWeights(config.mtp_weight), config.confine_to_document)
+        losses, norm = strategy.gradient(batch)
         passed = now()
-        float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-        optimizer.step(0.0)
+        strategy.update(losses, norm, 0.0)
         times.append((passed - started, now() - passed))
     passes, updates = zip(*times[WARM_UP:], strict=True)
     return statistics.median(passes), statistics.median(updates)

@@ -23,7 +23,7 @@ from motley.errors import InputError
 from motley.fleet.inventory import Emulated
 from motley.fleet.probe import usable_cores
 from motley.parallel.communicator import Communicator
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
 from motley.progress import note
 from motley.train.config import EmulateBy, EmulateLinks, TrainingConfig
 
@@ -72,12 +72,12 @@ class EmulatedFleet:
             comm.rank, tuple(role.pool for role in self.roles), tuple(end.latency for end in ends), rates
         )
 
-    def apply(self, worker: Worker, comm: Communicator) -> None:
+    def apply(self, strategy: Ranks, comm: Communicator) -> None:
         role = self.roles[comm.rank]
         speed = role.emulated.speed
         room = room_for_all(comm, speed)
         slow = throttle(speed * room, self.by)
-        worker.replica.pace = slow.pace
+        strategy.runner.pace = slow.pace
         shared = f" (all at {room:.0%} of that: more ranks than cores)" if room < 1 else ""
         note(
             f"rank {comm.rank} emulates chip {role.chip} of pool {role.pool}: {speed:.3g} of full speed{shared}, "
@@ -86,7 +86,7 @@ class EmulatedFleet:
         if role.fails_after and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # later the chip is repaired
             count, unit = role.fails_after
             if unit == "steps":
-                worker.before_step = lambda step: fail(comm.rank) if step == count else None
+                strategy.before_step = lambda step: fail(comm.rank) if step == count else None
             else:
                 timer = threading.Timer(count, fail, (comm.rank,))
                 timer.daemon = True

@@ -73,7 +73,7 @@ class ProbedRank:
 
 def may_be_planned(config: TrainingConfig) -> bool:
     """Whether settings beside a plan leave it open who holds what."""
-    return config.islands == "1" and not config.live
+    return config.islands == "1" and not config.elastic
 
 
 def planned_from_probe(
@@ -91,7 +91,7 @@ def planned_from_probe(
     Args:
         config: settings of the stage.
         shape: of the model.
-        crew: all workers.
+        comm: all ranks.
         folder: of the run, for the files.
         memory: bytes that this worker may hold.
         precision: what this worker computes in.

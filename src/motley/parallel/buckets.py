@@ -34,12 +34,12 @@ class Buckets:
         group = self._crew.group(holders)
         self._travelled.append((holders, owner, flat.nbytes))
         if owner is None:
-            self._crew.watch.summed(flat.nbytes, len(holders))
+            self._crew.timer.summed(flat.nbytes, len(holders))
             self._start(
                 "summing gradients", flat, holders, lambda piece: dist.all_reduce(piece, group=group, async_op=True)
             )
         else:
-            self._crew.watch.passed(flat.nbytes, gives=owner != self._crew.rank)
+            self._crew.timer.passed(flat.nbytes, gives=owner != self._crew.rank)
             to = self._crew.among_all(owner)
             self._start(
                 "summing gradients", flat, holders, lambda piece: dist.reduce(piece, to, group=group, async_op=True)
@@ -49,7 +49,7 @@ class Buckets:
         """Give all holders what the owner has."""
         group, source = self._crew.group(holders), self._crew.among_all(owner)
         self._travelled.append((holders, owner, flat.nbytes))
-        self._crew.watch.passed(flat.nbytes, gives=owner == self._crew.rank)
+        self._crew.timer.passed(flat.nbytes, gives=owner == self._crew.rank)
         self._start(
             "spreading weights", flat, holders, lambda piece: dist.broadcast(piece, source, group=group, async_op=True)
         )

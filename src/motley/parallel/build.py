@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -22,33 +22,36 @@ from motley.fleet.probe import GLANCE_SECONDS, Machine, glance, most_seconds
 from motley.model import ModelConfig, Transformer
 from motley.parallel.auto_plan import may_be_planned, planned_from_probe
 from motley.parallel.communicator import Communicator, LinkModel, join
-from motley.parallel.diloco.diloco import USUAL_ROUND, Island
 from motley.parallel.expert.placement import experts_by_memory
 from motley.parallel.layout import IslandLayout, Zero, island_of, islands_of_plan, islands_side_by_side
 from motley.parallel.memory_fit import (
     MemoryBudgets,
     budget,
     check_gathering,
-    check_memory,
     dealt,
     held_already,
     within_memory,
 )
-from motley.parallel.own_inputs import fingerprint
-from motley.parallel.rank import Worker
+from motley.parallel.number_formats import asked_format, number_formats
+from motley.parallel.rank import Ranks
 from motley.plan.network.registry import trainable
 from motley.progress import note
 from motley.train.chip_kind import kind_of_chip
 from motley.train.config import TrainingConfig
-from motley.train.mixed_precision import asked_format, number_formats
-from motley.train.run_folder import Run
+from motley.train.input_checks import fingerprint
+from motley.train.job import Job
 
+USUAL_ROUND = 30
+"""Steps between two outer steps where nothing says how many."""
 OWN = ("out", "device", "data", "model", "plan", "micro_batch", "precision")
 """Settings that may differ: paths, what worker 0 decides for all, and each chip's number format. Data, model and shape
 are compared themselves (own.py)."""
 USUAL_ZERO: Zero = 1
 
 Config = TypeVar("Config", bound=TrainingConfig)
+
+if TYPE_CHECKING:
+    from motley.parallel.diloco.diloco import Diloco
 
 
 def meet(config: TrainingConfig) -> Communicator:
@@ -57,7 +60,7 @@ def meet(config: TrainingConfig) -> Communicator:
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    return join(device, config.timeout)
+    return join(device, config.comm_timeout)
 
 
 def sources() -> str:
@@ -132,7 +135,7 @@ def islands_for(
     Raises InputError where they do not fit the model or the crew.
     """
     if plan is None:
-        usual: Zero = 0 if config.live else USUAL_ZERO
+        usual: Zero = 0 if config.elastic else USUAL_ZERO
         layers, zero = shape.num_hidden_layers, usual if config.zero is None else config.zero
         islands = islands_side_by_side(config.islands, comm.size, layers, config.micro_batch, zero)
         return islands, config.sync_every or USUAL_ROUND
@@ -181,89 +184,102 @@ class Emulation(Protocol):
         """Delays of the emulated links; None where there are none, or where the system makes the links slow."""
         ...
 
-    def apply(self, worker: Worker, comm: Communicator) -> None:
+    def apply(self, strategy: Ranks, comm: Communicator) -> None:
         """Slow this rank down and let it fail as its chip does; called when it is ready to train."""
         ...
 
 
-def employ(
-    config: TrainingConfig,
-    shape: ModelConfig,
+def build_strategy(
+    job: Job[Any],
     comm: Communicator,
-    run: Run,
-    data: Path,
     machine: Machine | None,
     weights: Callable[[torch.device], Transformer] | None,
     emulation: Emulation | None = None,
-) -> Island:
-    """This worker, in its place in its island and with its weights.
+) -> "Ranks | Diloco":
+    """This rank, at its coordinates in the layout and with its weights. Every rank calls this.
 
     Args:
-        config: settings of the stage.
-        shape: of the model.
-        crew: all workers.
-        run: the opened run folder.
-        data: the prepared data, which every worker reads for itself.
+        job: the prepared stage.
+        comm: all ranks.
         machine: what was measured before, if anything.
-        weights: makes the whole model on a device; called by worker 0 only. None: its state comes later.
-        emulation: makes the workers unequal, where the settings ask for it.
+        weights: makes the whole model on a device; called on rank 0 only. None: its state comes later.
+        emulation: makes the ranks unequal, where the settings ask for it.
 
-    Raises InputError, on every worker, where they cannot train so.
+    Raises InputError, on every rank, where they cannot train so.
     """
+    config, shape = job.config, job.shape
     if config.emulate and emulation is None:
         raise InputError("the setting `emulate` needs an `emulation` beside the settings, as motley.cli passes one")
     plan = comm.led(lambda: plan_of(config))
     emulated = emulation.chip(comm, plan) if emulation else Emulated()
     islands, every = comm.led(lambda: islands_for(config, shape, comm, plan))
-    comm.agree({**facts(config, data), "shape": str(shape)})
-    if comm.alone:
-        check_memory(shape, config.optimizer, comm.device, config.moments)
-    else:
-        check_gathering(islands, shape, config.optimizer, comm)
+    comm.agree({**facts(config, job.data), "shape": str(shape)})
+    check_gathering(islands, shape, config.optimizer, comm)
     check_devices(islands, comm)
     own = island_of(islands, comm.rank)
     asked = asked_format(config.precision, emulated.precision, own.layout, own.ranks.index(comm.rank))
-    everyone = number_formats(asked, comm, run, lambda: run.machine(comm.device, machine))
-    formats: list[Format] = [everyone[rank] for rank in own.ranks]
+    formats = number_formats(asked, comm, job.run, lambda: job.run.machine(comm.device, machine))
     budgets = comm.all_values(budget(comm.device, emulated.memory))
     programs = comm.all_values(held_already(comm.device))
-    if emulation or not comm.alone:
-        if plan is None:
-            speed = emulated.speed * glance(comm.device, everyone[comm.rank])
-            with comm.waiting(comm.timeout + most_seconds(GLANCE_SECONDS)):
-                glances = comm.all_values(speed)
-            islands = dealt(islands, shape, config, budgets, glances)
-        planned = plan is not None
-        if planned:
-            islands = _with_experts_that_fit(islands, shape, config, budgets, everyone, comm.leads)
-        try:
-            islands = within_memory(islands, shape, config, comm, budgets, everyone, planned, shrink=not planned)
-        except InputError as error:
-            if comm.alone or planned or not may_be_planned(config):
-                raise
-            file, islands = planned_from_probe(
-                config, shape, comm, run.folder, budgets[comm.rank], everyone[comm.rank], emulated, error
-            )
-            config = dataclasses.replace(config, plan=file)
-            check_devices(islands, comm)
-            islands = within_memory(islands, shape, config, comm, budgets, everyone, planned=True, shrink=True)
-        own = island_of(islands, comm.rank)
+    if plan is None:
+        islands = _by_speed_and_memory(islands, shape, config, comm, budgets, formats, emulated.speed)
+        config, islands = _shrunk_or_planned(islands, job, comm, budgets, formats, emulated)
+    else:
+        islands = _with_experts_that_fit(islands, shape, config, budgets, formats, comm.leads)
+        islands = within_memory(islands, shape, config, comm, budgets, formats, planned=True, shrink=False)
+    own = island_of(islands, comm.rank)
     if emulation:
         comm = dataclasses.replace(comm, links=emulation.links(comm))
-    parts, speeds = [island.ranks for island in islands], [island.speed for island in islands]
-    if comm.alone:
-        worker = Worker(shape, config, own.layout, comm, weights and weights(comm.device), formats)
-        island = Island(worker, comm, parts, speeds, every)
-    else:
-        island_comm = comm.part(parts) if len(islands) > 1 else comm
-        worker = Worker(shape, config, own.layout, island_comm, formats=formats)
-        island = Island(worker, comm, parts, speeds, every)
-        if weights is not None:
-            hand_out(weights, island, comm)
-    worker.budgets = MemoryBudgets(own.ranks, [budgets[rank] for rank in own.ranks], [programs[rank] for rank in own.ranks])
+    group = comm.part([island.ranks for island in islands]) if len(islands) > 1 else comm
+    ranks = Ranks(shape, config, own.layout, group, [formats[rank] for rank in own.ranks])
+    ranks.budgets = MemoryBudgets(
+        own.ranks, [budgets[rank] for rank in own.ranks], [programs[rank] for rank in own.ranks]
+    )
+    strategy = _joined(ranks, comm, islands, every) if len(islands) > 1 else ranks
+    if weights is not None:
+        _distribute(weights, strategy, comm)
     if emulation:
-        emulation.apply(worker, comm)
-    return island
+        emulation.apply(ranks, comm)
+    return strategy
+
+
+def _by_speed_and_memory(
+    islands: list[IslandLayout],
+    shape: ModelConfig,
+    config: TrainingConfig,
+    comm: Communicator,
+    budgets: Sequence[float],
+    formats: Sequence[Format],
+    speed: float,
+) -> list[IslandLayout]:
+    """Without a plan: rows to begin with, and what is kept once, by a short measurement of each rank's speed."""
+    own = speed * glance(comm.device, formats[comm.rank])
+    with comm.waiting(comm.timeout + most_seconds(GLANCE_SECONDS)):
+        speeds = comm.all_values(own)
+    return dealt(islands, shape, config, budgets, speeds)
+
+
+def _shrunk_or_planned(
+    islands: list[IslandLayout],
+    job: Job[Any],
+    comm: Communicator,
+    budgets: Sequence[float],
+    formats: Sequence[Format],
+    emulated: Emulated,
+) -> tuple[Any, list[IslandLayout]]:
+    """Without a plan: (settings, islands) with micro-batches that fit, or those of a plan made from a probe."""
+    config, shape = job.config, job.shape
+    try:
+        return config, within_memory(islands, shape, config, comm, budgets, formats, planned=False, shrink=True)
+    except InputError as error:
+        if comm.alone or not may_be_planned(config):
+            raise
+        file, islands = planned_from_probe(
+            config, shape, comm, job.run.folder, budgets[comm.rank], formats[comm.rank], emulated, error
+        )
+    config = dataclasses.replace(config, plan=file)
+    check_devices(islands, comm)
+    return config, within_memory(islands, shape, config, comm, budgets, formats, planned=True, shrink=True)
 
 
 def _with_experts_that_fit(
@@ -287,8 +303,15 @@ def _with_experts_that_fit(
     return fitting
 
 
-def hand_out(weights: Callable[[torch.device], Transformer], island: Island, comm: Communicator) -> None:
-    """Worker 0 makes the whole model; every worker takes what it holds of it."""
+def _joined(ranks: Ranks, comm: Communicator, islands: Sequence[IslandLayout], every: int) -> "Diloco":
+    """The strategy of an island's ranks, joined with the other islands."""
+    from motley.parallel.diloco.diloco import Diloco  # only where it is asked for
+
+    return Diloco(ranks, comm, [island.ranks for island in islands], [island.speed for island in islands], every)
+
+
+def _distribute(weights: Callable[[torch.device], Transformer], strategy: "Ranks | Diloco", comm: Communicator) -> None:
+    """Make the whole model on rank 0; every rank takes what it holds of it."""
     whole: Transformer | None = None
 
     def make() -> None:
@@ -296,4 +319,4 @@ def hand_out(weights: Callable[[torch.device], Transformer], island: Island, com
         whole = weights(torch.device("cpu"))
 
     comm.led(make)
-    island.take_state(None if whole is None else (dict(whole.state_dict()), {}))
+    strategy.take_state(None if whole is None else (dict(whole.state_dict()), {}))

@@ -72,8 +72,8 @@ class Communicator:
         size: how many there are.
         device: what it computes on.
         groups: process groups made so far, by their workers' numbers among all.
-        watch: what this worker does with its time; all messages are waits.
-        patience: seconds to wait for a silent worker.
+        timer: what this worker does with its time; all messages are waits.
+        timeout: seconds to wait for a silent worker.
         processes: (host, process id) of each worker, where they are known.
         members: of a part, its workers' numbers among all.
         whole: the crew that a part belongs to.
@@ -87,11 +87,11 @@ class Communicator:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     groups: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False)
-    watch: StepTimer = field(default_factory=StepTimer, compare=False)
+    timer: StepTimer = field(default_factory=StepTimer, compare=False)
     timeout: float = COMM_TIMEOUT_SECONDS
     processes: tuple[tuple[str, int], ...] = ()
     members: tuple[int, ...] = ()
-    whole: "Crew | None" = None
+    whole: "Communicator | None" = None
     links: LinkModel | None = field(default=None, compare=False)
     by_host: bool = False
     launcher: int | None = field(default=None, compare=False)
@@ -112,7 +112,7 @@ class Communicator:
         """Whether the torchrun that would start these workers again is gone; the system gave them another parent."""
         return self.launcher is not None and self.launcher != os.getppid()
 
-    def part(self, parts: Sequence[Sequence[int]]) -> "Crew":
+    def part(self, parts: Sequence[Sequence[int]]) -> "Communicator":
         """The crew of this worker's part, of `parts` that share all workers out; every worker calls this alike."""
         self.form(parts)
         own = tuple(next(part for part in parts if self.rank in part))
@@ -120,7 +120,7 @@ class Communicator:
         processes = tuple(self.processes[rank] for rank in own) if self.processes else ()
         place = own.index(self.rank)
         return Communicator(
-            place, len(own), self.device, self.groups, self.watch, self.timeout, processes, own, self, links,
+            place, len(own), self.device, self.groups, self.timer, self.timeout, processes, own, self, links,
             self.by_host,
         )  # fmt: skip
 
@@ -153,7 +153,7 @@ class Communicator:
             self.talk("adding up", lambda: dist.all_reduce(travelling, group=self.group(ranks)), ranks or ())
             if travelling is not values:
                 values.copy_(travelling)
-            self.watch.summed(values.nbytes, len(ranks or range(self.size)))
+            self.timer.summed(values.nbytes, len(ranks or range(self.size)))
             self.crossed("adding up", [(ranks, None, values.nbytes)])
         return values
 
@@ -173,7 +173,7 @@ class Communicator:
         mine = mine if self.by_host else mine.to(self.device)
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         self.talk("sharing numbers", lambda: dist.all_gather(rows, mine, group=self.group()))
-        self.watch.moved((self.size - 1) * mine.nbytes, (self.size - 1) * mine.nbytes)
+        self.timer.moved((self.size - 1) * mine.nbytes, (self.size - 1) * mine.nbytes)
         self.crossed("sharing numbers", [(None, None, mine.nbytes)])
         return [row.tolist() for row in rows]
 
@@ -223,7 +223,7 @@ class Communicator:
         if self.links is not None and self.links.crosses(to):
             arrival = self.links.arrival(to, tensor.nbytes)
             messages.insert(0, torch.tensor([arrival], dtype=torch.float64))
-        self.watch.moved(tensor.nbytes, 0)
+        self.timer.moved(tensor.nbytes, 0)
         return [(self.talk(f"sending to worker {to}", lambda m=m: dist.isend(m, dst=there), [to]), m) for m in messages]
 
     def send(self, tensor: Tensor, to: int) -> None:
@@ -252,7 +252,7 @@ class Communicator:
         self.talk(f"waiting for worker {source}", message, [source])
         if here is not tensor:
             tensor.copy_(here)
-        self.watch.moved(0, tensor.nbytes)
+        self.timer.moved(0, tensor.nbytes)
         return tensor
 
     def crossed(self, doing: str, messages: Iterable[tuple[Sequence[int] | None, int | None, int]]) -> None:
@@ -285,7 +285,7 @@ class Communicator:
             whom: workers it may have to wait for; empty: all.
         """
         try:
-            with self.watch.waiting(doing, whom):
+            with self.timer.waiting(doing, whom):
                 return message()
         except torch.OutOfMemoryError:
             raise
@@ -368,7 +368,9 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
         if store.check([f"{start}/all"]) and mine in store.get(f"{start}/all").decode().split():
             return PrefixStore(start, store)
         time.sleep(0.05)
-    raise CommunicationError(f"worker {rank} waited {PREPARING_SECONDS:.0f} s for worker 0 to begin; start the job again")
+    raise CommunicationError(
+        f"worker {rank} waited {PREPARING_SECONDS:.0f} s for worker 0 to begin; start the job again"
+    )
 
 
 def seat_of(device: torch.device) -> str:
@@ -381,7 +383,7 @@ def join(device: torch.device, timeout: float = COMM_TIMEOUT_SECONDS) -> Communi
 
     Args:
         device: what this worker computes on.
-        patience: seconds to wait for a silent worker, once all have met.
+        timeout: seconds to wait for a silent worker, once all have met.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

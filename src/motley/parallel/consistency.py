@@ -44,15 +44,13 @@ class CopyCheck:
     Args:
         model: this worker's stage.
         shards: its parts.
-        crew: all workers.
+        comm: all ranks.
     """
 
     def __init__(self, model: Transformer, shards: FlatBuffers, comm: Communicator) -> None:
         self.comm, self.zero = comm, shards.zero
         self.groups = sorted({part.holders for part in shards.all_parts if len(part.holders) > 1})
         self._tensors: dict[tuple[int, ...], list[Tensor]] = {group: [] for group in self.groups}
-        if comm.alone:
-            return
         for holders, run in groupby(shards.here, lambda part: part.holders):
             if holders in self._tensors and self.zero < 3:
                 self._tensors[holders].append(shards.weights.span(list(run)))
@@ -62,7 +60,7 @@ class CopyCheck:
             if name in names and (holders := holders_of[name.rpartition(".")[0]]) in self._tensors:
                 self._tensors[holders].append(buffer)
 
-    def fingerprints(self) -> list[float]:
+    def checksums(self) -> list[float]:
         """Of each group of holders, in the same order on every worker; 0 where this one is not among them."""
         with torch.no_grad():
             zero = torch.zeros((), dtype=torch.int64, device=self.comm.device)
@@ -73,7 +71,7 @@ class CopyCheck:
         """Raises InputError, on every worker, naming those whose copies differ.
 
         Args:
-            everyone: each worker's fingerprints.
+            everyone: each rank's checksums.
             step: after which they were taken.
         """
         for number, group in enumerate(self.groups):

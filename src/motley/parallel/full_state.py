@@ -26,7 +26,11 @@ TIED = "lm_head.weight"  # where it is the embedding, it is no parameter of its 
 
 
 def gather(
-    model: Transformer, shards: FlatBuffers, optimizer: Optimizer, comm: Communicator, names: Collection[str] | None = None
+    model: Transformer,
+    shards: FlatBuffers,
+    optimizer: Optimizer,
+    comm: Communicator,
+    names: Collection[str] | None = None,
 ) -> tuple[State, State] | None:
     """(weights and buffers, optimizer state) of the whole model at worker 0, in its host's memory; None elsewhere.
 

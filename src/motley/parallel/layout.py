@@ -175,7 +175,9 @@ class Coordinates:
     def expert_ranks(self) -> tuple[int, ...]:
         """The workers that share this stage's experts, in the order of the experts they hold."""
         start = self.replica - self.replica % self.group.expert_replicas
-        return tuple(self.group.replicas[replica][self.stage] for replica in range(start, start + self.group.expert_replicas))
+        return tuple(
+            self.group.replicas[replica][self.stage] for replica in range(start, start + self.group.expert_replicas)
+        )
 
 
 def coordinates_of(layout: Layout, rank: int) -> Coordinates:
@@ -318,7 +320,9 @@ def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
         formats = tuple(entry["precision"][stage["pool"]] for stage in entry["stages"])
         if unknown := set(formats) - set(ACTIVATIONS):
             raise InputError(f"the plan computes in {min(unknown)} on {pools}; known are {', '.join(ACTIVATIONS)}")
-        groups.append(PipelineGroup(replicas, layers, spread, entry["schedule"], entry["micro_batch"], recompute, formats))
+        groups.append(
+            PipelineGroup(replicas, layers, spread, entry["schedule"], entry["micro_batch"], recompute, formats)
+        )
         rates += [entry["sequences"] / entry["dp"] / plan["step_seconds"]] * entry["dp"]
         if zero:
             memory += [_room(stage, zero) for stage in entry["stages"]] * len(replicas)

@@ -11,7 +11,7 @@ that is why they may follow every measurement.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from motley.plan.search.pool_packing import apportion
+from motley.apportion import apportion
 
 FOLLOW = 0.5  # weight of the newest measurement
 COLD = 2  # first measurements of a lane that count for nothing afterwards: memory and kernels are new to it

@@ -20,8 +20,7 @@ from motley.fleet.probe import device_memory, host_memory, in_gigabytes
 from motley.model import ModelConfig
 from motley.parallel.buckets import AT_ONCE, MESSAGE_BYTES
 from motley.parallel.communicator import Communicator
-from motley.parallel.layout import IslandLayout, Layout, Coordinates, island_of, coordinates_of
-from motley.parallel.telemetry.step_stats import memory_bytes
+from motley.parallel.layout import Coordinates, IslandLayout, Layout, coordinates_of, island_of
 from motley.parallel.zero.partition import bytes_kept_anyway, bytes_kept_once, cut_shards, held_bytes
 from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Layouts
 from motley.plan.cost_model.framework import load_engine
@@ -29,8 +28,9 @@ from motley.plan.cost_model.memory import in_flight, saved_bytes
 from motley.plan.cost_model.operators import VALUE_BYTES
 from motley.plan.network.flops import parts
 from motley.plan.network.spec import shape_of
+from motley.train.allocator import memory_bytes
 from motley.train.config import TrainingConfig
-from motley.train.optimizer import MOMENTS, NUMBERS_AT_ONCE, Moments, OptimizerName
+from motley.train.optimizer import NUMBERS_AT_ONCE, OptimizerName
 
 FP32_BYTES = 4
 SPARE = 1.15  # of saved activations over the planner's count of them: 1.12 for nano, in fp32
@@ -50,7 +50,9 @@ def gathered_bytes(config: ModelConfig, optimizer: OptimizerName) -> int:
 # ------------------------------------------------------------------------------------------ a crew
 
 
-def check_gathering(islands: Sequence[IslandLayout], config: ModelConfig, optimizer: OptimizerName, comm: Communicator) -> None:
+def check_gathering(
+    islands: Sequence[IslandLayout], config: ModelConfig, optimizer: OptimizerName, comm: Communicator
+) -> None:
     """Raises InputError, on every worker, when the host of one that writes cannot hold what a checkpoint gathers.
 
     Its device, which may be small, need not: the state goes there part by part (gather.py). Every worker calls this.
@@ -206,7 +208,9 @@ def within_memory(
 def _fitting(island: IslandLayout, most: Sequence[int]) -> IslandLayout:
     """The island with micro-batches of at most what each of its workers can hold."""
     groups = [
-        replace(group, micro_batch=min(group.micro_batch, *(most[rank] for replica in group.replicas for rank in replica)))
+        replace(
+            group, micro_batch=min(group.micro_batch, *(most[rank] for replica in group.replicas for rank in replica))
+        )
         for group in island.layout.groups
     ]
     return replace(island, layout=replace(island.layout, groups=tuple(groups)))

@@ -47,7 +47,9 @@ def asked_format(precision: Precision, emulated: Format | None, layout: Layout, 
     return precision if precision != "auto" else emulated or coordinates_of(layout, rank).planned_format or "auto"
 
 
-def number_formats(asked: Precision, comm: Communicator, run: RunFolder, machine: Callable[[], Machine]) -> list[Format]:
+def number_formats(
+    asked: Precision, comm: Communicator, run: RunFolder, machine: Callable[[], Machine]
+) -> list[Format]:
     """What each rank computes in. Every rank calls this; all see the same list.
 
     Args:

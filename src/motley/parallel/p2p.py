@@ -38,7 +38,7 @@ class Arrivals:
     """What worker `source` sends, tensor after tensor.
 
     Args:
-        crew: of both.
+        comm: of both.
         source: who calls `send`.
         shapes: of all that it sends, in order.
     """

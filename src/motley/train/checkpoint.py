@@ -24,6 +24,7 @@ from motley.errors import InputError
 from motley.files import read_json, remove_unfinished, temporary_name, whole_folder, write_json
 from motley.model import ModelConfig, Transformer
 from motley.model.checkpoint import load, write_tensors, write_weights
+from motley.progress import note
 from motley.train.expert_balance import ExpertBalance
 from motley.train.loss_spike import LossSpikeGuard
 from motley.train.metrics import records_of
@@ -161,6 +162,9 @@ def resume(strategy: Strategy) -> RunState:
 
     if (facts := strategy.led(read)) is None:
         return RunState()
+    before = facts["islands"]["count"] if "islands" in facts else 1
+    if before != strategy.count and strategy.leads:
+        note(f"{before} island{'s' * (before > 1)} wrote the checkpoint, {strategy.count} go on from the shared model")
     own = strategy.load(None if saved is None else saved.state, facts, run)
     strategy.scaler.restore(own["scales"])
     at = Position(**facts["position"])

@@ -12,9 +12,10 @@ by group.
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tyro
 
@@ -204,6 +205,11 @@ class TrainingConfig(
         self._demand("outer_learning_rate", 0 < self.outer_learning_rate < math.inf, "above 0 and finite")
         self._demand("outer_momentum", 0 <= self.outer_momentum < 1, "at least 0 and below 1")
         self._demand("comm_timeout", 0 < self.comm_timeout < math.inf, "above 0 and finite")
+
+    @classmethod
+    def of_saved(cls, values: Mapping[str, Any]) -> Self:
+        """Settings that were kept in a file, by the names that they have now or had before."""
+        return cls(**{cls.RENAMED.get(name, name): value for name, value in values.items()})
 
     def length(self, step: int) -> int:
         """Tokens of the sequences of a step."""

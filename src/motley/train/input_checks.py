@@ -30,8 +30,6 @@ SAMPLE_BYTES = 1 << 20
 """Read at the beginning, in the middle and at the end of each file of weights: all of a large model would take long."""
 
 
-
-
 def check_data(folder: Path, kind: str, model: Path | None) -> None:
     """Raises InputError unless `folder` holds data of this kind, in tokens of `model`'s tokenizer.
 

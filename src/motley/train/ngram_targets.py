@@ -66,7 +66,7 @@ class NgramCounts:
     shares: Tensor
 
     @classmethod
-    def of(cls, text: np.ndarray, vocab_size: int, device: torch.device | None = None) -> "Ngrams":
+    def of(cls, text: np.ndarray, vocab_size: int, device: torch.device | None = None) -> "NgramCounts":
         """Count a text.
 
         Args:
@@ -163,12 +163,12 @@ class NgramTargets:
     """What a step learns besides what came next.
 
     Attributes:
-        ngrams: counts of the training text.
-        weight: of what they expect; 1 - weight is left to the token that came.
+        counts: of the training text.
+        share: of what they expect; 1 - share is left to the token that came.
     """
 
-    ngrams: NgramCounts
-    weight: float
+    counts: NgramCounts
+    share: float
 
 
 def counts_of(rows: TokenStream, vocab_size: int, device: torch.device) -> NgramCounts:

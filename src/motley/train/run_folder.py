@@ -130,7 +130,7 @@ def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str,
     file = folder / CONFIG_FILE
     if file.is_file():
         # A setting that did not exist when the run began was at what is now its default.
-        before = _plain(config.defaults()) | {config.RENAMED.get(name, name): v for name, v in read_json(file).items()}
+        before = _plain(config.defaults()) | _renamed(config, read_json(file))
         for name in sorted(set(before) | set(asked)):
             if name not in FREE_TO_CHANGE and before.get(name) != asked.get(name):
                 raise InputError(
@@ -152,6 +152,11 @@ def trained_within_documents(model: Path) -> bool | None:
         if file.is_file() and isinstance(settings := read_json(file), dict) and "stage" in settings:
             return bool(settings.get("confine_to_document", settings["stage"] == "sft"))  # older runs: the default
     return None
+
+
+def _renamed(config: TrainingConfig, kept: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run folder by the names that they have now."""
+    return {config.RENAMED.get(name, name): value for name, value in kept.items()}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One exact training step: the gradient does not depend on how the batch was cut.
 
-    loss = sum of token losses / all valid tokens of the step        (blended with n-gram soft targets, if there are any)
+    loss = sum of token losses / all valid tokens of the step        (with n-gram soft targets, if there are any)
          + mtp_weight / D * sum over depths of (their token losses / all tokens they predict)
          + balance_weight * sum over MoE layers of (sum over sequences of balance * tokens) / all tokens
 

@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from motley.progress import Progress, note
+from motley.train.allocator import memory_bytes
 from motley.train.expert_balance import imbalance
-from motley.train.lr_schedule import learning_rate
-from motley.train.metrics import MetricsWriter, RecentRecords, Silence
+from motley.train.metrics import MetricsWriter, Recent, Silence
 from motley.train.run_state import Position, RunState
 from motley.train.step import StepLosses
 from motley.train.strategy import StepEnd, Strategy
@@ -66,16 +66,14 @@ class StepLog:
 
     def __enter__(self) -> "StepLog":
         strategy, state, at, config = self.strategy, self.state, self.state.at, self.config
-        file = self._stack.enter_context(
-            MetricsWriter(config.out, state.written) if strategy.leads else Silence()
-        )
+        file = self._stack.enter_context(MetricsWriter(config.out, state.written) if strategy.leads else Silence())
         self.bar = self._stack.enter_context(
             Progress(
                 self._title, config.steps * self._step_tokens, "tokens", done=at.step * self._step_tokens,
                 shown=strategy.leads,
             )
         )  # fmt: skip
-        self.metrics = RecentRecords(file, state.recent)
+        self.metrics = Recent(file, state.recent)
         forgotten = strategy.led(lambda: file.forgotten)
         if forgotten > at.step:
             state.news.append(f"steps {at.step + 1} to {forgotten} are computed again, from the state after {at.step}")
@@ -115,10 +113,9 @@ class StepLog:
         elapsed, took = self.clock.seconds(), self.clock.since_last()
         at.seconds += self.clock.turn()
         uneven = [imbalance(counts) for counts in losses.expert_counts]
-        rate = learning_rate(config, before)
         self.metrics.write(
             "train", **position(at), loss=losses.main, mtp_loss=losses.mtp, balance_loss=losses.balance,
-            learning_rate=rate, grad_norm=norm, tokens_per_second=end.rows * config.seq_len / elapsed,
+            learning_rate=config.learning_rate_at(before), grad_norm=norm, tokens_per_second=end.rows * config.seq_len / elapsed,
             memory_bytes=memory_bytes(strategy.model.device),
             **({"sequence_length": config.length(before)} if config.length(before) < config.seq_len else {}),
             **({"imbalance": [round(value, 3) for value in uneven]} if uneven else {}), **end.numbers,

@@ -23,7 +23,7 @@ from motley.train.loss_scaler import LossScaler
 from motley.train.ngram_targets import NgramCounts, NgramTargets
 from motley.train.optimizer import Optimizer, State
 from motley.train.step import LossWeights, StepLosses, accumulate, all_finite, clip_gradient, gradient_norm, is_trained
-from motley.train.validation import summed_nats
+from motley.train.validation import loss_of
 
 Result = TypeVar("Result")
 
@@ -85,12 +85,14 @@ class Strategy(Protocol):
         model: the part of it that this process computes with.
         scaler: loss scales, of fp16.
         leads: whether this process writes files and talks to people.
+        count: islands of DiLoCo; 1 without.
     """
 
     config: TrainingConfig
     shape: ModelConfig
     model: Transformer
     scaler: LossScaler
+    count: int
 
     @property
     def leads(self) -> bool: ...
@@ -182,6 +184,7 @@ class SingleProcess:
     """
 
     leads = True
+    count = 1
 
     def __init__(self, model: Transformer, config: TrainingConfig, number_format: Format = "fp32") -> None:
         self.model, self.config, self.shape = model, config, model.config
@@ -233,7 +236,7 @@ class SingleProcess:
         return StepEnd(step + 1, losses.tokens, self.config.batch_rows, numbers=numbers)
 
     def held_out_loss(self, stream: TokenStream, rows: int) -> float:
-        return summed_nats(self.model, stream, rows, self.config.confine_to_document, self.micro_batch)
+        return loss_of(self.model, self.config.confine_to_document)(stream, rows)
 
     # --------------------------------------------------------------------------------- nobody to agree with
 

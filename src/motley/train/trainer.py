@@ -245,7 +245,9 @@ def stop_requests(state: RunState) -> Iterator[None]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except CommunicationError:  # torchrun ends those that are left within a moment: they still have to say what happened
+    except (
+        CommunicationError
+    ):  # torchrun ends those that are left within a moment: they still have to say what happened
         before.pop(signal.SIGTERM)
         raise
     finally:

@@ -67,7 +67,7 @@ class RankRound:
         return [*plain, *self.seconds.values(), *(number for one in self.crossings for number in astuple(one))]
 
     @classmethod
-    def of(cls, numbers: Sequence[float]) -> "Doings":
+    def of(cls, numbers: Sequence[float]) -> "RankRound":
         """The inverse of `numbers`."""
         first, each = len(PLAIN) + len(KINDS), len(fields(Crossing))
         plain = dict(zip(PLAIN, numbers, strict=False))
@@ -116,7 +116,7 @@ def timing_of(rank_round: Sequence[RankRound], islands: Sequence[int], seq_len: 
     """The round in the form of a step: who worked, waited, sent and held how much.
 
     Args:
-        doings: of each worker.
+        rank_round: of each rank.
         islands: their islands' numbers.
         seq_len: tokens of a row.
     """
@@ -142,19 +142,24 @@ def spans_of(
     """[worker][span]: `steps` (how many), `meeting` (fragment, or -1: the round's last message), `outer` (fragment).
 
     Args:
-        doings: of each worker.
+        rank_round: of each rank.
         islands: their islands' numbers.
         leaders: of each island.
         arrivals: of each island, after how many inner steps it takes in which fragment.
     """
-    length, last = max(one.reached for one in rank_round), max(range(len(rank_round)), key=lambda rank: rank_round[rank].reached)
+    length, last = (
+        max(one.reached for one in rank_round),
+        max(range(len(rank_round)), key=lambda rank: rank_round[rank].reached),
+    )
     rows = []
     for rank, (one, island) in enumerate(zip(rank_round, islands, strict=True)):
         row, now, done = [], one.paused, 0
         for fragment, (way, arrival) in enumerate(zip(one.crossings, arrivals[island], strict=True)):
             if arrival > done:
                 row.append(Span("steps", arrival - done, (), now, way.came))
-            row.append(Span("meeting", fragment, _late(fragment, rank, rank_round, leaders, island), way.came, way.arrived))
+            row.append(
+                Span("meeting", fragment, _late(fragment, rank, rank_round, leaders, island), way.came, way.arrived)
+            )
             row.append(Span("outer", fragment, (), way.arrived, way.taken))
             now, done = way.taken, arrival
         row.append(Span("meeting", -1, (last,) if last != rank else (), one.reached, length))
@@ -162,7 +167,9 @@ def spans_of(
     return rows
 
 
-def _late(fragment: int, rank: int, rank_round: Sequence[RankRound], leaders: Sequence[int], island: int) -> tuple[int, ...]:
+def _late(
+    fragment: int, rank: int, rank_round: Sequence[RankRound], leaders: Sequence[int], island: int
+) -> tuple[int, ...]:
     """The worker that sent a fragment last, if it did when this one was already waiting; else only the way was long."""
     last = max(leaders, key=lambda leader: rank_round[leader].crossings[fragment].left)
     if rank_round[last].crossings[fragment].left > rank_round[rank].crossings[fragment].came:

@@ -12,7 +12,7 @@ A round takes as many rows as its steps would take in one crew, so a run of isla
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from motley.plan.search.pool_packing import apportion
+from motley.apportion import apportion
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Workers that come and go while training goes on: `motley pretrain --live`, started any number of times.
+"""Workers that come and go while training goes on: `motley pretrain --elastic`, started any number of times.
 
     agree on a crew (membership.py) ──▶ form it ──▶ worker 0 hands out its state ──▶ train until somebody dies or knocks
           ▲                                                                                      │
@@ -27,15 +27,16 @@ from motley.errors import CommunicationError, InputError
 from motley.fleet.device import choose_device
 from motley.parallel.build import facts
 from motley.parallel.communicator import LAST_LOOK_SECONDS, OTHERS, Communicator, compare
-from motley.parallel.diloco.diloco import Island
 from motley.parallel.elastic.rendezvous import Door, entered
 from motley.parallel.load_balance import LoadBalancer
+from motley.parallel.rank import Ranks
 from motley.progress import note
+from motley.train.checkpoint import resume
 from motley.train.chip_kind import kind_of_chip
 from motley.train.config import TrainingConfig
 from motley.train.ngram_targets import NgramCounts
 from motley.train.run_folder import as_begun, claimed, kept_speed
-from motley.train.trainer import Course, begin
+from motley.train.run_state import RunState
 
 Result = TypeVar("Result")
 Own = Callable[[Any, Path], Mapping[str, str]]
@@ -110,22 +111,22 @@ class ElasticCommunicator(Communicator):
 
 
 @dataclass
-class Memory:
-    """What a worker keeps when its crew ends; empty in a crew that nobody joins or leaves.
+class Carried:
+    """What a rank keeps when its ranks regroup.
 
     Attributes:
-        own: what this worker's own --data and --model come to.
-        told: what they came to when it joined: what happens to copies afterwards is nobody's concern.
-        island: its last part in training, with model and optimizer.
+        own: what this rank's own --data and --model come to.
+        told: what they came to when it joined; what happens to copies afterwards does not matter.
+        strategy: its last one, with model and optimizer.
         kept: where its run stands.
-        data: the prepared data that its last crew used: whoever leads the next goes on with it.
-        ngrams: counts of its text, if a crew needed them.
+        data: the prepared data of the last group: whoever becomes rank 0 goes on with it.
+        ngrams: counts of its text, if they were needed.
     """
 
     own: Own
     told: Mapping[str, str] | None = None
-    island: Island | None = None
-    kept: Course | None = None
+    strategy: Ranks | None = None
+    kept: RunState | None = None
     data: Path | None = None
     ngrams: NgramCounts | None = None
 
@@ -135,37 +136,37 @@ class Memory:
         return -1 if self.kept is None else self.kept.at.step
 
     def serves(self, comm: Communicator) -> bool:
-        """Whether worker 0, and so the crew, has a state to go on from that need not be read."""
+        """Whether rank 0 has a state to go on from, so that none need be read."""
         return comm.share(self.kept is not None)
 
-    def course(self, island: Island, data: Path) -> Course:
-        """Where the run stands, with its state in the worker; every worker of a crew calls this."""
-        comm, worker, before = island.world, island.worker, self.island
-        old = None if before is None or not comm.leads else before.worker
-        kept, rates, scales = comm.share((self.kept, self._rates(), None if old is None else asdict(old.scales)))
+    def resume(self, strategy: Ranks, data: Path) -> RunState:
+        """Where the run stands, with its state in the strategy; every rank calls this."""
+        comm, before = strategy.comm, self.strategy
+        assert isinstance(comm, ElasticCommunicator)
+        assert comm.door is not None
+        old = None if before is None or not comm.leads else before
+        kept, rates, scales = comm.share((self.kept, self._rates(), None if old is None else asdict(old.scaler)))
         if kept is None:
-            kept = begin(island)
+            kept = resume(strategy)
         else:
-            kept.asked = self.kept is not None and self.kept.asked
-            worker.scales.restore(scales)
-            island.take_state(None if old is None else (dict(old.model.state_dict()), old.optimizer.state_tensors()))
-            island.begin_round(kept.at.step)
-        if isinstance(comm, ElasticCommunicator):
-            assert comm.door is not None
-            self.told = self.told or self.own(worker.settings, data)
-            comm.door.introduce({**_own_facts(worker.settings, data, comm.device, self.told), DATA: str(data)})
-            worker.shares = _shares(comm.names, rates)
-            if rates:
-                kept.news = [_news(comm.names, tuple(rates), kept.at.step)]
-        self.island, self.kept, self.data = island, kept, data
+            kept.asked_to_stop = self.kept is not None and self.kept.asked_to_stop
+            strategy.scaler.restore(scales)
+            strategy.take_state(None if old is None else (dict(old.model.state_dict()), old.optimizer.state_tensors()))
+        self.told = self.told or self.own(strategy.config, data)
+        comm.door.introduce({**_own_facts(strategy.config, data, comm.device, self.told), DATA: str(data)})
+        strategy.balancer = _balancer(comm.names, rates)
+        if rates:
+            kept.news = [_news(comm.names, tuple(rates), kept.at.step)]
+        self.strategy, self.kept, self.data = strategy, kept, data
         return kept
 
     def _rates(self) -> dict[str, tuple[float, int]]:
-        """Rows a second of each member of the last crew, and how often that was measured."""
-        if self.island is None or not isinstance(self.island.world, ElasticCommunicator):
+        """Rows a second of each member of the last group, and how often that was measured."""
+        if self.strategy is None:
             return {}
-        shares = self.island.worker.shares
-        return dict(zip(self.island.world.names, zip(shares.rates, shares.known, strict=True), strict=True))
+        comm, balancer = self.strategy.comm, self.strategy.balancer
+        assert isinstance(comm, ElasticCommunicator)
+        return dict(zip(comm.names, zip(balancer.rates, balancer.known, strict=True), strict=True))
 
 
 DATA = "path of the data"
@@ -174,14 +175,14 @@ DATA = "path of the data"
 def _own_facts(config: TrainingConfig, data: Path, device: torch.device, inputs: Mapping[str, str]) -> dict[str, str]:
     """What must be the same on all: how they round too, as every copy of the model is updated where it lies.
 
-    The model by what it is (among `inputs`: `Memory.own`) and by its path: whoever leads opens the run folder, which
+    The model by what it is (among `inputs`: `Carried.own`) and by its path: whoever leads opens the run folder, which
     knows it by that.
     """
     path = {"path of --model": str(getattr(config, "model", ""))}
     return {**facts(config, data), "the processor": kind_of_chip(device), **inputs, **path}
 
 
-def live(config: TrainingConfig, own: Own, work: Callable[[Communicator, Memory], Result]) -> Result:
+def run_elastic(config: TrainingConfig, own: Own, work: Callable[[Communicator, Carried], Result]) -> Result:
     """`work`, with one crew after the other, until it returns; what it keeps in the memory goes from crew to crew.
 
     own: what this worker's own --data and --model come to.
@@ -190,11 +191,11 @@ def live(config: TrainingConfig, own: Own, work: Callable[[Communicator, Memory]
     """
     device = choose_device(config.device)
     if config.plan is not None or config.emulate or config.islands != "1":
-        raise InputError("--live workers each hold the whole model; leave --plan, --emulate and --islands out")
+        raise InputError("--elastic workers each hold the whole model; leave --plan, --emulate and --islands out")
     if config.zero:
         raise InputError(
-            f"--live beside --zero {config.zero}: a live worker keeps the whole model and its optimizer state, so that "
-            "any may be lost; leave --zero out, or leave --live out and start the crew with torchrun"
+            f"--elastic beside --zero {config.zero}: a live worker keeps the whole model and its optimizer state, so that "
+            "any may be lost; leave --zero out, or leave --elastic out and start the crew with torchrun"
         )
 
     def check(theirs: Mapping[str, str]) -> None:
@@ -203,25 +204,29 @@ def live(config: TrainingConfig, own: Own, work: Callable[[Communicator, Memory]
         mine = _own_facts(begun, data, device, own(config, data))
         compare("this worker", mine, "the crew at work", {name: theirs[name] for name in theirs if name != DATA})
 
-    memory = Memory(own)
-    with claimed(config.out, shared=True), entered(config.out / "crew", config.timeout) as door:
+    carried = Carried(own)
+    with claimed(config.out, shared=True), entered(config.out / "elastic", config.comm_timeout) as door:
         while True:
             try:
-                return work(_form(door, memory.step, device, check), memory)
+                return work(_form(door, carried.step, device, check), carried)
             except CommunicationError as lost:
                 reason = str(lost)
-            note(f"{reason}; going on from step {max(0, memory.step)} with those who are here")
+            note(f"{reason}; going on from step {max(0, carried.step)} with those who are here")
             _part()
 
 
-def _form(door: Door, step: int, device: torch.device, check: Callable[[Mapping[str, str]], None]) -> ElasticCommunicator:
+def _form(
+    door: Door, step: int, device: torch.device, check: Callable[[Mapping[str, str]], None]
+) -> ElasticCommunicator:
     """Agree on a crew and meet it. Raises CrewError when somebody dies on the way."""
     host = socket.gethostname()
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
     agreed = door.agree(step, host, store.port, check)
     rank, size = agreed.members.index(door.name), len(agreed.members)
     by_host = device.type != "cpu"  # members come and go: gloo notices, where NCCL would wait for the dead
-    comm = ElasticCommunicator(rank, size, device, timeout=door.timeout, by_host=by_host, door=door, names=agreed.members)
+    comm = ElasticCommunicator(
+        rank, size, device, timeout=door.timeout, by_host=by_host, door=door, names=agreed.members
+    )
     if size == 1:
         return comm
     limit = timedelta(seconds=door.timeout)
@@ -244,7 +249,7 @@ def _part() -> None:
     dist.distributed_c10d._world.group_count = 0
 
 
-def _shares(names: tuple[str, ...], rates: Mapping[str, tuple[float, int]]) -> LoadBalancer:
+def _balancer(names: tuple[str, ...], rates: Mapping[str, tuple[float, int]]) -> LoadBalancer:
     """Rows by the speeds that were measured; a newcomer begins with their mean."""
     mean = sum(rate for rate, _ in rates.values()) / len(rates) if rates else 1.0
     now = [rates.get(name, (mean, 0)) for name in names]

@@ -53,7 +53,7 @@ class Door:
     Attributes:
         folder: RUN/crew.
         name: of this member; those that came earlier sort first.
-        patience: seconds to wait for a silent member.
+        timeout: seconds to wait for a silent member.
         facts: what must be the same for all: program, settings, data.
         number: of the crew it works in; 0: none yet.
     """

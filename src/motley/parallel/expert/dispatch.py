@@ -62,7 +62,9 @@ class ExpertParallel(Experts):
         return all_to_all(values, leaving, arriving, self.comm, self.ranks)
 
 
-def all_to_all(values: Tensor, leaving: list[int], arriving: list[int], comm: Communicator, ranks: tuple[int, ...]) -> Tensor:
+def all_to_all(
+    values: Tensor, leaving: list[int], arriving: list[int], comm: Communicator, ranks: tuple[int, ...]
+) -> Tensor:
     """Rows of `values` in runs of `leaving` to the workers `ranks`; what they sent, in runs of `arriving`.
 
     Groups order their members by rank; runs here follow `ranks`.
@@ -78,7 +80,7 @@ def all_to_all(values: Tensor, leaving: list[int], arriving: list[int], comm: Co
         ranks,
     )
     row, own = values.element_size() * values.shape[1:].numel(), ranks.index(comm.rank)
-    comm.watch.moved(row * (sum(leaving) - leaving[own]), row * (sum(arriving) - arriving[own]))
+    comm.timer.moved(row * (sum(leaving) - leaving[own]), row * (sum(arriving) - arriving[own]))
     if (links := comm.links) is not None:
         sent, got = (
             row * sum(count for count, rank in zip(counts, ranks, strict=True) if links.crosses(rank))

@@ -1,17 +1,7 @@
-"""A pipeline of unequal stages: which worker runs which layers, in what order, and how it talks to its neighbours.
+"""One rank's stage at work: forward and backward passes in the schedule's order, messages to the neighbouring stages.
 
-    1f1b         stage 0   F0 F1 F2 B0 F3 B1 B2 B3           a stage keeps at most (stages - its number) micro-batches
-                 stage 1      F0 F1 B0 F2 B1 F3 B2 B3
-                 stage 2         F0 B0 F1 B1 F2 B2 F3 B3
-
-    zero_bubble  B makes only the gradient that the stage before waits for; W, that of the weights, waits until a stage
-                 keeps as many micro-batches as there are stages: what late stages put off lies behind their last B,
-                 when early ones still work (ZB-H1 of Zero Bubble Pipeline Parallelism, arXiv 2401.10241)
-                 stage 0   F0 F1 F2 B0 W0 F3 B1 W1 B2 W2 B3 W3
-                 stage 2         F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
-
-Orders are plain lists that a test can check. Activations go down and their gradients up the lane as messages between
-two workers, in the order of micro-batches, so none needs a name.
+Activations go down and their gradients up the pipeline as messages between two ranks, in the order of micro-batches, so
+none needs a name.
 """
 
 import time
@@ -19,77 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from motley.data.stream import Batch
 from motley.model import ModelConfig, Transformer
-from motley.model.moe import MoE, Routing
-from motley.model.rotary import Rotary
+from motley.model.moe import Routing
 from motley.parallel.communicator import Communicator
-from motley.parallel.expert.dispatch import ExpertParallel
-from motley.parallel.layout import Coordinates, Schedule
+from motley.parallel.layout import Coordinates
+from motley.parallel.pipeline.schedule import order
 from motley.parallel.pipeline.zero_bubble import defer_weight_gradients
 from motley.parallel.zero.stage2 import Zero2
 from motley.train.step import Counts, LossWeights, Tally, attended_documents, batch_rows, micro_batches, predicted_loss
 
-Kind = Literal["F", "B", "W"]
 Sending = list[tuple[dist.Work | None, Tensor]]
-
-
-def order(schedule: Schedule, stage: int, stages: int, count: int) -> list[tuple[Kind, int]]:
-    """What a stage does with `count` micro-batches, in order."""
-    behind = stages - 1 - stage
-    todo: list[tuple[Kind, int]] = []
-    ran = weighed = 0  # forward passes; gradients of weights
-    for micro in range(count):
-        while ran < count and ran - micro <= behind:
-            if schedule == "zero_bubble" and stages > 1 and ran - weighed == stages:
-                todo.append(("W", weighed))
-                weighed += 1
-            todo.append(("F", ran))
-            ran += 1
-        todo.append(("B", micro))
-        if schedule == "zero_bubble" and stages > 1 and ran == count:
-            todo.append(("W", weighed))
-            weighed += 1
-    for micro in range(weighed, count if schedule == "zero_bubble" and stages > 1 else 0):
-        todo.append(("W", micro))
-    return todo
-
-
-def build_stage(config: ModelConfig, place: Coordinates, device: torch.device) -> Transformer:
-    """The part of the model that one worker runs, ready on `device` but for its parameters, which are only shapes.
-
-    Modules keep their published names; layers of other stages are empty, stacks of experts hold only its own.
-    """
-    with torch.device("meta"):
-        model = Transformer(config)
-    own = place.group.stage_layers(place.stage)
-    for layer in range(config.num_hidden_layers):
-        if layer not in own:
-            model.model.layers[layer] = nn.Identity()
-    if not place.last:
-        model.mtp = nn.ModuleList()
-        del model.model.norm, model.lm_head
-    if not place.first and not (place.last and (len(model.mtp) or config.tie_word_embeddings)):
-        del model.model.embed_tokens
-    if place.group.experts:
-        held = place.group.expert_range(place.replica, config.n_routed_experts or 0)
-        for module in model.modules():
-            if isinstance(module, MoE):
-                with torch.device("meta"):
-                    module.experts = ExpertParallel(
-                        len(held), place.group.experts, config.hidden_size, config.moe_intermediate_size
-                    )
-    for gate in model.gates():
-        for name, buffer in gate.named_buffers():
-            setattr(gate, name, torch.zeros_like(buffer, device=device))
-    model.rotary = Rotary(config).to(device)
-    return model
 
 
 @dataclass
@@ -104,26 +39,28 @@ class _Flight:
 
 
 class PipelineRunner:
-    """One worker's stage at work on the rows of its lane.
+    """This rank's stage, at work on the rows of its replica.
 
     Attributes:
         span_seconds: from the first to the last piece of work of the last step, gaps of the pipeline included (but not
-            the waits of `turns`): what a lane needs for its rows.
+            the waits of `zero`): what a lane needs for its rows.
         broken: [3], above 0 where the last step had what is not finite: in what forward passes made, in activations
             received, in gradients received.
         pace: called after each piece of work with its seconds; returns seconds that it added (emulated slowness).
-        turns: what all workers exchange during a micro-batch (ZeRO 2 and 3), or None.
+        zero: messages of all ranks during a micro-batch (ZeRO 2 and 3), or None.
     """
 
-    def __init__(self, model: Transformer, config: ModelConfig, place: Coordinates, comm: Communicator, wire: torch.dtype) -> None:
-        self.model, self.place, self.comm, self.wire = model, place, comm, wire
+    def __init__(
+        self, model: Transformer, config: ModelConfig, coordinates: Coordinates, comm: Communicator, wire: torch.dtype
+    ) -> None:
+        self.model, self.coordinates, self.comm, self.wire = model, coordinates, comm, wire
         self.span_seconds = 0.0
         self.broken = torch.zeros(3, device=model.device)
         self.pace: Callable[[float], float] = lambda seconds: 0.0
-        self.exchange: Zero2 | None = None
-        self._layers = [model.model.layers[layer] for layer in place.group.stage_layers(place.stage)]
+        self.zero: Zero2 | None = None
+        self._layers = [model.model.layers[layer] for layer in coordinates.group.stage_layers(coordinates.stage)]
         self._config = config
-        deferred = place.group.schedule == "zero_bubble" and place.group.stages > 1
+        deferred = coordinates.group.schedule == "zero_bubble" and coordinates.group.stages > 1
         self._later = defer_weight_gradients(model) if deferred else None
 
     def run(
@@ -141,52 +78,62 @@ class PipelineRunner:
         Args:
             batch: the lane's rows of the step; may be empty.
             count: micro-batches to compute; more than the rows make are filled with padding that teaches nothing, so
-                that workers which share experts keep step. With `turns`: their number, over which the rows are spread.
+                that workers which share experts keep step. With `zero`: their number, over which the rows are spread.
             counts: of the whole step.
             weights: of the parts of the loss.
             confined: attention stays within documents.
             length: into sequences of so many tokens rows are cut.
             scale: this worker's loss scale, a power of two; messages carry what is not scaled.
         """
-        started, waited = time.perf_counter(), self.comm.watch.waited
+        started, waited = time.perf_counter(), self.comm.timer.waited
         batch, rows = self._cut(batch, count)
         self.broken.zero_()
-        if self.exchange is not None:
-            self.exchange.begin_step(scale)
+        if self.zero is not None:
+            self.zero.begin_step(scale)
         tally = Tally.empty(self.model.device)
         flights: dict[int, _Flight] = {}
         sending: Sending = []
         depths = bool(weights.mtp)
-        for kind, micro in order(self.place.group.schedule, self.place.stage, self.place.group.stages, count):
+        for kind, micro in order(
+            self.coordinates.group.schedule, self.coordinates.stage, self.coordinates.group.stages, count
+        ):
             if kind == "F":
-                if self.exchange is not None:
-                    self.exchange.begin(backward=True)
+                if self.zero is not None:
+                    self.zero.begin(backward=True)
                 if not _any(rows[micro]):
                     continue
                 part = batch_rows(batch, rows[micro], self.model.device).cut(length)
-                received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
+                received = (
+                    None
+                    if self.coordinates.first
+                    else self._receive(part, self.coordinates.ranks[self.coordinates.stage - 1])
+                )
                 with self.working("forward", micro):
                     flight = self._forward(part, received, counts, weights, confined, depths, tally, scale)
                 flights[micro] = flight
                 self._look(1, received)
                 self._look(0, flight.loss if flight.sent is None else flight.sent)
                 if flight.sent is not None:
-                    self._send(flight.sent.detach(), self.place.ranks[self.place.stage + 1], sending)
+                    self._send(flight.sent.detach(), self.coordinates.ranks[self.coordinates.stage + 1], sending)
             elif kind == "B" and not _any(rows[micro]):
-                assert self.exchange is not None
-                self.exchange.finish()
+                assert self.zero is not None
+                self.zero.finish()
             elif kind == "B":
                 flight = flights[micro]
-                grad = None if self.place.last else self._receive(flight.batch, self.place.ranks[self.place.stage + 1])
+                grad = (
+                    None
+                    if self.coordinates.last
+                    else self._receive(flight.batch, self.coordinates.ranks[self.coordinates.stage + 1])
+                )
                 with self.working("backward", micro):
                     self._look(2, grad)
                     self._backward(flight, grad, scale)
-                if self.exchange is not None:
-                    self.exchange.finish()
+                if self.zero is not None:
+                    self.zero.finish()
                 if flight.received is not None:
                     assert flight.received.grad is not None
                     true = (flight.received.grad.float() / scale).to(self.wire)
-                    self._send(true, self.place.ranks[self.place.stage - 1], sending)
+                    self._send(true, self.coordinates.ranks[self.coordinates.stage - 1], sending)
                 if self._later is None:
                     del flights[micro]
             else:
@@ -195,8 +142,8 @@ class PipelineRunner:
                         work()
         self._finish(sending)
         self.span_seconds = time.perf_counter() - started
-        if self.exchange is not None:  # each message is a wait for everyone
-            self.span_seconds -= self.comm.watch.waited - waited
+        if self.zero is not None:  # each message is a wait for everyone
+            self.span_seconds -= self.comm.timer.waited - waited
         return tally
 
     @torch.no_grad()
@@ -206,19 +153,23 @@ class PipelineRunner:
         batch, rows = self._cut(batch, count)
         sending: Sending = []
         for part_rows in rows:
-            if self.exchange is not None:
-                self.exchange.begin(backward=False)
+            if self.zero is not None:
+                self.zero.begin(backward=False)
                 if not _any(part_rows):
-                    self.exchange.finish()
+                    self.zero.finish()
                     continue
             part = batch_rows(batch, part_rows, self.model.device)
-            received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
+            received = (
+                None
+                if self.coordinates.first
+                else self._receive(part, self.coordinates.ranks[self.coordinates.stage - 1])
+            )
             tally = Tally.empty(self.model.device)
             counts = Counts(1, (), 1)
             flight = self._forward(part, received, counts, LossWeights(0.0, 0.0), confined, False, tally, 1.0)
             total += float(tally.main)
             if flight.sent is not None:
-                self._send(flight.sent, self.place.ranks[self.place.stage + 1], sending)
+                self._send(flight.sent, self.coordinates.ranks[self.coordinates.stage + 1], sending)
         self._finish(sending)
         return total
 
@@ -243,13 +194,13 @@ class PipelineRunner:
             routings += [] if routing is None else [routing]
         loss: Tensor | float = 0.0
         sent = None
-        if self.place.last:
+        if self.coordinates.last:
             main = model.model.norm(x)
             further, more = model.further(main, part.input_ids, documents, part.documents) if depths else ([], [])
-            if self.exchange is None:
+            if self.zero is None:
                 loss = predicted_loss(model, main, further, part, counts, weights, tally, scale)
             else:
-                loss = self.exchange.predicted_loss(model, main, further, part, counts, weights, tally)
+                loss = self.zero.predicted_loss(model, main, further, part, counts, weights, tally)
             routings = routings + more
         else:
             sent = x.to(self.wire)
@@ -260,8 +211,8 @@ class PipelineRunner:
 
     def _cut(self, batch: Batch, count: int) -> tuple[Batch, Sequence[slice]]:
         """(the batch, the rows of each of `count` micro-batches)."""
-        if self.exchange is None:
-            return _filled(batch, self.place.group.micro_batch, count)
+        if self.zero is None:
+            return _filled(batch, self.coordinates.group.micro_batch, count)
         rows = len(batch.input_ids)
         return batch, [slice(rows * number // count, rows * (number + 1) // count) for number in range(count)]
 
@@ -290,11 +241,11 @@ class PipelineRunner:
     def working(self, kind: str, micro_batch: int = -1) -> Iterator[None]:
         """Time what is done inside as work of this kind, waits inside left out, and let `pace` slow it down."""
         self._settle()
-        with self.comm.watch.at(kind, micro_batch):
-            started, waited = time.perf_counter(), self.comm.watch.waited
+        with self.comm.timer.at(kind, micro_batch):
+            started, waited = time.perf_counter(), self.comm.timer.waited
             yield
             self._settle()
-            self.pace(time.perf_counter() - started - (self.comm.watch.waited - waited))
+            self.pace(time.perf_counter() - started - (self.comm.timer.waited - waited))
 
     def _settle(self) -> None:
         """Wait for a device that computes behind the host's back, so that its time is what is measured."""
@@ -308,7 +259,7 @@ class PipelineRunner:
     def _send(self, tensor: Tensor, to: int, sending: Sending) -> None:
         """Begin to send; `sending` keeps what is under way, as much as a pipeline can hold."""
         sending += self.comm.begin_to_send(tensor, to)
-        self._finish(sending, 4 * self.place.group.stages)  # over a pretended cable a message comes in two
+        self._finish(sending, 4 * self.coordinates.group.stages)  # over a pretended cable a message comes in two
 
     def _finish(self, sending: Sending, left: int = 0) -> None:
         limit = timedelta(seconds=self.comm.timeout)

@@ -48,7 +48,7 @@ def _remedy(config: TrainingConfig) -> str:
             "the plan takes them for faster, or for worth it; measure them (`motley fleet probe` under torchrun) and "
             "plan again, or give more --batch-rows"
         )
-    without = ", without --live," if config.live else ""
+    without = ", without --live," if config.elastic else ""
     return (
         f"islands, one on each side of a slow link, would spare most of that: --islands N{without} or a plan for "
         "measured links (`motley fleet probe` under torchrun, `motley plan`); else give more --batch-rows"

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
-import torch
-
 from motley.fleet.probe import device_name
 from motley.parallel.communicator import Communicator
-from motley.parallel.layout import Layout, Coordinates, coordinates_of
+from motley.parallel.layout import Coordinates, Layout, coordinates_of
 from motley.parallel.telemetry.step_timer import KINDS, OTHER, WAITS, WORK, Span, visible
+from motley.train.allocator import memory_bytes
 
 SETTLED = 3  # the first step that is no longer a warm-up
 DRAWN = 16  # steps of a run, about, whose spans are kept
 
 
-def introduction(world: Communicator, place: Coordinates, rows: int, planned: bool = False, island: int = 0) -> dict[str, Any]:
+def introduction(
+    world: Communicator, place: Coordinates, rows: int, planned: bool = False, island: int = 0
+) -> dict[str, Any]:
     """For the metrics: each worker's chip, island (where there are several), team, lane and stage.
 
     Teams and lanes are numbered through all islands. With a plan: the seconds that it foresees for computing `rows`.
@@ -34,7 +34,9 @@ def introduction(world: Communicator, place: Coordinates, rows: int, planned: bo
     seconds = rows / sum(layout.rates) if planned else 0.0
     mine = (device_name(world.device), platform.node(), island, place.group_number, place.replica_number, place.stage)
     told = world.all_values((*mine, len(layout.groups), len(layout.replicas), seconds))
-    chips, hosts, islands, groups, replicas, stages, more_teams, more_lanes, foreseen = map(list, zip(*told, strict=True))
+    chips, hosts, islands, groups, replicas, stages, more_teams, more_lanes, foreseen = map(
+        list, zip(*told, strict=True)
+    )
     several = len(set(hosts)) > 1
     first_teams, first_lanes = _firsts(islands, more_teams), _firsts(islands, more_lanes)
     return {
@@ -60,7 +62,7 @@ def is_drawn(step: int, steps: int) -> bool:
 
 def all_spans(comm: Communicator, step_seconds: float) -> list[list[list[Any]]]:
     """[worker][span] of the step that just ended: kind, micro-batch, workers waited for, start and end in seconds."""
-    inside = [span for span in comm.watch.spans if span.start < step_seconds]  # islands may have met behind it
+    inside = [span for span in comm.timer.spans if span.start < step_seconds]  # islands may have met behind it
     return comm.all_values(rounded(visible(inside, step_seconds)))
 
 
@@ -69,16 +71,9 @@ def rounded(spans: Sequence[Span]) -> list[list[Any]]:
     return [[*span[:3], round(span.start, 6), round(span.end, 6)] for span in spans]
 
 
-def memory_bytes(device: torch.device) -> int:
-    """The most that a GPU had to hold so far; of a CPU, what this process holds."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
-
-
 def measured_here(comm: Communicator) -> list[float]:
     """This worker's numbers of the step that ends, as `Timing.of` reads them."""
-    watch = comm.watch
+    watch = comm.timer
     total = watch.stop()
     return [total, *(watch.seconds[kind] for kind in KINDS), watch.sent, watch.received, memory_bytes(comm.device)]
 
@@ -107,7 +102,7 @@ class StepStats:
     memory: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, rows: Sequence[int], layout: Layout, seq_len: int, measured: Sequence[Sequence[float]]) -> "Timing":
+    def of(cls, rows: Sequence[int], layout: Layout, seq_len: int, measured: Sequence[Sequence[float]]) -> "StepStats":
         """From what every worker measured (`measured_here`).
 
         That message is itself a wait, which nobody can measure before it: who is done early waits for the last.

@@ -20,6 +20,7 @@ from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout
 from motley.parallel.zero.partition import ParameterShard, kept, shards_of
 from motley.train.optimizer import OptimizerName
+from motley.train.step import all_finite, clip_factor, squared_length
 
 
 class FlatBuffer:
@@ -52,21 +53,14 @@ def runs_of(parts: Iterable[ParameterShard], rank: int, by_owner: bool) -> list[
     return [list(run) for (holders, _), run in runs if rank in holders and len(holders) > 1]
 
 
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether all numbers are, by the ends of each tensor's range: no memory of its size, one answer to wait for."""
-    ends = [torch.stack(torch.aminmax(tensor)) for tensor in tensors if tensor.numel()]
-    return not ends or bool(torch.stack(ends).isfinite().all())
-
-
 class FlatBuffers:
-    """This worker's parts of the model: their weights and gradients, and what it updates itself.
+    """This rank's parameter shards: their weights and gradients, and what it updates itself.
 
     Args:
-        model: this worker's stage as `build_stage` makes it, which gets its memory here; a crew of one may bring a
-            model that has its own.
+        model: this rank's stage as `build_stage` makes it, which gets its memory here.
         config: of the whole model.
         layout: who holds what.
-        crew: all workers.
+        comm: all ranks.
         trained: whether the loss depends on a parameter; the others keep no gradient and stay as they are.
         optimizer: that updates them.
 
@@ -95,10 +89,6 @@ class FlatBuffers:
         self.here = kept(in_order, "weights", self.zero, comm.rank)
         self.buckets = Buckets(comm)
         self._shared = runs_of(self.trained, comm.rank, by_owner=self.zero > 0)
-        self._alone = dict(model.named_parameters()) if comm.alone else {}
-        if comm.alone:
-            self._views = {part.label: self._alone[part.name] for part in self.here}
-            return
         self.weights = FlatBuffer(self.here, comm.device)
         self.gradients = FlatBuffer(kept(self.trained, "gradients", self.zero, comm.rank), comm.device)
         self._views = {part.label: nn.Parameter(self.weights.of(part)) for part in self.here}
@@ -110,27 +100,17 @@ class FlatBuffers:
 
     def clear(self) -> None:
         """Forget the last step's gradient."""
-        if self.comm.alone:
-            for parameter in self._alone.values():
-                parameter.grad = None
-        else:
-            self.gradients.flat.zero_()
+        self.gradients.flat.zero_()
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply the gradient that this worker keeps."""
-        if self.comm.alone:
-            for parameter in self._alone.values():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
-        else:
-            self.gradients.flat.mul_(factor)
+        self.gradients.flat.mul_(factor)
 
     @torch.no_grad()
     def finite(self) -> bool:
         """Whether all of the gradient that this worker keeps is."""
-        grads = [p.grad for p in self._alone.values()] if self.comm.alone else [self.gradients.flat]
-        return all_finite([grad for grad in grads if grad is not None])
+        return all_finite([self.gradients.flat])
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -144,18 +124,17 @@ class FlatBuffers:
     def norm(self) -> float:
         """Length of the whole gradient, the same on every worker; each part counts once, at its owner."""
         owned = [self.view(part).grad for part in self.trained if part.owner == self.comm.rank]
-        lengths = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in owned if grad is not None]
-        total = torch.stack(lengths).cpu().double().square().sum() if lengths else torch.zeros((), dtype=torch.float64)
+        total = squared_length([grad for grad in owned if grad is not None])
         return math.sqrt(float(self.comm.sum(self.comm.outgoing(total))))
 
     @torch.no_grad()
     def clip(self, largest: float, norm: float) -> None:
         """Shorten a gradient of length `norm` to `largest`."""
         if norm > largest:
-            self.scale(largest / (norm + 1e-6))
+            self.scale(clip_factor(largest, norm))
 
     @torch.no_grad()
-    def spread(self) -> None:
+    def broadcast_weights(self) -> None:
         """After the owners' update: new weights for all holders."""
         if self.zero in (1, 2):
             for run in self._shared:

@@ -240,7 +240,11 @@ def update_work(part: ParameterShard, optimizer: OptimizerName) -> float:
 
 
 def _filled(
-    parts: Sequence[ParameterShard], work: Sequence[float], most: Sequence[float], size: Sequence[int], room: Sequence[float]
+    parts: Sequence[ParameterShard],
+    work: Sequence[float],
+    most: Sequence[float],
+    size: Sequence[int],
+    room: Sequence[float],
 ) -> list[int] | None:
     """Owners where none works more than its `most` nor keeps more bytes than its `room`; None where that fails.
 
