@@ -187,10 +187,14 @@ class Ranks:
         if (lost := self.balance_rows(step, step + 1)) is not None:
             end.lost = lost
             return end
-        end.records = [
-            ("step_stats", {**self.stats.numbers(), "loss_scales": self.scaler.values}),
-            *self.drawn_spans(step + 1),
-        ]
+        end.records = (
+            []
+            if self.comm.alone
+            else [
+                ("step_stats", {**self.stats.numbers(), "loss_scales": self.scaler.values}),
+                *self.drawn_spans(step + 1),
+            ]
+        )
         end.remarks, end.busy = self._remarks(), self.stats.own_seconds
         return end
 
@@ -309,6 +313,8 @@ class Ranks:
     # --------------------------------------------------------------------------------------------- telemetry
 
     def introduction(self) -> dict[str, Any] | None:
+        if self.comm.alone:
+            return None
         return introduction(self.comm, self.coordinates, self.config.batch_rows, self.config.plan is not None)
 
     def dashboard(self, about: Mapping[str, Any]) -> RenderableType:
