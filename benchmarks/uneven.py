@@ -161,7 +161,7 @@ def work(
         answer = (
             compared(comm, slow, speeds, rows, rounds, timeout) if rounds else straggling(comm, slow, speeds, rows)
         )
-    results.put((rank, answer | {"way": slow.way}))
+    results.put((rank, answer | {"way": slow.by}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -59,7 +59,7 @@ def test_workers_play_the_chips_in_the_order_of_the_file(fleet: str):
     assert [role.fails_after for role in roles] == [None, (4, "steps"), None]
     assert roles[1].words("relay") == (
         "; computes in fp32; 1 MB/s and 30 ms to other pools, over a true link (network namespaces and a relay)"
-        "; dies after 4 steps"
+        "; fails after 4 steps"
     )
 
 
@@ -71,15 +71,15 @@ def test_with_a_plan_each_worker_plays_the_chip_that_the_plan_gave_it(fleet: str
     ]
     roles = roles_of(fleet, 3, {"pools": pools, "teams": groups})
     assert [(role.pool, role.chip) for role in roles] == [("small", 0), ("big", 0), ("small", 1)]
-    with pytest.raises(InputError, match="the plan is for 3 workers, but 4 were started"):
+    with pytest.raises(InputError, match="the plan is for 3 ranks, but 4 were started"):
         roles_of(fleet, 4, {"pools": pools, "teams": groups})
     groups[0]["dp"] = 2
-    with pytest.raises(InputError, match=r"2 workers in pool big, .* has 1 such chips; make the plan with --fleet"):
+    with pytest.raises(InputError, match=r"2 ranks in pool big, .* has 1 such chips; make the plan with --fleet"):
         roles_of(fleet, 5, {"pools": pools, "teams": groups})
 
 
 def test_another_number_of_workers_than_chips_is_refused(fleet: str):
-    with pytest.raises(InputError, match=r"pretend.yaml has 3 chips, but 4 workers were started"):
+    with pytest.raises(InputError, match=r"pretend.yaml has 3 chips, but 4 ranks were started"):
         roles_of(fleet, 4, None)
 
 
@@ -87,7 +87,7 @@ def test_another_number_of_workers_than_chips_is_refused(fleet: str):
     ("text", "said"),
     [
         ("missing.yaml", "neither a fleet file nor speeds"),
-        ("1:2", "one number above 0 for each of the 3 workers"),
+        ("1:2", "one number above 0 for each of the 3 ranks"),
         ("1:0:2", "one number above 0"),
         ("1:inf:2", "one number above 0"),
         ("1:nan:2", "one number above 0"),
