@@ -1,4 +1,4 @@
-"""True slow links: packets that really take the cable of the fleet file, a launcher that leaves nothing behind."""
+"""True slow links: packets take the link of the fleet file, and the launcher leaves nothing behind."""
 
 import json
 import math
@@ -74,14 +74,14 @@ class Ends:
     def end(self) -> None:
         os.close(self.lifeline)
         self.thread.join(30)
-        assert not self.thread.is_alive(), "a relay ends when nobody holds its lifeline"
+        assert not self.thread.is_alive(), "a relay ends when its lifeline is closed"
 
 
 def packet(to: tuple[int, int, int, int], size: int = 100) -> bytes:
     return bytes([0x45]) + bytes(15) + bytes(to) + bytes(size - 20)
 
 
-def test_a_packet_comes_out_where_its_address_is_and_unchanged():
+def test_a_packet_arrives_unchanged_at_its_address():
     ends = Ends(math.inf)
     ends.thread.start()
     first, second = (pair[0] for pair in ends.pairs)
@@ -93,7 +93,7 @@ def test_a_packet_comes_out_where_its_address_is_and_unchanged():
     ends.end()
 
 
-def test_what_would_wait_longer_than_routers_keep_it_is_dropped():
+def test_a_packet_that_would_queue_for_too_long_is_dropped():
     ends = Ends(rate=200.0)  # bytes a second: each packet takes half a second, and the next may wait a fifth
     first, second = (pair[0] for pair in ends.pairs)
     for size in (100, 101, 102):
@@ -112,7 +112,7 @@ def three() -> list[Endpoint]:
     return endpoints_of(["a", "b", "b"], [Cable(1e6, 0.03), Cable(latency=0.05), Cable(latency=0.05)])
 
 
-def test_every_worker_has_an_address_of_its_pool_and_packets_that_suit_its_rate():
+def test_every_rank_has_an_address_of_its_pool_and_packets_that_suit_its_rate():
     assert [endpoint.address for endpoint in three()] == ["10.77.1.1", "10.77.2.1", "10.77.2.2"]
     assert [Cable(rate).packet_bytes for rate in (1e6, 12.5e6, math.inf)] == [1500, 12500, 65000]
     with pytest.raises(InputError, match="choose --links wait"):
@@ -159,7 +159,7 @@ def transferred(links: SlowLinks, sender: int, receiver: int, size: int) -> int:
 
 
 @needs_links
-def test_what_goes_to_another_pool_takes_the_slow_link_and_what_stays_inside_does_not():
+def test_only_packets_to_another_pool_take_the_slow_link():
     with SlowLinks(endpoints_of(["a", "b", "b"], [Cable(1e7, 0.001)] * 3)) as links:
         assert transferred(links, 1, 2, 300_000) == 300_000
         assert max(links.sent()) < 10_000, "ranks of one pool use the bridge"
@@ -173,13 +173,13 @@ def test_what_goes_to_another_pool_takes_the_slow_link_and_what_stays_inside_doe
 # ------------------------------------------------------------------------------------------ the command
 
 
-def test_a_worker_that_was_promised_a_true_link_and_has_none_says_so(fleet: Path):
+def test_a_rank_that_was_told_of_a_true_link_and_has_none_says_so(fleet: Path):
     emulated = EmulatedFleet(str(fleet), "wait", "relay", roles_of(str(fleet), 3, None))
     with pytest.raises(InputError, match="is what `motley launch emulated` tells ranks"):
         emulated.links(Communicator())
 
 
-def test_a_chip_that_failed_is_a_repaired_one_after_the_next_start(fleet: Path):
+def test_a_chip_that_failed_does_not_fail_again_after_a_restart(fleet: Path):
     words = [rank_words(1, 3, start, 29500, None, EmulatedLaunchConfig(fleet)) for start in (0, 1)]
     assert ["TORCHELASTIC_RESTART_COUNT=0" in words[0], "TORCHELASTIC_RESTART_COUNT=1" in words[1]] == [True, True]
     assert words[0][-3:] == ["motley", "pretrain", f"--emulate={fleet}"]
@@ -195,7 +195,7 @@ def test_a_chip_that_failed_is_a_repaired_one_after_the_next_start(fleet: Path):
         (["FLEET", "--plan", "FLEET"], "is not valid JSON"),
     ],
 )
-def test_what_cannot_be_played_is_one_sentence(
+def test_settings_that_cannot_be_emulated_are_refused_in_one_sentence(
     options: list[str], said: str, fleet: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert run(["launch", "emulated", *(str(fleet) if word == "FLEET" else word for word in options)]) == 2
@@ -206,7 +206,7 @@ def test_what_cannot_be_played_is_one_sentence(
 
 
 STAND_IN = """#!/bin/sh
-# Stands for Python: what is no worker is the relay, and real.
+# Replaces Python for the ranks; the relay is real.
 case "$*" in *motley.emulation.user_relay*) echo $$ > relay; exec {python} "$@" ;; esac
 trap 'echo told to end; exit 1' TERM
 echo $$ > worker$RANK.new; mv worker$RANK.new worker$RANK; echo "$@"
@@ -245,7 +245,7 @@ def alive(pid: int) -> bool:
 
 @needs_links
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_neither_workers_nor_the_relay_outlive_the_launcher(how: signal.Signals, fleet: Path):
+def test_neither_ranks_nor_the_relay_outlive_the_launcher(how: signal.Signals, fleet: Path):
     process = started(fleet.parent)
     names = ["worker0", "worker1", "worker2", "relay"]
     pids = pids_of(fleet.parent, names, process)
@@ -278,7 +278,7 @@ def test_a_machine_without_true_links_says_so_and_goes_on_only_if_asked_to(fleet
 
 @needs_links
 @pytest.mark.slow(20)
-def test_a_fleet_played_over_true_links_learns_what_one_process_learns(data: Path, shape: Path, fleet: Path):
+def test_a_fleet_emulated_over_true_links_learns_what_one_process_learns(data: Path, shape: Path, fleet: Path):
     fleet.write_text(FLEET.replace("chips_per_node: 2", "chips_per_node: 1").replace("4 steps", "5 steps"))
     folder = fleet.parent
     settings = {"precision": "fp32", "steps": 8, "emulate_by": "wait", "checkpoint_every": 3}
@@ -287,7 +287,7 @@ def test_a_fleet_played_over_true_links_learns_what_one_process_learns(data: Pat
     done = subprocess.run([sys.executable, "-m", "motley", *asked], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "1 ms to other pools, over a true link (network namespaces" in done.stderr
-    assert "small.0 (rank 1) ended with status 137" in done.stderr
+    assert "small.0 (rank 1) exited with status 137" in done.stderr
     result = json.loads(done.stdout)
     assert result["links"] == "relay"
     assert min(result["bytes_sent"]) > 100_000, "gradients and weights"

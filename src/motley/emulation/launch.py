@@ -24,12 +24,12 @@ from motley.errors import InputError
 from motley.files import read_json
 from motley.fleet.inventory import load_fleet
 from motley.fleet.units import size_text
-from motley.launch.torchrun import Group, Seat, held, run_again, words_of
+from motley.launch.torchrun import Slot, TorchrunNode, job_words, run_with_restarts, tied_to_stdin
 from motley.parallel.communicator import free_port
 from motley.parallel.layout import ranks_of_pools
 from motley.progress import note
 
-OURS = ("--plan", "--emulate", "--emulate-links")
+ADDED = ("--plan", "--emulate", "--emulate-links")
 PORT = 29500  # free in a new namespace
 
 
@@ -50,7 +50,7 @@ class EmulatedLaunchConfig:
     """How often to start everything again when a rank failed; training goes on from its newest checkpoint."""
 
     def __post_init__(self) -> None:
-        words_of(self.job, OURS)
+        job_words(self.job, ADDED)
         if self.restarts < 0:
             raise InputError(f"--restarts is {self.restarts}; it must be at least 0")
 
@@ -61,18 +61,18 @@ def launch_emulated(config: EmulatedLaunchConfig) -> dict[str, Any]:
     Raises InputError for a plan of another fleet, for links that this machine does not allow, and when a rank failed.
     """
     roles = roles_asked(config)
-    groups = [
-        Group(range(rank, rank + 1), (Seat(f"{role.pool}.{role.chip}", role.pool, role.chip),))
+    nodes = [
+        TorchrunNode(range(rank, rank + 1), (Slot(f"{role.pool}.{role.chip}", role.pool, role.chip),))
         for rank, role in enumerate(roles)
     ]
     with true_links(roles, config.links) or nullcontext() as links:
         port = PORT if links else free_port()
 
-        def commands(start: int) -> list[tuple[Group, Sequence[str]]]:
+        def commands(start: int) -> list[tuple[TorchrunNode, Sequence[str]]]:
             words = [rank_words(rank, len(roles), start, port, links, config) for rank in range(len(roles))]
-            return [(group, held(own, Path(), None)) for group, own in zip(groups, words, strict=True)]
+            return [(node, tied_to_stdin(own, Path(), None)) for node, own in zip(nodes, words, strict=True)]
 
-        run_again(commands, config.restarts, links.kept if links else ())
+        run_with_restarts(commands, config.restarts, links.kept if links else ())
         sent = links.sent() if links else None
     return {"ranks": len(roles), "links": "relay" if links else "wait", "bytes_sent": sent}
 
@@ -129,7 +129,7 @@ def rank_words(
         # In a namespace no host name resolves, of which PyTorch warns.
         told["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
     words = ["env", *(f"{name}={value}" for name, value in told.items()), sys.executable, "-m", "motley"]
-    words += [*words_of(config.job, OURS), f"--emulate={config.fleet}"]
+    words += [*job_words(config.job, ADDED), f"--emulate={config.fleet}"]
     words += ["--emulate-links=relay"] if links else []
     words += [f"--plan={config.plan}"] if config.plan else []
     return [*(links.at(rank) if links else []), *words]
