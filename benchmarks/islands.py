@@ -93,7 +93,7 @@ def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> di
         megabits, trip = measured(link)
         comm = train(folder / "crew", data, link, precision | {"steps": steps, "valid_every": max(1, steps // 6)})
         found = {
-            "megabits": megabits, "round_trip_seconds": trip, "by": link.way,
+            "megabits": megabits, "round_trip_seconds": trip,
             "crew": validations(comm),
         }  # fmt: skip
         chosen = precision | WAYS[arguments.way] | {"sync_every": arguments.sync_every or ISLANDS["sync_every"]}
@@ -174,7 +174,7 @@ def told(found: dict[str, Any]) -> str:
             lines.append(f"  {way:10} {' '.join(f'{loss:.4f}' for loss in one['losses'])}  {ratio}")
         return "\n".join(lines)
     link = f"{found['megabits']:.1f} Mb/s, {1e3 * found['round_trip_seconds']:.1f} ms there and back"
-    lines.append(f"  link         {link}, measured; by {found['by']}")
+    lines.append(f"  link         {link}, measured")
     loss = f"loss {found['loss']:.4f} after {found['crew_seconds']:.1f} s"
     lines.append(f"  one crew     {found['crew_step_seconds']:.2f} s a step, {loss}")
     waited = f"{found['waited_seconds']:.2f} s of waiting a round"

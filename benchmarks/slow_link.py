@@ -14,7 +14,7 @@ import time
 
 from budget import QUICK_SECONDS, Budget, kept
 
-from motley.emulation.netns import Cable, SlowLinks, places_of
+from motley.emulation.netns import Cable, SlowLinks, endpoints_of
 from motley.errors import InputError
 
 FOUND_ITS_PACE_BYTES, STREAM_BYTES, QUICK_BYTES = 5_000_000, 40_000_000, 10_000_000
@@ -22,14 +22,14 @@ MEGABITS, ROUND_TRIP_SECONDS = 100.0, 0.05
 
 
 def slow_links(count: int, megabits: float, round_trip: float) -> SlowLinks:
-    """Workers in a pool each, whose links to each other have a rate (Mb/s) and a round trip (s)."""
+    """Ranks in a pool each, whose links to each other have a rate (Mb/s) and a round trip (s)."""
     return SlowLinks(
-        places_of([str(rank) for rank in range(count)], [Cable(megabits * 1e6 / 8, round_trip / 2)] * count)
+        endpoints_of([str(rank) for rank in range(count)], [Cable(megabits * 1e6 / 8, round_trip / 2)] * count)
     )
 
 
 def measured(links: SlowLinks, stream_bytes: int = STREAM_BYTES) -> tuple[float, float]:
-    """(megabits a second of one TCP stream, seconds of a round trip) between workers 0 and 1."""
+    """(megabits a second of one TCP stream, seconds of a round trip) between ranks 0 and 1."""
     words = [sys.executable, __file__]
     reader = subprocess.Popen(
         [*links.at(0), *words, "read", links.address(0)], stdout=subprocess.PIPE, text=True, pass_fds=links.kept
@@ -89,7 +89,7 @@ def main() -> None:
         budget = Budget(QUICK_SECONDS if arguments.quick else None)
         with kept(budget, "slow_link"), slow_links(2, arguments.megabits, arguments.round_trip) as links:
             rate, trip = measured(links, QUICK_BYTES if arguments.quick else STREAM_BYTES)
-            print(f"{rate:.1f} Mb/s, {1e3 * trip:.2f} ms there and back; made by {links.way}")
+            print(f"{rate:.1f} Mb/s, {1e3 * trip:.2f} ms there and back")
     except InputError as error:
         raise SystemExit(f"slow_link: {error}") from None
 

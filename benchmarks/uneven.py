@@ -158,8 +158,10 @@ def work(
     dist.init_process_group("gloo", rank=rank, world_size=comm.size)
     slow = throttle(speeds[rank], how)  # type: ignore[arg-type]
     with short_pauses():  # as `motley pretrain` does
-        answer = compared(comm, slow, speeds, rows, rounds, timeout) if rounds else straggling(comm, slow, speeds, rows)
-    results.put((rank, answer | {"way": slow.way}))
+        answer = (
+            compared(comm, slow, speeds, rows, rounds, timeout) if rounds else straggling(comm, slow, speeds, rows)
+        )
+    results.put((rank, answer | {"way": slow.by}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
-"""A fleet played on one machine: who plays what, how slowness is made, what cables and failures do."""
+"""A fleet emulated on one machine: roles of ranks, limits on their speed, delayed links, failures."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ from test_layouts import DEEP, FEW, TWO_STAGES, Rows, settings
 from test_resume import command
 from test_resume import data as data  # the fixture
 
+from motley.cli import run
 from motley.emulation import cpu_throttle
 from motley.emulation.cpu_throttle import GROUP, Throttle, _groups, throttle
 from motley.emulation.link_delay import DelayedLinks
@@ -31,6 +33,7 @@ from motley.parallel.rank import Worker
 from motley.train.checkpoint import checkpoints
 from motley.train.config import PretrainConfig
 from motley.train.pretrain import pretrain
+from motley.train.run_folder import open_run
 
 FLEET = """
 pools:
@@ -49,21 +52,21 @@ def fleet(tmp_path: Path) -> str:
     return str(file)
 
 
-# ------------------------------------------------------------------------------------------ who plays what
+# ------------------------------------------------------------------------------------------ roles
 
 
-def test_workers_play_the_chips_in_the_order_of_the_file(fleet: str):
+def test_ranks_emulate_the_chips_in_the_order_of_the_file(fleet: str):
     roles = roles_of(fleet, 3, None)
     assert [(role.pool, role.chip) for role in roles] == [("big", 0), ("small", 0), ("small", 1)]
     assert [role.emulated.speed for role in roles] == [1.0, 0.25, 0.25]
     assert [role.fails_after for role in roles] == [None, (4, "steps"), None]
     assert roles[1].words("relay") == (
         "; computes in fp32; 1 MB/s and 30 ms to other pools, over a true link (network namespaces and a relay)"
-        "; dies after 4 steps"
+        "; fails after 4 steps"
     )
 
 
-def test_with_a_plan_each_worker_plays_the_chip_that_the_plan_gave_it(fleet: str):
+def test_with_a_plan_each_rank_emulates_the_chip_that_the_plan_gave_it(fleet: str):
     pools = [{"pool": "big"}, {"pool": "small"}]
     groups = [
         {"dp": 1, "stages": [{"pool": "small"}, {"pool": "big"}]},
@@ -71,15 +74,15 @@ def test_with_a_plan_each_worker_plays_the_chip_that_the_plan_gave_it(fleet: str
     ]
     roles = roles_of(fleet, 3, {"pools": pools, "teams": groups})
     assert [(role.pool, role.chip) for role in roles] == [("small", 0), ("big", 0), ("small", 1)]
-    with pytest.raises(InputError, match="the plan is for 3 workers, but 4 were started"):
+    with pytest.raises(InputError, match="the plan is for 3 ranks, but 4 were started"):
         roles_of(fleet, 4, {"pools": pools, "teams": groups})
     groups[0]["dp"] = 2
-    with pytest.raises(InputError, match=r"2 workers in pool big, .* has 1 such chips; make the plan with --fleet"):
+    with pytest.raises(InputError, match=r"2 ranks in pool big, .* has 1 such chips; make the plan with --fleet"):
         roles_of(fleet, 5, {"pools": pools, "teams": groups})
 
 
-def test_another_number_of_workers_than_chips_is_refused(fleet: str):
-    with pytest.raises(InputError, match=r"pretend.yaml has 3 chips, but 4 workers were started"):
+def test_another_number_of_ranks_than_chips_is_refused(fleet: str):
+    with pytest.raises(InputError, match=r"pretend.yaml has 3 chips, but 4 ranks were started"):
         roles_of(fleet, 4, None)
 
 
@@ -87,22 +90,22 @@ def test_another_number_of_workers_than_chips_is_refused(fleet: str):
     ("text", "said"),
     [
         ("missing.yaml", "neither a fleet file nor speeds"),
-        ("1:2", "one number above 0 for each of the 3 workers"),
+        ("1:2", "one number above 0 for each of the 3 ranks"),
         ("1:0:2", "one number above 0"),
         ("1:inf:2", "one number above 0"),
         ("1:nan:2", "one number above 0"),
     ],
 )
-def test_what_is_neither_a_fleet_file_nor_speeds_is_refused(text: str, said: str):
+def test_text_that_is_neither_a_fleet_file_nor_speeds_is_refused(text: str, said: str):
     with pytest.raises(InputError, match=said):
         speeds_of(text, 3)
 
 
-# ------------------------------------------------------------------------------------------ slowness
+# ------------------------------------------------------------------------------------------ speed
 
 
 class Clock:
-    """Time that passes only where it is told to."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.cpu, self.slept = 0.0, 0.0
@@ -238,14 +241,31 @@ def test_version_2_without_a_cpu_controller_for_new_groups_waits_instead_and_lea
     assert group.processes == [str(os.getpid())]
 
 
-# ------------------------------------------------------------------------------------------ cables
+def test_the_removed_way_priority_is_answered_with_one_sentence(capsys: pytest.CaptureFixture[str]):
+    for words in (["--emulate-by", "priority"], ["--emulate-by=priority"]):
+        assert run(["pretrain", "--emulate=1:2", *words]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("motley pretrain: --emulate-by priority was removed; choose cap (")
+        assert " or wait (" in said
+        assert said.count("\n") == 1
+
+
+def test_a_run_that_was_emulated_by_priority_goes_on(tmp_path: Path):
+    open_run(tmp_path, "pretrain", PretrainConfig(emulate="1:2"), {})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"emulate_by": "priority", "emulate_links": "netem"}))
+    open_run(tmp_path, "pretrain", PretrainConfig(emulate="1:2"), {})
+    assert json.loads(file.read_text())["emulate_by"] == "auto"
+
+
+# ------------------------------------------------------------------------------------------ links
 
 
 def links(rank: int, *pools: str, latency: float = 0.05, rate: float = 1e6) -> DelayedLinks:
     return DelayedLinks(rank, pools, (latency,) * len(pools), (rate,) * len(pools))
 
 
-def test_a_cable_carries_one_message_after_the_other():
+def test_a_link_carries_one_message_after_the_other():
     cable = links(0, "a", "b")
     now = time.monotonic()
     first, second = cable.arrival(1, 1_000_000), cable.arrival(1, 2_000_000)
@@ -302,7 +322,7 @@ def step_with_and_without_cables(comm: Communicator) -> list[Any]:
     return found
 
 
-def test_a_step_over_cables_is_the_same_step():
+def test_a_step_over_delayed_links_is_the_same_step():
     for cabled, plain in on_ranks(2, step_with_and_without_cables):
         assert cabled == pytest.approx(plain, rel=1e-6)
 
@@ -311,7 +331,7 @@ def test_a_step_over_cables_is_the_same_step():
 
 
 @pytest.mark.slow(20)
-def test_a_chip_that_fails_is_killed_at_its_step_and_the_restarted_crew_learns_what_it_would_have(
+def test_a_chip_that_fails_is_killed_at_its_step_and_the_restarted_job_learns_what_it_would_have(
     data: Path,
     shape: Path,
     tmp_path: Path,
@@ -331,7 +351,7 @@ def test_a_chip_that_fails_is_killed_at_its_step_and_the_restarted_crew_learns_w
 
 @pytest.mark.slow(15)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_reaches_one_worker_only_ends_all_with_a_checkpoint(
+def test_a_signal_that_reaches_one_rank_only_ends_all_with_a_checkpoint(
     number: int,
     data: Path,
     shape: Path,
@@ -348,7 +368,7 @@ def test_a_signal_that_reaches_one_worker_only_ends_all_with_a_checkpoint(
 
 
 def stopped_run(comm: Communicator, config: PretrainConfig, number: int) -> tuple[str, str]:
-    """(what a worker said when it ended, the newest checkpoint); only worker 1 gets the signal."""
+    """(what a rank said when it ended, the newest checkpoint); only rank 1 gets the signal."""
     os.environ["WORLD_SIZE"] = str(comm.size)
     metrics = config.out / "metrics.jsonl"
 

@@ -1,4 +1,4 @@
-"""True slow links: packets that really take the cable of the fleet file, a launcher that leaves nothing behind."""
+"""True slow links: packets take the link of the fleet file, and the launcher leaves nothing behind."""
 
 import json
 import math
@@ -19,12 +19,11 @@ from test_resume import data as data  # the fixtures
 from test_resume import shape as shape
 
 from motley.cli import main
-from motley.emulation import netns as slow_link
 from motley.emulation.apply import EmulatedFleet
-from motley.emulation.launch import EmulatedLaunchConfig, worker_words
-from motley.emulation.netns import Cable, SlowLinks, downlink, places_of, uplink, wiring
+from motley.emulation.launch import EmulatedLaunchConfig, rank_words
+from motley.emulation.netns import Cable, Endpoint, SlowLinks, endpoints_of, wiring
 from motley.emulation.roles import roles_of
-from motley.emulation.user_relay import End, relay
+from motley.emulation.user_relay import RelayEnd, relay
 from motley.errors import InputError
 from motley.parallel.communicator import Communicator
 
@@ -41,7 +40,7 @@ pools:
 def refusal() -> str | None:
     """Why this machine has no true links, if it has none."""
     try:
-        with SlowLinks(places_of(["a", "b"], [Cable()] * 2)):
+        with SlowLinks(endpoints_of(["a", "b"], [Cable()] * 2)):
             return None
     except InputError as error:
         return str(error)
@@ -69,20 +68,20 @@ class Ends:
         for _, device in self.pairs:
             device.setblocking(False)
         here, self.lifeline = os.pipe()
-        ends = {(1, number): End(pair[1].fileno(), rate, 0.001) for number, pair in enumerate(self.pairs, 1)}
+        ends = {(1, number): RelayEnd(pair[1].fileno(), rate, 0.001) for number, pair in enumerate(self.pairs, 1)}
         self.thread = threading.Thread(target=relay, args=(ends, here), daemon=True)
 
     def end(self) -> None:
         os.close(self.lifeline)
         self.thread.join(30)
-        assert not self.thread.is_alive(), "a relay ends when nobody holds its lifeline"
+        assert not self.thread.is_alive(), "a relay ends when its lifeline is closed"
 
 
 def packet(to: tuple[int, int, int, int], size: int = 100) -> bytes:
     return bytes([0x45]) + bytes(15) + bytes(to) + bytes(size - 20)
 
 
-def test_a_packet_comes_out_where_its_address_is_and_unchanged():
+def test_a_packet_arrives_unchanged_at_its_address():
     ends = Ends(math.inf)
     ends.thread.start()
     first, second = (pair[0] for pair in ends.pairs)
@@ -94,7 +93,7 @@ def test_a_packet_comes_out_where_its_address_is_and_unchanged():
     ends.end()
 
 
-def test_what_would_wait_longer_than_routers_keep_it_is_dropped():
+def test_a_packet_that_would_queue_for_too_long_is_dropped():
     ends = Ends(rate=200.0)  # bytes a second: each packet takes half a second, and the next may wait a fifth
     first, second = (pair[0] for pair in ends.pairs)
     for size in (100, 101, 102):
@@ -109,43 +108,33 @@ def test_what_would_wait_longer_than_routers_keep_it_is_dropped():
 # ------------------------------------------------------------------------------------------ the wiring
 
 
-def three() -> list[slow_link.Coordinates]:
-    return places_of(["a", "b", "b"], [Cable(1e6, 0.03), Cable(latency=0.05), Cable(latency=0.05)])
+def three() -> list[Endpoint]:
+    return endpoints_of(["a", "b", "b"], [Cable(1e6, 0.03), Cable(latency=0.05), Cable(latency=0.05)])
 
 
-def test_every_worker_has_an_address_of_its_pool_and_packets_that_suit_its_rate():
-    assert [place.address for place in three()] == ["10.77.1.1", "10.77.2.1", "10.77.2.2"]
+def test_every_rank_has_an_address_of_its_pool_and_packets_that_suit_its_rate():
+    assert [endpoint.address for endpoint in three()] == ["10.77.1.1", "10.77.2.1", "10.77.2.2"]
     assert [Cable(rate).packet_bytes for rate in (1e6, 12.5e6, math.inf)] == [1500, 12500, 65000]
     with pytest.raises(InputError, match="choose --links wait"):
-        places_of(["a"] * 251, [Cable()] * 251)
+        endpoints_of(["a"] * 251, [Cable()] * 251)
 
 
-def test_the_commands_of_netem_give_each_other_pool_its_latency_and_all_pools_one_rate():
-    """This is all that is known of them where the kernel has no netem, but for the next test but one."""
-    places = three()
-    assert uplink(places[0], places) == [
-        "qdisc add dev link0 root handle 1: htb",
-        "class add dev link0 parent 1: classid 1:ffff htb rate 8000000bit",
-        "class add dev link0 parent 1:ffff classid 1:2 htb rate 1mbit ceil 8000000bit",
-        "qdisc add dev link0 parent 1:2 netem delay 50000us limit 168",
-        "filter add dev link0 parent 1: protocol ip prio 1 u32 match ip dst 10.77.2.0/24 flowid 1:2",
-    ]
-    assert downlink(0, places[0]) == [
-        "qdisc add dev out0 root handle 1: htb default 1",
-        "class add dev out0 parent 1: classid 1:1 htb rate 8000000bit",
-        "qdisc add dev out0 parent 1:1 pfifo limit 135",
-    ]
-    hub, own = wiring(places, "netem", [11, 12, 13])
-    assert hub[:4] == ["link add pool1 type bridge", "link set pool1 up", "link add outside type bridge",
-                       "link set outside up"]  # fmt: skip
-    assert "link add out0 type veth peer name link0 netns /proc/self/fd/11" in hub
-    assert not [line for line in hub if "in0" in line], "who is alone in its pool needs no card for it"
+def test_ranks_of_one_pool_share_a_bridge_and_reach_other_pools_over_their_link():
+    hub, own = wiring(three(), [11, 12, 13])
+    assert hub == [
+        "link add pool1 type bridge",
+        "link set pool1 up",
+        "link add in1 type veth peer name pool0 netns /proc/self/fd/12",
+        "link set in1 master pool1 up",
+        "link add in2 type veth peer name pool0 netns /proc/self/fd/13",
+        "link set in2 master pool1 up",
+    ], "a rank that is alone in its pool needs no card for it"
     assert own[1] == [
         "link set lo up",
         "addr add 10.77.2.1/24 dev pool0",
         "link set pool0 up",
         "addr add 10.77.2.1/32 dev link0",
-        "link set link0 mtu 1500 up",
+        "link set link0 mtu 65000 up",
         "route add 10.77.0.0/16 dev link0 src 10.77.2.1",
     ]
 
@@ -169,52 +158,29 @@ def transferred(links: SlowLinks, sender: int, receiver: int, size: int) -> int:
     return int(server.communicate(timeout=60)[0])
 
 
-def check_what_takes_the_links(links: SlowLinks) -> None:
-    assert transferred(links, 1, 2, 300_000) == 300_000
-    assert max(links.sent()) < 10_000, "workers of one pool have a way of their own"
-    assert transferred(links, 0, 2, 300_000) == 300_000
-    first, second, third = links.sent()
-    assert first > 300_000
-    assert second < 10_000
-    assert 0 < third < 100_000, "acknowledgements"
-
-
 @needs_links
-def test_what_goes_to_another_pool_takes_the_slow_link_and_what_stays_inside_does_not():
-    with SlowLinks(places_of(["a", "b", "b"], [Cable(1e7, 0.001)] * 3)) as links:
-        check_what_takes_the_links(links)
-
-
-@needs_links
-@pytest.mark.skipif(shutil.which("tc") is None, reason="there is no tc")
-def test_the_commands_of_netem_work_with_a_plain_queue_in_its_place(monkeypatch: pytest.MonkeyPatch):
-    """For kernels without netem: everything but its one word is real."""
-    plain = uplink
-    monkeypatch.setattr(slow_link, "_has_netem", lambda: True)
-    monkeypatch.setattr(
-        slow_link, "uplink",
-        lambda own, places: [line.replace("netem delay 1000us", "pfifo") for line in plain(own, places)],
-    )  # fmt: skip
-    try:
-        links = SlowLinks(places_of(["a", "b", "b"], [Cable(1e7, 0.001)] * 3))
-    except InputError as error:
-        pytest.skip(f"no htb or u32 in this kernel: {error}")
-    with links:
-        assert links.way == "netem"
-        check_what_takes_the_links(links)
+def test_only_packets_to_another_pool_take_the_slow_link():
+    with SlowLinks(endpoints_of(["a", "b", "b"], [Cable(1e7, 0.001)] * 3)) as links:
+        assert transferred(links, 1, 2, 300_000) == 300_000
+        assert max(links.sent()) < 10_000, "ranks of one pool use the bridge"
+        assert transferred(links, 0, 2, 300_000) == 300_000
+        first, second, third = links.sent()
+        assert first > 300_000
+        assert second < 10_000
+        assert 0 < third < 100_000, "acknowledgements"
 
 
 # ------------------------------------------------------------------------------------------ the command
 
 
-def test_a_worker_that_was_promised_a_true_link_and_has_none_says_so(fleet: Path):
+def test_a_rank_that_was_told_of_a_true_link_and_has_none_says_so(fleet: Path):
     emulated = EmulatedFleet(str(fleet), "wait", "relay", roles_of(str(fleet), 3, None))
     with pytest.raises(InputError, match="is what `motley launch emulated` tells ranks"):
         emulated.links(Communicator())
 
 
-def test_a_chip_that_failed_is_a_repaired_one_after_the_next_start(fleet: Path):
-    words = [worker_words(1, 3, start, 29500, None, EmulatedLaunchConfig(fleet)) for start in (0, 1)]
+def test_a_chip_that_failed_does_not_fail_again_after_a_restart(fleet: Path):
+    words = [rank_words(1, 3, start, 29500, None, EmulatedLaunchConfig(fleet)) for start in (0, 1)]
     assert ["TORCHELASTIC_RESTART_COUNT=0" in words[0], "TORCHELASTIC_RESTART_COUNT=1" in words[1]] == [True, True]
     assert words[0][-3:] == ["motley", "pretrain", f"--emulate={fleet}"]
 
@@ -229,7 +195,7 @@ def test_a_chip_that_failed_is_a_repaired_one_after_the_next_start(fleet: Path):
         (["FLEET", "--plan", "FLEET"], "is not valid JSON"),
     ],
 )
-def test_what_cannot_be_played_is_one_sentence(
+def test_settings_that_cannot_be_emulated_are_refused_in_one_sentence(
     options: list[str], said: str, fleet: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["launch", "emulated", *(str(fleet) if word == "FLEET" else word for word in options)]) == 2
@@ -240,7 +206,7 @@ def test_what_cannot_be_played_is_one_sentence(
 
 
 STAND_IN = """#!/bin/sh
-# Stands for Python: what is no worker is the relay, and real.
+# Replaces Python for the ranks; the relay is real.
 case "$*" in *motley.emulation.user_relay*) echo $$ > relay; exec {python} "$@" ;; esac
 trap 'echo told to end; exit 1' TERM
 echo $$ > worker$RANK.new; mv worker$RANK.new worker$RANK; echo "$@"
@@ -279,9 +245,9 @@ def alive(pid: int) -> bool:
 
 @needs_links
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_neither_workers_nor_the_relay_outlive_the_launcher(how: signal.Signals, fleet: Path):
+def test_neither_ranks_nor_the_relay_outlive_the_launcher(how: signal.Signals, fleet: Path):
     process = started(fleet.parent)
-    names = ["worker0", "worker1", "worker2", *(["relay"] if not slow_link._has_netem() else [])]
+    names = ["worker0", "worker1", "worker2", "relay"]
     pids = pids_of(fleet.parent, names, process)
     spaces = {os.readlink(f"/proc/{pid}/ns/net") for pid in pids[:3]}
     assert len(spaces | {os.readlink("/proc/self/ns/net")}) == 4
@@ -305,14 +271,14 @@ def test_a_machine_without_true_links_says_so_and_goes_on_only_if_asked_to(fleet
     pids_of(fleet.parent, ["worker0", "worker1", "worker2"], process)
     process.send_signal(signal.SIGINT)
     lines = process.communicate(timeout=60)[1].splitlines()
-    assert lines[0].endswith("Going on with links played by waiting")
+    assert lines[0].endswith("Going on with links emulated by waiting")
     assert sum(line.endswith("-m motley pretrain --emulate=pretend.yaml") for line in lines) == 3
     assert "small.1: told to end" in lines
 
 
 @needs_links
 @pytest.mark.slow(20)
-def test_a_fleet_played_over_true_links_learns_what_one_process_learns(data: Path, shape: Path, fleet: Path):
+def test_a_fleet_emulated_over_true_links_learns_what_one_process_learns(data: Path, shape: Path, fleet: Path):
     fleet.write_text(FLEET.replace("chips_per_node: 2", "chips_per_node: 1").replace("4 steps", "5 steps"))
     folder = fleet.parent
     settings = {"precision": "fp32", "steps": 8, "emulate_by": "wait", "checkpoint_every": 3}
@@ -321,9 +287,9 @@ def test_a_fleet_played_over_true_links_learns_what_one_process_learns(data: Pat
     done = subprocess.run([sys.executable, "-m", "motley", *asked], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "1 ms to other pools, over a true link (network namespaces" in done.stderr
-    assert "small.0 (rank 1) ended with status 137" in done.stderr
+    assert "small.0 (rank 1) exited with status 137" in done.stderr
     result = json.loads(done.stdout)
-    assert result["links"] in ("netem", "relay")
+    assert result["links"] == "relay"
     assert min(result["bytes_sent"]) > 100_000, "gradients and weights"
     alone = command(folder / "alone", data, shape, precision="fp32", steps=8)
     subprocess.run(alone, check=True, capture_output=True)

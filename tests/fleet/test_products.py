@@ -14,7 +14,7 @@ from motley.fleet.probe import why_left_out
 from motley.fleet.products import (
     SKINNY,
     Climb,
-    Measured,
+    ProbeSamples,
     Shape,
     flops,
     glance,
@@ -52,7 +52,7 @@ class Pretended:
     def copy(self, device: torch.device, size: int) -> Callable[[], None]:
         return lambda: self.spend(2 * size / self.bandwidth)
 
-    def measured(self, seconds: float, formats: tuple[str, ...] = ("fp32", "bf16"), grid: bool = True) -> Measured:
+    def measured(self, seconds: float, formats: tuple[str, ...] = ("fp32", "bf16"), grid: bool = True) -> ProbeSamples:
         sizes = sizes_of(CPU)
         squares: list[Shape] = [(1, edge, edge, edge) for edge in sizes.squares]
         shown = [(1, *SKINNY), *squares[squares.index((1, sizes.trial, sizes.trial, sizes.trial)) :]]

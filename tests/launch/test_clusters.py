@@ -100,7 +100,7 @@ def test_a_real_slurm_runs_the_script_on_the_nodes_of_the_lab_and_refuses_chips_
     assert started(tmp_path) == list(range(14))
 
 
-def test_the_slurm_job_starts_every_worker_of_the_lab_once(tools: Path, tmp_path: Path):
+def test_the_slurm_job_starts_every_rank_of_the_lab_once(tools: Path, tmp_path: Path):
     """The script runs as it is; `srun` starts its command once for each node that `scontrol` knows."""
     lab = lab_plan(tmp_path)
     components = re.findall(r"--gpus-per-node=(\w+):(\d+)", SBATCH.read_text())
@@ -131,7 +131,7 @@ def test_kubernetes_accepts_the_manifest():
         kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_the_pods_start_every_worker_once_under_names_that_the_service_gives_them(
+def test_the_pods_start_every_rank_once_under_names_that_the_service_gives_them(
     tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     service, *jobs = manifest()

@@ -1,4 +1,4 @@
-"""`motley launch`: whatever the plan, torchrun gives each worker the rank and the chip that the plan gave it."""
+"""`motley launch`: whatever the plan, torchrun gives each process the rank and the chip that the plan gave it."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from test_resume import shape as shape
 
 from motley.cli import main
 from motley.errors import InputError
-from motley.launch.torchrun import LaunchConfig, Seat, groups_of, hosts_of, launch, seats_of, torchrun_words
+from motley.launch.torchrun import LaunchConfig, Slot, hosts_of, launch, nodes_of, slots_of, torchrun_words
 from motley.model import ModelConfig
 from motley.parallel.layout import from_plan, place_of
 
@@ -90,57 +90,57 @@ def as_torchrun_starts(commands: list[list[str]]) -> dict[int, list[str]]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_torchrun_numbers_the_workers_as_the_runtime_reads_the_plan(seed: int):
+def test_torchrun_numbers_the_ranks_as_the_runtime_reads_the_plan(seed: int):
     chance = random.Random(seed)
     plan = random_plan(chance)
     hosts = {
         pool["pool"]: [f"{pool['pool'][0]}{n}" for n in range(pool["nodes"])] for pool in plan["pools"] if pool["nodes"]
     }
     named = [f"{pool}={','.join(names)}" for pool, names in hosts.items()]
-    seats = seats_of(plan, hosts_of(plan, named))
-    groups = groups_of(seats)
-    started = as_torchrun_starts(torchrun_words(groups, LaunchConfig(Path("plan.json"))))
+    slots = slots_of(plan, hosts_of(plan, named))
+    nodes = nodes_of(slots)
+    started = as_torchrun_starts(torchrun_words(nodes, LaunchConfig(Path("plan.json"))))
     layout = from_plan(plan, SHAPE)
     assert sorted(started) == list(range(layout.workers))
-    host_of = {rank: group.host for group in groups for rank in group.ranks}
+    host_of = {rank: node.host for node in nodes for rank in node.ranks}
     for rank, (chip,) in started.items():
         place = place_of(layout, rank)
         planned = plan["teams"][place.team_number]["stages"][place.stage]["pool"]
         assert host_of[rank] in hosts[planned]
         assert int(chip) < next(pool["chips_per_node"] for pool in plan["pools"] if pool["pool"] == planned)
-    assert len({(host_of[rank], chip) for rank, (chip,) in started.items()}) == layout.workers  # one worker a chip
+    assert len({(host_of[rank], chip) for rank, (chip,) in started.items()}) == layout.workers  # one rank a chip
 
 
 def test_equal_machines_get_one_torchrun_each_and_copies_of_a_stage_share_a_machine():
     whole = plan_of({"a": (2, 4)}, [(["a"], 8, [LAYERS])])
-    groups = groups_of(seats_of(whole, {"a": ["n0", "n1"]}))
-    assert [(group.host, list(group.ranks), group.chips) for group in groups] == [
+    nodes = nodes_of(slots_of(whole, {"a": ["n0", "n1"]}))
+    assert [(node.host, list(node.ranks), node.chips) for node in nodes] == [
         ("n0", [0, 1, 2, 3], [0, 1, 2, 3]),
         ("n1", [4, 5, 6, 7], [0, 1, 2, 3]),
     ]
     piped = plan_of({"a": (2, 4)}, [(["a", "a"], 4, [5, 7])])
-    seats = seats_of(piped, {"a": ["n0", "n1"]})
-    assert [seat.host for seat in seats] == ["n0", "n1"] * 4  # ranks go copy by copy, chips stage by stage
+    slots = slots_of(piped, {"a": ["n0", "n1"]})
+    assert [slot.host for slot in slots] == ["n0", "n1"] * 4  # ranks go copy by copy, chips stage by stage
 
 
 def test_chips_that_the_plan_leaves_idle_are_idle_on_every_machine():
     plan = plan_of({"a": (2, 9)}, [(["a"], 16, [LAYERS])])
-    seats = seats_of(plan, {"a": ["n0", "n1"]})
-    assert [seat.host for seat in seats] == ["n0"] * 8 + ["n1"] * 8
+    slots = slots_of(plan, {"a": ["n0", "n1"]})
+    assert [slot.host for slot in slots] == ["n0"] * 8 + ["n1"] * 8
 
 
 def test_one_machine_that_serves_two_pools_gives_each_its_own_chips():
     plan = plan_of({"a": (1, 2), "b": (1, 2)}, [(["a", "b"], 2, [5, 7])])
-    groups = groups_of(seats_of(plan, {"a": ["n"], "b": ["n"]}))
-    assert [group.chips for group in groups] == [[0, 2, 1, 3]]
-    words = torchrun_words(groups, LaunchConfig(Path("plan.json"), port=1234))
+    nodes = nodes_of(slots_of(plan, {"a": ["n"], "b": ["n"]}))
+    assert [node.chips for node in nodes] == [[0, 2, 1, 3]]
+    words = torchrun_words(nodes, LaunchConfig(Path("plan.json"), port=1234))
     assert words[0][:2] == ["env", "CUDA_VISIBLE_DEVICES=0,2,1,3"]
     assert {"--master-addr=n", "--master-port=1234", "--virtual-local-rank"} <= set(words[0])
 
 
-def test_workers_of_one_machine_that_need_a_torchrun_each_share_its_cores_and_keep_their_chips():
+def test_ranks_of_one_machine_that_need_a_torchrun_each_share_its_cores_and_keep_their_chips():
     plan = plan_of({"a": (1, 2), "b": (1, 2)}, [(["a", "b"], 2, [5, 7])])
-    words = torchrun_words(groups_of(seats_of(plan, {"a": ["n"], "b": ["m"]})), LaunchConfig(Path("plan.json")))
+    words = torchrun_words(nodes_of(slots_of(plan, {"a": ["n"], "b": ["m"]})), LaunchConfig(Path("plan.json")))
     assert [line[: line.index("torchrun")] for line in words] == [
         ["env", "OMP_NUM_THREADS=1"],
         ["env", "OMP_NUM_THREADS=1"],
@@ -151,7 +151,7 @@ def test_workers_of_one_machine_that_need_a_torchrun_each_share_its_cores_and_ke
 
 def test_a_plan_of_one_machine_needs_no_hosts():
     plan = plan_of({"a": (1, 2)}, [(["a"], 2, [LAYERS])])
-    assert seats_of(plan, hosts_of(plan, [])) == [Seat("localhost", "a", 0), Seat("localhost", "a", 1)]
+    assert slots_of(plan, hosts_of(plan, [])) == [Slot("localhost", "a", 0), Slot("localhost", "a", 1)]
 
 
 TWO = plan_of({"a": (2, 2), "b": (1, 2), "idle": (1, 1)}, [(["a"], 4, [LAYERS]), (["b"], 2, [LAYERS])])
@@ -162,14 +162,14 @@ TWO = plan_of({"a": (2, 2), "b": (1, 2), "idle": (1, 1)}, [(["a"], 4, [LAYERS]),
     [
         ([], "no hosts for a and b; name them: --hosts a=HOST b=HOST"),
         (["--hosts", "a=x,y"], "no hosts for b; name them: --hosts b=HOST"),
-        (["--hosts", "a=x", "b=z"], "--hosts has 1 for pool a, whose 4 workers need 2"),
+        (["--hosts", "a=x", "b=z"], "--hosts has 1 for pool a, whose 4 ranks need 2"),
         (["--hosts", "a=x,y,w", "b=z"], "--hosts has 3 for pool a, the plan 2; leave some out"),
         (["--hosts", "c=x"], "--hosts names pool c, but the plan's pools are a, b, idle"),
         (["--hosts", "a=x", "a=y"], "--hosts names pool a twice; list all its hosts at once: a=HOST,HOST"),
         (["--hosts", "a"], "--hosts has 'a'; write POOL=HOST,HOST"),
         (["--hosts", "a=x,-oProxyCommand", "b=z"], "--hosts has 'a=x,-oProxyCommand'; write POOL=HOST,HOST"),
         (["--hosts", "a=localhost,y", "b=z"], "--hosts has localhost beside y, which cannot reach it;"),
-        (["--hosts", "a=x,y", "b=z", "--here", "v"], "--here is v, which has no workers in this plan"),
+        (["--hosts", "a=x,y", "b=z", "--here", "v"], "--here is v, which has no ranks in this plan"),
         (["--hosts", "a=x,y", "b=z", "--ssh", "--here", "x"], "--ssh runs all machines, --here only one"),
         (["--job", "serve"], "--job is 'serve'; it must begin with pretrain or sft"),
         (["--job", "pretrain 'x"], '--job is "pretrain \'x", which no shell can read'),
@@ -193,7 +193,7 @@ def test_a_plan_this_runtime_cannot_run_or_no_plan_at_all_is_refused(tmp_path: P
     split = json.loads(json.dumps(TWO))
     split["pools"][0]["chips"] = 8  # as with tensor parallelism 2
     with pytest.raises(InputError, match="make the plan with --engine motley"):
-        seats_of(split, {"a": ["x", "y"], "b": ["z"]})
+        slots_of(split, {"a": ["x", "y"], "b": ["z"]})
     del split["pools"][0]["nodes"]
     for wrong in ([], {"teams": []}, split):
         (tmp_path / "other.json").write_text(json.dumps(wrong))
@@ -236,7 +236,7 @@ ON_TWO = ["--hosts", "strong=127.0.0.2", "weak=127.0.0.3", "--ssh"]  # two names
 
 
 @pytest.mark.slow(18)
-def test_workers_started_over_ssh_learn_what_those_under_one_torchrun_learn(
+def test_ranks_started_over_ssh_learn_what_those_under_one_torchrun_learn(
     data: Path, shape: Path, tmp_path: Path, ssh: dict[str, str]
 ):
     (tmp_path / "plan.json").write_text(json.dumps(SMALL))
@@ -252,8 +252,8 @@ def test_workers_started_over_ssh_learn_what_those_under_one_torchrun_learn(
     )
     assert done.returncode == 0, done.stderr
     assert sorted((tmp_path / "hosts").read_text().split()) == ["127.0.0.2", "127.0.0.3"]
-    assert done.stdout == "2 of 2 workers ran to the end\n"
-    assert re.search(r"^127\.0\.0\.2: .*: 8 steps", done.stderr, re.MULTILINE)  # worker 0's summary
+    assert done.stdout == "2 of 2 ranks ran to the end\n"
+    assert re.search(r"^127\.0\.0\.2: .*: 8 steps", done.stderr, re.MULTILINE)  # rank 0's summary
     assert len(losses(tmp_path / "together")) > 8
     assert losses(tmp_path / "apart") == pytest.approx(losses(tmp_path / "together"), rel=1e-5)
 
@@ -293,7 +293,7 @@ def test_when_one_fails_all_are_ended_and_it_is_named(tmp_path: Path, ssh: dict[
     assert process.returncode == 2
     lines = said.splitlines()
     assert lines[:2] == ["127.0.0.3: out of memory", "127.0.0.2: told to end"]
-    assert lines[2].startswith("motley launch: 127.0.0.3 (rank 1) ended with status 3, so all were ended;")
+    assert lines[2].startswith("motley launch: 127.0.0.3 (rank 1) exited with status 3, so all were stopped;")
     assert (tmp_path / "ended").exists()
 
 
@@ -310,7 +310,7 @@ def test_with_restarts_all_are_started_again_when_one_fails(tmp_path: Path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_worker_outlives_the_launcher(how: signal.Signals, tmp_path: Path, ssh: dict[str, str]):
+def test_no_rank_outlives_the_launcher(how: signal.Signals, tmp_path: Path, ssh: dict[str, str]):
     process = started(tmp_path, ssh, "exec sleep 60")
     deadline = time.monotonic() + 30
     while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
@@ -329,5 +329,5 @@ def test_a_machine_of_a_cluster_runs_its_own_part_only(tmp_path: Path):
     (tmp_path / "torchrun").chmod(0o755)
     asked = ["launch", "plan.json", "--hosts", "a=x,y", "b=z", "--here=y", f"--torchrun={tmp_path}/torchrun"]
     done = subprocess.run([sys.executable, "-m", "motley", *asked], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "2 of 6 workers ran to the end\n")
+    assert (done.returncode, done.stdout) == (0, "2 of 6 ranks ran to the end\n")
     assert done.stderr == f"y: --node-rank=1 in {tmp_path}\n"

@@ -16,7 +16,7 @@ from test_resume import data as data
 from test_resume import shape as shape
 
 from motley.fleet.inventory import Fleet, parse_fleet
-from motley.launch.torchrun import hosts_of, seats_of
+from motley.launch.torchrun import hosts_of, slots_of
 from motley.model import ModelConfig
 from motley.parallel.layout import islands_of_plan
 from motley.parallel.zero.partition import held_bytes
@@ -56,7 +56,7 @@ def assert_laid_out_as_planned(plan: dict[str, Any], config: ModelConfig) -> Non
     """Islands, stages, shares, ZeRO and formats are the plan's, and no worker keeps more than it has room for."""
     islands = islands_of_plan(plan, config)
     assert [rank for island in islands for rank in island.ranks] == list(range(plan["chips"]))
-    assert len(seats_of(plan, hosts_of(plan, [f"{pool['pool']}=here" for pool in plan["pools"]]))) == plan["chips"]
+    assert len(slots_of(plan, hosts_of(plan, [f"{pool['pool']}=here" for pool in plan["pools"]]))) == plan["chips"]
     numbers = list(dict.fromkeys(group["island"] for group in plan["teams"]))
     assert len(islands) == len(numbers) == (2 if plan["inner_steps"] else 1)
     for number, island in zip(numbers, islands, strict=True):

@@ -1,15 +1,15 @@
-"""Slow cables between pools, pretended by waiting: what passes between workers of two pools arrives later.
+"""Slow links between pools, emulated by waiting: messages between ranks of two pools arrive later.
 
-    message      leaves when the sender's cable is free and takes bytes / bandwidth to leave, then latency to arrive.
-                 Its time of arrival travels ahead of it: who asks late waits no longer than on a real cable.
-    collective   of workers in m pools takes, on top of the real one,
+    message      is sent when the sender's link is free: bytes / bandwidth to leave, then latency to arrive. Its time of
+                 arrival is sent ahead of it, so that a late receiver waits no longer than on a real link.
+    collective   of ranks in m pools takes, in addition to its real time,
                      log2(m) x latency  +  max(bytes that leave a pool, bytes that enter it) / bandwidth
-                 all-reduce           2 (m-1)/m x bytes leave and enter (a ring of pools, each summed inside first)
+                 all-reduce           2 (m-1)/m x bytes leave and enter (a ring of pools after a reduction in each)
                  reduce, broadcast    the bytes once, in one direction
-                 tokens of experts    those for other pools leave, those from other pools enter
+                 all-to-all           tokens for other pools leave, tokens from other pools enter
 
-Every worker has a cable of its own; of two ends the smaller bandwidth and the greater latency count. Workers of one
-pool talk as fast as they can. Times of arrival are compared between processes, so all must be on one machine.
+Each rank has a link of its own; between two ranks the smaller bandwidth and the greater latency count. Ranks of one
+pool communicate at full speed. Processes compare times of arrival, so all of them must run on one machine.
 """
 
 import math
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 @dataclass
 class DelayedLinks:
-    """The cables of all workers, seen from one of them.
+    """The links of all ranks, as one of them sees them: a `parallel.communicator.LinkModel`.
 
     Attributes:
-        rank: of this worker.
+        rank: this one.
         pools: of each rank.
-        latencies: seconds, of each rank's cable.
-        rates: bytes/s of each rank's cable; infinity where nothing is pretended.
+        latencies: seconds, of each rank's link.
+        rates: bytes/s of each rank's link; infinity without an emulated bandwidth.
     """
 
     rank: int
@@ -36,7 +36,7 @@ class DelayedLinks:
     _free_at: float = 0.0
 
     def among(self, members: tuple[int, ...]) -> "DelayedLinks":
-        """The same cables for some of the workers, numbered from 0 again."""
+        """The same links for some of the ranks, numbered from 0 again."""
         return DelayedLinks(
             members.index(self.rank),
             tuple(self.pools[rank] for rank in members),
@@ -45,31 +45,31 @@ class DelayedLinks:
         )
 
     def crosses(self, other: int) -> bool:
-        """Whether messages between this worker and `other` take a cable."""
+        """Whether messages between this rank and `other` are delayed."""
         return self.pools[self.rank] != self.pools[other]
 
     def arrival(self, to: int, size: int) -> float:
-        """When (monotonic clock, seconds) a message of `size` bytes arrives that is ready to leave now."""
+        """When (monotonic clock, seconds) a message of `size` bytes that is sent now arrives."""
         ends = (self.rank, to)
         self._free_at = max(self._free_at, time.monotonic()) + size / min(self.rates[end] for end in ends)
         return self._free_at + max(self.latencies[end] for end in ends)
 
     def collectives(self, messages: Sequence[tuple[Sequence[int], int | None, int]]) -> None:
-        """Wait as long as collectives take that run at once: (workers, the one that sends or receives, bytes) of each.
+        """Sleep as long as collectives take that run at once.
 
-        None for that one: all send and receive (all-reduce).
+        messages: (ranks, root, bytes) of each; root None: all ranks send and receive (all-reduce).
         """
-        loads = {True: 0.0, False: 0.0}  # one direction and the other
+        loads = {True: 0.0, False: 0.0}  # bytes in the two directions
         for ranks, root, size in messages:
             pools = len({self.pools[rank] for rank in ranks})
             if pools > 1 and root is None:
-                loads = {way: load + 2 * (pools - 1) / pools * size for way, load in loads.items()}
+                loads = {key: load + 2 * (pools - 1) / pools * size for key, load in loads.items()}
             elif pools > 1 and root is not None:
                 loads[self.crosses(root)] += size
         self.exchange({rank for ranks, _, _ in messages for rank in ranks}, loads[True], loads[False])
 
     def exchange(self, ranks: Collection[int], leaving: float, entering: float) -> None:
-        """Wait as long as workers take whose pool sends and receives so many bytes."""
+        """Sleep as long as an all-to-all among `ranks` takes in which this pool sends and receives so many bytes."""
         pools = len({self.pools[rank] for rank in ranks})
         if pools > 1:
             seconds = max(leaving, entering) / min(self.rates[rank] for rank in ranks)

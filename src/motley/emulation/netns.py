@@ -1,18 +1,15 @@
-"""Slow links between the workers of one machine that are true: real packets, a rate and a latency that hold.
+"""Slow links between the ranks of one machine through which real packets go: network namespaces and a relay.
 
     pool a               pool b
-    worker 0             worker 1              worker 2         each in a network namespace of its own,
+    rank 0               rank 1                rank 2           each in a network namespace of its own,
     10.77.1.1            10.77.2.1 ══ pool0 ══ 10.77.2.2        like a machine with two network cards
         │ link0              │ link0               │ link0
         └──────── uplink, latency, downlink ───────┘            to other pools, as the fleet file says
 
-    netem    link0 is one end of a virtual cable (veth), its other end is plugged into a bridge: `tc` gives packets
-             their latency (netem) and rate (htb) when they leave, and their rate again when they arrive
-    relay    where the kernel has no netem: link0 is a TUN device, and one process carries all packets (relay.py)
-
-Workers of one pool talk over a bridge, as fast as they can. Namespaces, bridges and devices have no names outside and
-live as long as a process holds them: whoever is killed, nothing is left behind. All this takes Linux, root (that of a
-user namespace will do, whose own network namespace one is in), `ip`, `nsenter`, and `tc` or /dev/net/tun.
+link0 is a TUN device; one process (user_relay.py) carries the packets of all of them, with the rate and latency of each
+link. Ranks of one pool communicate over a bridge, as fast as they can. Namespaces, bridges and devices have no names
+outside and exist as long as a process holds them, so that nothing is left behind even if all are killed. This takes
+Linux, root (root of a user namespace will do, inside a network namespace of its own), `ip`, `nsenter` and /dev/net/tun.
 """
 
 import ctypes
@@ -28,29 +25,27 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
-from motley.emulation.user_relay import NETWORK, QUEUE_SECONDS
+from motley.emulation.user_relay import NETWORK
 from motley.errors import InputError
 
-Way = Literal["netem", "relay"]
 DEVICE = "link0"
 TUN = "/dev/net/tun"
 OWN_NAMESPACE = "/proc/thread-self/ns/net"
 CLONE_NEWNET, TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x40000000, 0x400454CA, 0x0001, 0x1000
 LEAST_PACKET, LARGEST_PACKET = 1500, 65000  # bytes
 PACKET_SECONDS = 1e-3  # larger ones would make small messages wait behind them, smaller ones keep the relay busy
-MOST = 250  # pools, and workers of a pool: a byte of the address each
-NO_LIMIT = 1e10  # bytes/s, where tc needs a number
+MOST = 250  # pools, and ranks of a pool: a byte of the address each
 
 
 @dataclass(frozen=True)
 class Cable:
-    """From a worker to those of other pools, each way.
+    """The link of one rank to those of other pools; the same in both directions.
 
     Attributes:
-        rate: bytes/s; of two ends both hold.
-        latency: seconds; of two ends the greater counts.
+        rate: bytes/s; between two ranks both rates limit.
+        latency: seconds; between two ranks the greater counts.
     """
 
     rate: float = math.inf
@@ -62,8 +57,8 @@ class Cable:
 
 
 @dataclass(frozen=True)
-class Coordinates:
-    """Where a worker is: pool and number in it (from 0), and its cable."""
+class Endpoint:
+    """Address of a rank: its pool and its number within the pool, both from 0, and the cable there."""
 
     pool: int
     number: int
@@ -74,37 +69,35 @@ class Coordinates:
         return f"{NETWORK}.{self.pool + 1}.{self.number + 1}"
 
 
-def places_of(pools: Sequence[str], cables: Sequence[Cable]) -> list[Coordinates]:
-    """Each worker's place. Raises InputError for more than addresses reach."""
+def endpoints_of(pools: Sequence[str], cables: Sequence[Cable]) -> list[Endpoint]:
+    """The endpoint of each rank. Raises InputError for more ranks than there are addresses."""
     names = list(dict.fromkeys(pools))
-    places = [
-        Coordinates(names.index(pool), pools[:rank].count(pool), cable)
+    endpoints = [
+        Endpoint(names.index(pool), pools[:rank].count(pool), cable)
         for rank, (pool, cable) in enumerate(zip(pools, cables, strict=True))
     ]
-    if max(max(place.pool, place.number) for place in places) >= MOST:
-        raise InputError(f"true links reach {MOST} pools of {MOST} workers, this fleet has more; choose --links wait")
-    return places
+    if max(max(endpoint.pool, endpoint.number) for endpoint in endpoints) >= MOST:
+        raise InputError(f"true links reach {MOST} pools of {MOST} ranks, this fleet has more; choose --links wait")
+    return endpoints
 
 
 class SlowLinks:
-    """Namespaces, one a worker, and what joins them, until the end of the context.
+    """A network namespace for each rank, and the links between them, until the end of the context.
 
     Attributes:
-        places: of the workers, by rank.
-        way: what makes links slow.
-        kept: files that every process started here must inherit (`pass_fds`): as long as one lives, so do the links.
+        endpoints: by rank.
+        kept: files that every process started here must inherit (`pass_fds`): while one of them runs, the links exist.
 
     Raises InputError where this machine does not allow it.
     """
 
-    way: Way
     kept: tuple[int, ...]
 
-    def __init__(self, places: Sequence[Coordinates]) -> None:
-        self.places = places
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        self.endpoints = endpoints
         with ExitStack() as stack:
             try:
-                self._join(stack)
+                self._set_up(stack)
             except OSError as error:
                 where = f"{error.filename}: " if error.filename else ""
                 raise InputError(
@@ -122,14 +115,14 @@ class SlowLinks:
         self._stack.close()
 
     def at(self, rank: int) -> list[str]:
-        """What to put before a command that is to run at a worker's place (with `kept` as its `pass_fds`)."""
+        """The prefix of a command that runs in the namespace of a rank (with `kept` as its `pass_fds`)."""
         return ["nsenter", f"--net=/proc/self/fd/{self._spaces[rank]}"]
 
     def address(self, rank: int) -> str:
-        return self.places[rank].address
+        return self.endpoints[rank].address
 
     def sent(self) -> list[int]:
-        """Bytes that each worker sent to other pools so far, headers of packets included."""
+        """Bytes that each rank sent to other pools so far, packet headers included."""
         found = []
         for space in self._spaces:
             with _inside(space):
@@ -137,107 +130,57 @@ class SlowLinks:
             found += [int(line.split(":")[1].split()[8]) for line in lines if line.split(":")[0].strip() == DEVICE]
         return found
 
-    def _join(self, stack: ExitStack) -> None:
-        """Make all there is. Raises OSError where the system does not allow it."""
+    def _set_up(self, stack: ExitStack) -> None:
+        """Create namespaces, bridges and the relay. Raises OSError where the system does not allow it."""
         if shutil.which("nsenter") is None:
             raise OSError("there is no nsenter")
         hub = _kept(stack, _namespace())
-        self._spaces = [_kept(stack, _namespace()) for _ in self.places]
+        self._spaces = [_kept(stack, _namespace()) for _ in self.endpoints]
         end, lifeline = os.pipe()
         end, lifeline = _kept(stack, end), _kept(stack, lifeline)
         self.kept = (hub, *self._spaces, lifeline)
-        self.way = "netem" if _has_netem() else "relay"
-        in_hub, at_places = wiring(self.places, self.way, self._spaces)
-        _run("ip", hub, in_hub, self.kept)
-        devices = []
-        for space, commands in zip(self._spaces, at_places, strict=True):
-            if self.way == "relay":
-                devices.append(_kept(stack, _tun(space)))
-            _run("ip", space, commands)
-        if self.way == "netem":
-            _run("tc", hub, [line for rank, place in enumerate(self.places) for line in downlink(rank, place)])
-            for space, place in zip(self._spaces, self.places, strict=True):
-                _run("tc", space, uplink(place, self.places))
-            return
-        ends = [
-            [place.pool + 1, place.number + 1, device, place.cable.rate, place.cable.latency]
-            for place, device in zip(self.places, devices, strict=True)
-        ]
+        in_hub, at_ranks = wiring(self.endpoints, self._spaces)
+        _run_ip(hub, in_hub, self.kept)
+        ends = []
+        for endpoint, space, commands in zip(self.endpoints, self._spaces, at_ranks, strict=True):
+            device, cable = _kept(stack, _tun(space)), endpoint.cable
+            _run_ip(space, commands)
+            ends.append([endpoint.pool + 1, endpoint.number + 1, device, cable.rate, cable.latency])
         process = subprocess.Popen(
             [sys.executable, "-m", "motley.emulation.user_relay", json.dumps({"lifeline": end, "ends": ends})],
-            pass_fds=[end, *devices], stdin=subprocess.DEVNULL, start_new_session=True,
+            pass_fds=[end, *(device for _, _, device, _, _ in ends)], stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         stack.callback(process.wait)
         stack.callback(process.kill)
 
 
-# ------------------------------------------------------------------------------------------ commands
-
-
-def wiring(places: Sequence[Coordinates], way: Way, spaces: Sequence[int]) -> tuple[list[str], list[list[str]]]:
-    """What `ip` is told in the namespace that holds the bridges, and in that of each worker.
+def wiring(endpoints: Sequence[Endpoint], spaces: Sequence[int]) -> tuple[list[str], list[list[str]]]:
+    """Commands for `ip` in the namespace that holds the bridges, and in the namespace of each rank.
 
     Args:
-        places: of the workers.
-        way: how links are made slow.
-        spaces: open files of the workers' namespaces.
+        endpoints: by rank.
+        spaces: open files of the ranks' namespaces.
     """
-    sizes = [sum(place.pool == pool for place in places) for pool in range(1 + max(place.pool for place in places))]
-    bridges = [f"pool{pool}" for pool, size in enumerate(sizes) if size > 1] + ["outside"] * (way == "netem")
+    pools = range(1 + max(endpoint.pool for endpoint in endpoints))
+    sizes = [sum(endpoint.pool == pool for endpoint in endpoints) for pool in pools]
+    bridges = [f"pool{pool}" for pool, size in enumerate(sizes) if size > 1]
     hub = [line for bridge in bridges for line in (f"link add {bridge} type bridge", f"link set {bridge} up")]
     own: list[list[str]] = []
-    for rank, (place, space) in enumerate(zip(places, spaces, strict=True)):
+    for rank, (endpoint, space) in enumerate(zip(endpoints, spaces, strict=True)):
         lines = ["link set lo up"]
-        if sizes[place.pool] > 1:
-            hub += _plugged_in(f"in{rank}", "pool0", f"pool{place.pool}", space)
-            lines += [f"addr add {place.address}/24 dev pool0", "link set pool0 up"]
-        if way == "netem":
-            hub += _plugged_in(f"out{rank}", DEVICE, "outside", space)
-        mtu = place.cable.packet_bytes if way == "relay" else LEAST_PACKET  # a bridge carries its smallest port's
-        lines += [f"addr add {place.address}/32 dev {DEVICE}", f"link set {DEVICE} mtu {mtu} up",
-                  f"route add {NETWORK}.0.0/16 dev {DEVICE} src {place.address}"]  # fmt: skip
+        if sizes[endpoint.pool] > 1:
+            hub += [
+                f"link add in{rank} type veth peer name pool0 netns /proc/self/fd/{space}",
+                f"link set in{rank} master pool{endpoint.pool} up",
+            ]
+            lines += [f"addr add {endpoint.address}/24 dev pool0", "link set pool0 up"]
+        lines += [
+            f"addr add {endpoint.address}/32 dev {DEVICE}",
+            f"link set {DEVICE} mtu {endpoint.cable.packet_bytes} up",
+            f"route add {NETWORK}.0.0/16 dev {DEVICE} src {endpoint.address}",
+        ]
         own.append(lines)
     return hub, own
-
-
-def _plugged_in(port: str, device: str, bridge: str, space: int) -> list[str]:
-    there = f"peer name {device} netns /proc/self/fd/{space}"
-    return [f"link add {port} type veth {there}", f"link set {port} master {bridge} up"]
-
-
-def uplink(own: Coordinates, places: Sequence[Coordinates]) -> list[str]:
-    """What `tc` is told in a worker's namespace: one rate for all it sends, a latency for each other pool."""
-    rate = _bits(own.cable.rate)
-    latencies = {place.pool: place.cable.latency for place in places if place.pool != own.pool}
-    lines = [
-        f"qdisc add dev {DEVICE} root handle 1: htb",
-        f"class add dev {DEVICE} parent 1: classid 1:ffff htb rate {rate}",
-    ]
-    for pool, latency in latencies.items():
-        seconds = max(own.cable.latency, latency)
-        packets = math.ceil(min(own.cable.rate, NO_LIMIT) * (seconds + QUEUE_SECONDS) / LEAST_PACKET) + 1
-        here = f"1:{pool + 1:x}"
-        lines += [
-            f"class add dev {DEVICE} parent 1:ffff classid {here} htb rate 1mbit ceil {rate}",
-            f"qdisc add dev {DEVICE} parent {here} netem delay {seconds * 1e6:.0f}us limit {packets}",
-            f"filter add dev {DEVICE} parent 1: protocol ip prio 1 u32 match ip dst {NETWORK}.{pool + 1}.0/24 "
-            f"flowid {here}",
-        ]
-    return lines
-
-
-def downlink(rank: int, place: Coordinates) -> list[str]:
-    """What `tc` is told where the cable of a worker is plugged in: the rate of all that it receives."""
-    packets = math.ceil(min(place.cable.rate, NO_LIMIT) * QUEUE_SECONDS / LEAST_PACKET) + 1
-    return [
-        f"qdisc add dev out{rank} root handle 1: htb default 1",
-        f"class add dev out{rank} parent 1: classid 1:1 htb rate {_bits(place.cable.rate)}",
-        f"qdisc add dev out{rank} parent 1:1 pfifo limit {packets}",
-    ]
-
-
-def _bits(rate: float) -> str:
-    return f"{8 * min(rate, NO_LIMIT):.0f}bit"
 
 
 # ------------------------------------------------------------------------------------------ the system
@@ -251,7 +194,7 @@ def _call(name: str, *numbers: int) -> None:
 
 @contextmanager
 def _inside(space: int) -> Iterator[None]:
-    """This thread, and processes that it starts, are in a network namespace."""
+    """Run this thread, and the processes that it starts, in a network namespace."""
     home = os.open(OWN_NAMESPACE, os.O_RDONLY)
     _call("setns", space, CLONE_NEWNET)
     try:
@@ -274,7 +217,7 @@ def _namespace() -> int:
 
 
 def _kept(stack: ExitStack, file: int) -> int:
-    """The same file under a number that shells leave alone, until the stack is unwound."""
+    """The same file under a number above those that shells use, until the stack is unwound."""
     import fcntl  # not on Windows, which has no namespaces either
 
     found = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 10)
@@ -284,7 +227,7 @@ def _kept(stack: ExitStack, file: int) -> int:
 
 
 def _tun(space: int) -> int:
-    """The other side of `link0` in a namespace, as an open file."""
+    """The relay's side of `link0` in a namespace, as an open file."""
     import fcntl
 
     with _inside(space):
@@ -293,21 +236,10 @@ def _tun(space: int) -> int:
     return device
 
 
-def _has_netem() -> bool:
-    space = _namespace()
-    try:
-        _run("tc", space, ["qdisc add dev lo root netem delay 1ms"])
-    except OSError:
-        return False
-    finally:
-        os.close(space)
-    return True
-
-
-def _run(program: str, space: int, lines: Sequence[str], kept: Sequence[int] = ()) -> None:
-    """Run `ip` or `tc` in a namespace. Raises OSError with what it said."""
+def _run_ip(space: int, lines: Sequence[str], kept: Sequence[int] = ()) -> None:
+    """Run `ip` in a namespace. Raises OSError with its message."""
     text = "".join(f"{line}\n" for line in lines)
     with _inside(space):
-        done = subprocess.run([program, "-batch", "-"], input=text, capture_output=True, text=True, pass_fds=kept)
+        done = subprocess.run(["ip", "-batch", "-"], input=text, capture_output=True, text=True, pass_fds=kept)
     if done.returncode:
-        raise OSError(f"{program}: {' '.join(done.stderr.split())}")
+        raise OSError(f"ip: {' '.join(done.stderr.split())}")

@@ -1,9 +1,9 @@
-"""The process that slow links between namespaces run through where the kernel has no `netem` (slow_link.py).
+"""The process that carries packets between network namespaces with the rate and latency of slow links (netns.py).
 
-    sender's TUN ──▶ uplink: so many bytes a second ──▶ on the way: latency ──▶ downlink likewise ──▶ receiver's TUN
-                     what would wait longer than routers keep it is dropped, at either end
+    sender's TUN ──▶ uplink: rate ──▶ latency ──▶ downlink: rate ──▶ receiver's TUN
+                     a packet that would queue for longer than QUEUE_SECONDS is dropped, at either end
 
-It ends by itself when nobody holds the other end of its lifeline any more: neither the launcher nor a worker.
+It exits when no process, neither the launcher nor a rank, holds the writing end of its lifeline any more.
 """
 
 import json
@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 NETWORK = "10.77"
-QUEUE_SECONDS = 0.2
-AT_ONCE = 64  # packets taken from one device before the others have their turn
+QUEUE_SECONDS = 0.2  # as routers buffer
+AT_ONCE = 64  # packets read from one device before the next device is read
 LARGEST = 65536
 
 
 @dataclass
-class End:
-    """Where a worker's cable is plugged in.
+class RelayEnd:
+    """The end of a rank's link at the relay.
 
     Attributes:
-        device: its TUN device, opened for reading without waiting.
+        device: its TUN device, opened non-blocking.
         rate: bytes/s, each way.
-        latency: seconds, one way; of two ends the greater counts.
+        latency: seconds, one way; between two ends the greater counts.
     """
 
     device: int
@@ -39,14 +39,14 @@ class End:
     down_free: float = 0.0
 
 
-def relay(ends: Mapping[tuple[int, int], End], lifeline: int) -> None:
+def relay(ends: Mapping[tuple[int, int], RelayEnd], lifeline: int) -> None:
     """Carry packets between the ends until the lifeline closes.
 
     Args:
         ends: by the last two bytes of the address.
-        lifeline: the reading end of a pipe into which nobody writes.
+        lifeline: the reading end of a pipe to which nothing is written.
     """
-    due: list[tuple[float, int, bool, End, bytes]] = []  # when, packet's number, whether it is through its downlink
+    due: list[tuple[float, int, bool, RelayEnd, bytes]] = []  # time, number, whether past the downlink
     number = 0
     network = bytes(map(int, NETWORK.split(".")))
     of_device = {end.device: end for end in ends.values()}
@@ -55,14 +55,14 @@ def relay(ends: Mapping[tuple[int, int], End], lifeline: int) -> None:
         while due and due[0][0] <= now:
             arrived, key, through, end, packet = heappop(due)
             if not through:
-                begun = max(arrived, end.down_free + len(packet) / end.rate)  # sent on while it comes in
+                begun = max(arrived, end.down_free + len(packet) / end.rate)  # it is forwarded while it arrives
                 if begun - arrived > QUEUE_SECONDS:
                     continue
                 end.down_free = begun
                 if begun > now:
                     heappush(due, (begun, key, True, end, packet))
                     continue
-            with suppress(OSError):  # a receiver that is gone, or whose queue is full: the packet is lost
+            with suppress(OSError):  # the receiver exited or its queue is full: drop the packet
                 os.write(end.device, packet)
         wait = max(0.0, due[0][0] - time.monotonic()) if due else None
         ready, _, _ = select.select([lifeline, *of_device], [], [], wait)
@@ -86,9 +86,9 @@ def relay(ends: Mapping[tuple[int, int], End], lifeline: int) -> None:
 
 
 def main(words: str) -> None:
-    """Relay what a JSON text says: {"lifeline": file, "ends": [[pool, number, device, rate, latency], ...]}."""
+    """Relay as a JSON text says: {"lifeline": file, "ends": [[pool, number, device, rate, latency], ...]}."""
     asked = json.loads(words)
-    relay({(pool, number): End(*rest) for pool, number, *rest in asked["ends"]}, asked["lifeline"])
+    relay({(pool, number): RelayEnd(*rest) for pool, number, *rest in asked["ends"]}, asked["lifeline"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What hardware there is: the chip sheet, the user's fleet file, and what a probe measured."""
+"""Hardware: the chip sheet, the user's fleet file, and what a probe measured."""
 
 from motley.fleet.chips import Chip, chip_sheet, find_chip
-from motley.fleet.inventory import Fleet, Link, Measured, Pool, Site, load_fleet, parse_fleet
+from motley.fleet.inventory import Fleet, Link, MeasuredChip, Pool, Site, load_fleet, parse_fleet
 from motley.fleet.probe import Machine, MatmulRate, best_device, describe, probe
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "Link",
     "Machine",
     "MatmulRate",
-    "Measured",
+    "MeasuredChip",
     "Pool",
     "Site",
     "best_device",

@@ -1,12 +1,11 @@
-"""What a chip is: what decides how fast it computes in each number format, and how it rounds.
+"""A chip by its capabilities: what decides how fast it computes in each number format, and how it rounds.
 
     CPU     architecture, vendor, instruction sets that matter, those that PyTorch uses, its build, what overrides them
     CUDA    compute capability (or GPU architecture), multiprocessors, PyTorch's build and its libraries
     others  the chip's own name, the system's and PyTorch's version
 
-The name that a chip is sold under does not decide: "AMD EPYC" has AVX2 only, or AVX-512 and bf16. Two chips of the same
-description come to the same bits in all that was seen; nothing can promise it, so copies are compared too
-(`train/copies.py`).
+The product name does not decide: "AMD EPYC" has AVX2 only, or AVX-512 and bf16. Two chips of the same description gave
+the same bits in all tests; nothing guarantees it, so copies of weights are compared too (`parallel/consistency.py`).
 """
 
 import hashlib
@@ -30,7 +29,7 @@ OVERRIDES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "M
 def capabilities(device: torch.device, kernels: str = "") -> str:
     """The description of a device, to compare with that of another.
 
-    kernels: of our own that are loaded, in words.
+    kernels: for people, our own kernels that are loaded.
     """
     facts = _cpu(CPU_INFORMATION) if device.type == "cpu" else _accelerator(device)
     return ", ".join([*facts, f"PyTorch {torch.__version__} ({_build()})", *[kernels] * bool(kernels)])
@@ -48,14 +47,14 @@ def _cpu(information: Path) -> tuple[str, ...]:
 
 
 def instruction_sets(information: Path = CPU_INFORMATION) -> list[str] | None:
-    """All that the system says the CPU has; None where it does not tell."""
+    """All that the system lists for the CPU; None where it lists none."""
     entries = _entries(information)
     said = entries.get("flags", entries.get("Features"))
     return None if said is None else said.split()
 
 
 def _entries(information: Path) -> dict[str, str]:
-    """What the system says of the first core."""
+    """What the system lists for the first core."""
     entries: dict[str, str] = {}
     if information.exists():
         for line in information.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""The chip sheet as values: what data sheets promise for each chip, every cell with its source (`chips.yaml`)."""
+"""The chip sheet as values: figures of data sheets for each chip, every cell with its source (`chips.yaml`)."""
 
 import difflib
 import re
@@ -16,7 +16,7 @@ Precision = Literal["bf16", "fp16", "fp8", "fp32"]
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp16", "fp8", "fp32")
 ESTIMATE = "E"
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
-SAID_ANYWAY = {  # words of vendors' names that tell no chip from another
+COMMON_WORDS = {  # in vendors' names; they distinguish no chips
     *("nvidia", "tesla", "geforce", "amd", "instinct", "intel", "huawei", "iluvatar", "google"),
     *("gpu", "oam", "hgx", "dgx", "nvlink", "hbm2", "hbm2e", "hbm3", "hbm3e"),
 }
@@ -29,7 +29,7 @@ class Chip:
 
     Attributes:
         flops: dense FLOP/s per number format with fp32 accumulation; formats without units are absent.
-        sustained: share of `flops` that the largest products keep up.
+        sustained: share of `flops` that the largest matrix products reach.
         memory_bytes: its own memory.
         memory_bandwidth: bytes/s.
         link_bandwidth: bytes/s per direction to the chips of its node.
@@ -60,7 +60,7 @@ class Chip:
     cells: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def best_precision(self) -> str:
-        """What to train in: bf16 where the chip has it, else fp16, else fp32 (fp8 is asked for, never assumed)."""
+        """To train in: bf16 where the chip has it, else fp16, else fp32 (fp8 only on request)."""
         return next(name for name in ("bf16", "fp16", "fp32") if name in self.flops)
 
     def estimated(self) -> list[str]:
@@ -84,7 +84,7 @@ def chip_sources() -> dict[str, str]:
 
 
 def find_chip(name: str) -> Chip:
-    """The chip called `name` as sheet, drivers or people write it: `A100`, `NVIDIA A100-SXM4-80GB`, `h800 sxm`.
+    """The chip called `name`, as the sheet, drivers or people write it: `A100`, `NVIDIA A100-SXM4-80GB`, `h800 sxm`.
 
     Memory and form (SXM, PCIe) may be left out: then the usual one is meant, else the first of the sheet. Raises
     InputError offering the nearest names.
@@ -93,7 +93,7 @@ def find_chip(name: str) -> Chip:
     known = {_words(alias): chip for chip in sheet.values() for alias in (chip.name, *chip.aliases)}
     if words in known:
         return known[words]
-    usual = known.get(frozenset(word for word in words if not _is_form(word)))  # V100 means that with 32 GB
+    usual = known.get(frozenset(word for word in words if not _is_form(word)))  # V100 means the one with 32 GB
     for chip in (*([usual] if usual else []), *sheet.values()):
         unsaid, unknown = _words(chip.name) - words, words - _words(chip.name)
         if all(map(_is_form, unsaid)) and all(_is_memory_of(chip, word) for word in unknown) and words - unknown:
@@ -107,11 +107,11 @@ def find_chip(name: str) -> Chip:
 
 
 def _words(name: str) -> frozenset[str]:
-    """`NVIDIA A100-SXM4-80GB` → {a100, sxm, 80gb}: what tells chips apart."""
+    """`NVIDIA A100-SXM4-80GB` → {a100, sxm, 80gb}: the words that distinguish chips."""
     text = re.sub(r"(\d+)[\s_-]*(?:gib|gb|g)\b", r" \1gb ", name.lower())
     text = re.sub(r"(\d)[\s_-]*ti\b", r"\1ti", text)
     text = re.sub(r"\bsxm\d", "sxm", text)
-    return frozenset(re.findall(r"[a-z0-9]+", text)) - SAID_ANYWAY
+    return frozenset(re.findall(r"[a-z0-9]+", text)) - COMMON_WORDS
 
 
 def _is_form(word: str) -> bool:

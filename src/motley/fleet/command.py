@@ -1,4 +1,4 @@
-"""`motley fleet probe`, `show` and `chips`: what the command line asks of this room."""
+"""The commands `motley fleet probe`, `show` and `chips`."""
 
 import io
 import os
@@ -58,7 +58,7 @@ class ChipsConfig:
 
 
 def fleet_probe(config: ProbeConfig) -> dict[str, Any] | None:
-    """None on the other ranks of a job: rank 0 speaks for all."""
+    """Measure and write the file; None on all ranks but rank 0."""
     if config.out.exists() and not config.overwrite:
         raise InputError(f"{config.out} exists and may hold your edits; give --overwrite or another --out")
 
@@ -103,7 +103,7 @@ def fleet_show(config: ShowConfig) -> dict[str, Any]:
 
 
 def as_facts(fleet: Fleet, name: str) -> dict[str, Any]:
-    """One pool with what the sheet adds."""
+    """One pool with values of the sheet."""
     pool = next(pool for pool in fleet.pools if pool.name == name)
     return {
         **pool.model_dump(),

@@ -1,4 +1,4 @@
-"""Where to compute and in which number format: decided by rule, and said."""
+"""Device and number formats to compute in."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -17,11 +17,11 @@ ACTIVATIONS: dict[Format, torch.dtype] = {
     "fp32": torch.float32,
     "fp8": torch.bfloat16,
 }
-"""What stands between the products; with fp8 only the operands of the linear layers' products are fp8."""
+"""Dtype between matrix products; with fp8 only the operands of linear layers are fp8."""
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto` takes the accelerator if there is one. Raises InputError for a device this machine lacks."""
+    """`auto` is the accelerator if there is one. Raises InputError for a device that this machine lacks."""
     if wanted == "auto":
         return best_device()
     try:
@@ -33,5 +33,5 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def number_format(precision: Precision, machine: Callable[[], Machine]) -> Format:
-    """What to compute in; `auto` asks `machine` what it measured to be worth it."""
+    """The format to compute in; `auto` is the one that `machine` was measured to gain from."""
     return machine().compute_dtype if precision == "auto" else precision  # pyright: ignore[reportReturnType]

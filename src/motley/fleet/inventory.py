@@ -1,4 +1,4 @@
-"""The user's fleet as a file: pools of equal chips, the sites they stand in, the links between those.
+"""The user's fleet as a file: pools of equal chips, their sites, the links between sites.
 
     name: lab
     pools:
@@ -9,10 +9,10 @@
         link_inside: 300 GB/s      # per chip and direction; default: the sheet's
         link_outside: 100 Gb/s     # per NODE and direction; default: the sheet's
         price_per_hour: 1.40       # of one chip; default: the sheet's
-        emulated: {speed: 0.25}    # play these chips on this machine: speed, memory, precision, link, fails_after
+        emulated: {speed: 0.25}    # with --emulate: speed, memory, precision, link, fails_after
     sites: [...]  links: [...]     # only where some links are slow
 
-Whatever is wrong is named with its line. Rates and sizes carry their units.
+Errors name the line. Rates and sizes carry their units.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ HOURS_BETWEEN_FAILURES = 50_000.0
 """Of one chip: Llama 3 (arXiv 2407.21783, 3.3.4) lost 419 times in 54 days on 16,384 H100: 50,700 chip-hours each."""
 FP16_GAIN = 1.3  # over bf16, to be worth loss scaling
 MOST_CHIPS = 1_000_000
-MOST_OF_MEMORY = 1.1  # that measured values of a GPU may be of the sheet's: beyond, it is a unit or another chip
+MOST_OF_MEMORY = 1.1  # measured values of a GPU beyond this multiple of the sheet's are a wrong unit or another chip
 MOST_OF_RATES = 1.5
 LATENCY = {"inside a site": 5e-6, "between sites": 20e-3}  # where the file does not say
 
@@ -45,37 +45,37 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Measured(_Entry):
-    """What a probe found; each value replaces the data sheet's."""
+class MeasuredChip(_Entry):
+    """Values of a chip that a probe measured; each replaces the data sheet's."""
 
     device: str = ""
     """The chip's own name."""
     memory: Memory | None = None
-    """What a process may use of a chip's memory."""
+    """Memory of a chip that a process may use."""
     memory_bandwidth: Rate | None = None
     matmul: dict[Precision, tuple[MatmulPoint, ...]] = {}
     """Per number format: [groups, rows, inner, columns, GFLOP/s] of each product measured."""
 
 
 class EmulatedLink(_Entry):
-    """The pretended cable between a worker of this pool and workers of other pools, each way."""
+    """The emulated link between a rank of this pool and ranks of other pools, the same in both directions."""
 
     bandwidth: Rate | None = None
     latency: Duration = 0.0
 
 
 class Emulated(_Entry):
-    """What workers of this machine pretend to be, so that a fleet can be played by who has none (`--emulate`)."""
+    """A chip that a rank of this machine emulates (`--emulate`)."""
 
     speed: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the speed of the machine that plays."""
+    """Share of the speed of the emulating machine."""
     memory: Memory | None = None
-    """What each worker may hold."""
+    """Memory that each rank may use."""
     precision: Precision | None = None
-    """What the pretended chip trains in: the widest-ranging 16 bits that it has, fp32 where it has none, or fp8."""
+    """Format that the emulated chip trains in: bf16 or fp16, fp32 where it has neither, or fp8."""
     link: EmulatedLink = EmulatedLink()
     fails_after: tuple[Moment, ...] = ()
-    """When the pool's first chip dies, its second, ...: `8 steps` or `60 s`; chips beyond the list live."""
+    """When the first chip of the pool fails, the second, ...: `8 steps` or `60 s`; further chips do not fail."""
 
 
 class Pool(_Entry):
@@ -95,24 +95,24 @@ class Pool(_Entry):
     hours_between_failures: Positive = HOURS_BETWEEN_FAILURES
     hours_between_node_failures: Positive | None = None
     precision: Precision | None = None
-    measured: Measured = Measured()
+    measured: MeasuredChip = MeasuredChip()
     emulated: Emulated | None = None
 
     @property
     def speed(self) -> float:
-        """Share of the chip's own speed that it gives here: below 1 where a slower one is only pretended."""
+        """Share of the chip's own speed: below 1 where a slower chip is emulated."""
         return self.emulated.speed if self.emulated else 1.0
 
     @property
     def memory_known(self) -> float | None:
-        """Bytes that a process may use of a chip, where that was pretended or measured; None: see the sheet."""
+        """Bytes of a chip that a process may use, where they are emulated or measured; None: see the sheet."""
         return (self.emulated and self.emulated.memory) or self.measured.memory
 
     @property
     def network_known(self) -> float | None:
-        """Bytes/s of a node to others, likewise."""
-        pretended = self.emulated and self.emulated.link.bandwidth
-        return pretended * self.per_node if pretended else self.link_outside
+        """Bytes/s of a node to other nodes, likewise."""
+        emulated = self.emulated and self.emulated.link.bandwidth
+        return emulated * self.per_node if emulated else self.link_outside
 
     @property
     def sheet(self) -> Chip:
@@ -128,10 +128,10 @@ class Pool(_Entry):
 
     @property
     def best_precision(self) -> str:
-        """What it trains in unless told otherwise: what was measured to be fastest, or the sheet's widest 16 bits.
+        """Format to train in by default: the fastest that was measured, or bf16, fp16, fp32 by the sheet.
 
-        fp8 is asked for, never assumed; fp16 needs loss scaling and must be clearly faster than bf16 to be chosen.
-        A pretended format costs what this machine takes for it: fp32, where it lacks the format itself.
+        fp8 is used on request only; fp16 needs loss scaling and must be clearly faster than bf16 to be chosen.
+        An emulated format costs what it costs on this machine: the time of fp32 where it lacks the format.
         """
         if self.precision:
             return self.precision
@@ -162,7 +162,7 @@ class Pool(_Entry):
 
 
 class Link(_Entry):
-    """A slow link between two sites; its bandwidth is what one site can send to the other."""
+    """A slow link between two sites; its bandwidth is that of one direction."""
 
     sites: Annotated[tuple[Name, Name], Field()]
     bandwidth: Rate
@@ -174,7 +174,7 @@ class Site(_Entry):
 
 
 class Fleet(_Entry):
-    """Everything there is."""
+    """All pools, sites and links."""
 
     name: Name = "fleet"
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)]
@@ -201,7 +201,7 @@ class Fleet(_Entry):
         raise InputError(f"fleet {self.name}: no link between the sites {one!r} and {other!r}")
 
     def without(self, names: Sequence[str]) -> "Fleet":
-        """The same fleet without some pools."""
+        """The fleet without some of its pools."""
         return self.model_copy(update={"pools": tuple(pool for pool in self.pools if pool.name not in names)})
 
 
@@ -242,7 +242,7 @@ def parse_fleet(text: str, where: str) -> Fleet:
 
 
 def _check(fleet: Fleet, node: yaml.Node | None, where: str) -> None:
-    """What one entry cannot see of another."""
+    """Check entries against each other."""
     names = [pool.name for pool in fleet.pools]
     for index, pool in enumerate(fleet.pools):
         at = f"{where}, line {_line(node, ('pools', index, 'chip'))}"
@@ -256,7 +256,7 @@ def _check(fleet: Fleet, node: yaml.Node | None, where: str) -> None:
             line = _line(node, ("pools", index, "emulated", "fails_after"))
             raise InputError(
                 f"{where}, line {line}: fails_after has {len(pool.emulated.fails_after)} times, the pool has "
-                f"{pool.chips} chips; give one for each chip that shall fail, the first chip first"
+                f"{pool.chips} chips; give one for each chip that shall fail, in the order of chips"
             )
         if pool.precision and pool.precision not in chip.flops:
             line = _line(node, ("pools", index, "precision"))
@@ -296,8 +296,8 @@ def _check(fleet: Fleet, node: yaml.Node | None, where: str) -> None:
             )
 
 
-def beyond_the_sheet(measured: Measured, chip: Chip) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """What was measured that the chip cannot do: (both values in words, where it stands in `measured`)."""
+def beyond_the_sheet(measured: MeasuredChip, chip: Chip) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Measured values that the chip cannot reach: (both values for people, path within `measured`)."""
     if measured.memory and measured.memory > MOST_OF_MEMORY * chip.memory_bytes:
         yield f"memory is {size_text(measured.memory)}, {chip.name} has {size_text(chip.memory_bytes)}", ("memory",)
     if measured.memory_bandwidth and measured.memory_bandwidth > MOST_OF_RATES * chip.memory_bandwidth:
@@ -312,7 +312,7 @@ def beyond_the_sheet(measured: Measured, chip: Chip) -> Iterator[tuple[str, tupl
 
 
 def _sentence(failed: ValidationError, node: yaml.Node | None, where: str) -> str:
-    """The first thing that is wrong, for people."""
+    """The first error, for people."""
     error = failed.errors()[0]
     path = [part for part in error["loc"] if isinstance(part, int) or part not in ("tuple", "function-before")]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
@@ -329,7 +329,7 @@ def _sentence(failed: ValidationError, node: yaml.Node | None, where: str) -> st
 
 
 def _entry_at(path: Sequence[Any]) -> type[_Entry]:
-    """The kind of entry that stands at `path` of a fleet file."""
+    """The class of the entry at `path` of a fleet file."""
     entry: type[_Entry] = Fleet
     for name in path:
         if name in entry.model_fields:
@@ -338,7 +338,7 @@ def _entry_at(path: Sequence[Any]) -> type[_Entry]:
 
 
 def _entries_in(annotation: Any) -> Iterator[type[_Entry]]:
-    """The kinds of entry that a field's type mentions: `tuple[Pool, ...]` → Pool."""
+    """The entry classes in the type of a field: `tuple[Pool, ...]` → Pool."""
     if isinstance(annotation, type) and issubclass(annotation, _Entry):
         yield annotation
     for part in get_args(annotation):
@@ -367,7 +367,7 @@ def _line(node: yaml.Node | None, path: Sequence[Any]) -> int:
 
 
 def _no_key_twice(node: yaml.Node | None, where: str) -> None:
-    """YAML takes the last of two equal keys without a word; here that is an error."""
+    """Raises InputError for a key that is given twice, of which YAML would silently take the last."""
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:

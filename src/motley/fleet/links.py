@@ -6,8 +6,8 @@
     collectives   all ranks at growing sizes: all-reduce (gradients), all-gather and reduce-scatter (shards),
                   all-to-all (experts)
 
-Messages lie where training keeps them: in the accelerators' memory where every rank has its own, else on the host.
-Run under torchrun; rank 0 gathers what every rank measured of itself and writes one fleet file.
+Messages are in the accelerators' memory where every rank has an accelerator of its own, else on the host.
+Run under torchrun; rank 0 gathers the measurements of all ranks and writes one fleet file.
 """
 
 import os
@@ -41,7 +41,7 @@ class PairRate:
 
 @dataclass(frozen=True)
 class CollectiveRate:
-    """One collective over all ranks: `message_bytes` per rank (all its shards together) took `seconds`."""
+    """One collective over all ranks: `message_bytes` per rank (of all its shards) took `seconds`."""
 
     name: str
     message_bytes: int
@@ -50,7 +50,7 @@ class CollectiveRate:
 
 @dataclass(frozen=True)
 class Links:
-    """What rank 0 knows of all links of a job."""
+    """All links of a job that were measured."""
 
     hosts: tuple[str, ...]
     pairs: tuple[PairRate, ...]
@@ -103,9 +103,9 @@ def measure_together(measure: Callable[[], Machine]) -> tuple[list[Machine], Lin
 
 
 def links_between(hosts: Sequence[str], device: torch.device) -> Links:
-    """The pairs of a job that has met, measured; every rank calls this with the host of each and gets all of them.
+    """Measure pairs of ranks of an initialized process group; every rank calls this with the host of each and gets all.
 
-    device: where messages lie.
+    device: of the messages.
     """
     own = [_pair(dist.get_rank(), together, device) for together in pair_rounds(hosts)]
     pairs: list[Any] = [None] * len(hosts)
@@ -135,20 +135,20 @@ def pair_rounds(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
 
 
 def _pair(rank: int, together: Sequence[tuple[int, int]], device: torch.device) -> PairRate | None:
-    """There and back between the two ranks of each pair; ranks in none wait. The first of a pair gets its rate."""
+    """Ping-pong between the two ranks of each pair; other ranks wait. The first of a pair returns its rate."""
     result = None
     for one, other in together:
         if rank in (one, other):
             peer = other if rank == one else one
-            ping = _there_and_back(rank == one, peer, PING_BYTES, device)
-            bulk = _there_and_back(rank == one, peer, BULK_BYTES, device)
+            ping = _ping_pong(rank == one, peer, PING_BYTES, device)
+            bulk = _ping_pong(rank == one, peer, BULK_BYTES, device)
             if rank == one:
                 result = PairRate(one, other, ping / 2, BULK_BYTES / max(bulk / 2 - ping / 2, 1e-9))
-    _meet()
+    _barrier()
     return result
 
 
-def _there_and_back(first: bool, peer: int, size: int, device: torch.device) -> float:
+def _ping_pong(first: bool, peer: int, size: int, device: torch.device) -> float:
     message = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def exchange() -> None:
@@ -159,11 +159,11 @@ def _there_and_back(first: bool, peer: int, size: int, device: torch.device) -> 
             dist.recv(message, peer)
             dist.send(message, peer)
 
-    return _median_seconds(exchange, device, meet=False)
+    return _median_seconds(exchange, device, barrier=False)
 
 
 def _collective(name: str, size: int, device: torch.device) -> float:
-    """`size` bytes per rank; what is cut into a part for each rank is rounded up to equal parts."""
+    """Seconds of a collective with `size` bytes per rank, rounded up to equal parts."""
     world = dist.get_world_size()
     part = -(-size // (4 * world))
     whole = torch.zeros(part * world, device=device)
@@ -174,15 +174,15 @@ def _collective(name: str, size: int, device: torch.device) -> float:
         "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, whole),
         "all_to_all": lambda: dist.all_to_all_single(torch.empty_like(whole), whole),
     }
-    return _median_seconds(actions[name], device, meet=True)
+    return _median_seconds(actions[name], device, barrier=True)
 
 
-def _median_seconds(action: Callable[[], Any], device: torch.device, meet: bool) -> float:
-    """Of `ROUNDS` runs; one more before them opens the connections. With `meet` all ranks begin each one together."""
+def _median_seconds(action: Callable[[], Any], device: torch.device, barrier: bool) -> float:
+    """Of `ROUNDS` runs; one more before them opens the connections. `barrier`: all ranks begin each run together."""
     taken = []
     for _ in range(ROUNDS + 1):
-        if meet:
-            _meet()
+        if barrier:
+            _barrier()
         started = time.perf_counter()
         action()
         wait_for(device)
@@ -190,6 +190,6 @@ def _median_seconds(action: Callable[[], Any], device: torch.device, meet: bool)
     return sorted(taken[1:])[ROUNDS // 2]
 
 
-def _meet() -> None:
-    """All ranks wait for each other, over the host's network."""
+def _barrier() -> None:
+    """All ranks wait for each other, over gloo."""
     dist.all_reduce(torch.zeros(1))

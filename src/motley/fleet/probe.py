@@ -1,6 +1,6 @@
-"""Measure this machine: how many cores are really ours, how fast it multiplies and how fast it moves memory.
+"""Measure this machine: usable cores, memory, speed of matrix products and of memory.
 
-How products and copies are measured stands in `products`; here is what the system says, and what follows from both.
+`products` measures products and copies; this module adds what the system says and draws the conclusions.
 """
 
 import math
@@ -74,15 +74,15 @@ class Machine:
         cores: CPU cores this process may use (affinity and the container's quota counted).
         threads: CPU threads PyTorch computes with, at most `cores`.
         memory_bytes: memory of the host, or of the container if that is less.
-        available_memory_bytes: what of it was free when measured.
+        available_memory_bytes: free when measured.
         device_memory_bytes: memory of the accelerator; None where the device computes in host memory.
         matmul_rates: measured products, per number format and shape.
         bandwidth_gigabytes_per_second: reading plus writing while copying a large array.
-        compute_dtype: number format to train in: "bf16" where it is clearly faster than fp32, "fp16" where that is so
+        compute_dtype: number format to train in: "bf16" where it is clearly faster than fp32, "fp16" where that is
             and the chip has no bf16, else "fp32".
-        device_free_bytes: what of the accelerator's memory a process could use when the probe began.
-        left_out: formats that were tried and are not faster than fp32, and how many times slower (None: they fail).
-        chip: what decides how it computes (`capabilities`); None in files from before it was kept.
+        device_free_bytes: memory of the accelerator that a process could use when the probe began.
+        left_out: formats that are not faster than fp32, and how many times slower they are (None: they fail).
+        chip: its `capabilities`; None in older files.
     """
 
     device: str
@@ -120,7 +120,7 @@ class Machine:
     def from_dict(cls, value: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises InputError where fields are missing or unknown."""
         names = {field.name for field in fields(cls)}
-        if wrong := (names ^ set(value)) - {"device_free_bytes", "left_out", "chip"}:  # younger than some files
+        if wrong := (names ^ set(value)) - {"device_free_bytes", "left_out", "chip"}:  # older files lack them
             raise InputError(
                 f"not a machine as `motley fleet probe --json` writes it: fields missing or unknown: "
                 f"{', '.join(sorted(wrong))}"
@@ -139,13 +139,13 @@ def best_device() -> torch.device:
 def probe(
     seconds: float = PROBE_SECONDS, device: torch.device | None = None, grid: bool = False, shown: bool = True
 ) -> Machine:
-    """Measure this machine for about `seconds`, and never for twice as long: slow ones in fewer and smaller sizes.
+    """Measure this machine for about `seconds`, never for twice as long; slow machines with fewer and smaller sizes.
 
     Args:
         seconds: time for all measurements together.
         device: what to measure; default the accelerator, or the CPU where there is none.
         grid: measure curves (small to large, skinny, grouped) instead of squares and one skinny product.
-        shown: say what is being done (one of many workers speaks).
+        shown: report progress (on one rank of many).
     """
     started = time.perf_counter()
     device = device or best_device()
@@ -211,7 +211,7 @@ def why_left_out(name: str, slower: float | None) -> str:
 
 
 def describe(machine: Machine) -> str:
-    """One sentence for people."""
+    """The machine in one sentence, for people."""
     formats = sorted({rate.dtype for rate in machine.matmul_rates}, key=list(DTYPES).index)
     rates = ", ".join(f"{in_flops(machine.peak_gflops(dtype))} in {dtype}" for dtype in formats)
     if machine.device == "cpu":
@@ -239,7 +239,7 @@ def in_gigabytes(memory_bytes: int | None) -> str:
 
 
 def choose_dtype(rates: tuple[MatmulRate, ...]) -> str:
-    """The chip's 16 bits if they beat fp32 by more than `GAIN_WORTH_BF16` in every shape measured in both, else fp32.
+    """The chip's 16-bit format if it beats fp32 by `GAIN_WORTH_BF16` in every shape measured in both, else fp32.
 
     fp16 only where bf16 was not measured: its narrow range needs a loss scale.
     """
@@ -258,7 +258,7 @@ def choose_dtype(rates: tuple[MatmulRate, ...]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The chip's own name; the CPU's architecture where the system does not tell more."""
+    """The chip's own name; the CPU's architecture where the system lists no name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo")
@@ -273,18 +273,18 @@ def device_memory(device: torch.device) -> tuple[int | None, int | None]:
     """(free, total) bytes of the accelerator's memory; None for devices that compute in host memory."""
     if device.type in ("cpu", "mps"):
         return None, None
-    torch.empty(1, device=device)  # what every process needs is no longer free
+    torch.empty(1, device=device)  # the context that every process needs is no longer free
     return torch.accelerator.get_memory_info(device)
 
 
 def usable_cores(cgroups: Path = CGROUPS) -> int:
-    """Cores this process may really use: its CPU affinity, cut to its container's quota (at least 1)."""
+    """Cores this process may use: its CPU affinity, limited by its container's quota (at least 1)."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min(affinity, cpu_quota(cgroups))))
 
 
 def cpu_quota(cgroups: Path = CGROUPS) -> float:
-    """Cores' worth of time granted by the control groups (version 2 or 1) around us; inf if unlimited."""
+    """CPU quota, in cores, of the control groups (version 2 or 1) of this process; inf if unlimited."""
     quotas = [math.inf]
     for group in _own_groups(cgroups, ""):
         if (limit := _read(group / "cpu.max")) is not None:  # "150000 100000" or "max 100000"
@@ -299,7 +299,7 @@ def cpu_quota(cgroups: Path = CGROUPS) -> float:
 
 
 def host_memory(cgroups: Path = CGROUPS) -> tuple[int, int]:
-    """Total and available bytes of memory, cut to the limit of the container around this process."""
+    """Total and available bytes of memory, limited by the container of this process."""
     memory = psutil.virtual_memory()
     total, available = int(memory.total), int(memory.available)
     groups = [(group, "memory.max", "memory.current") for group in _own_groups(cgroups, "")]
@@ -311,7 +311,7 @@ def host_memory(cgroups: Path = CGROUPS) -> tuple[int, int]:
         if limit is None or used is None or limit == "max":
             continue
         statistics_lines = (_read(group / "memory.stat") or "").splitlines()
-        # Files the system merely remembers are counted as used, but make room when asked.
+        # Cached files count as used, but the system drops them when memory is needed.
         reclaimable = sum(int(line.split()[1]) for line in statistics_lines if line.startswith("inactive_file "))
         total = min(total, int(limit))
         available = min(available, max(0, int(limit) - int(used) + reclaimable))
@@ -319,7 +319,7 @@ def host_memory(cgroups: Path = CGROUPS) -> tuple[int, int]:
 
 
 def _own_groups(mount: Path, controller: str) -> list[Path]:
-    """Folders of the control group this process is in, and of all groups around it, as far as visible."""
+    """Folders of the control group of this process and of all its parents, as far as visible."""
     own = Path("/")
     for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
         _, controllers, path = line.split(":", 2)

@@ -1,12 +1,12 @@
-"""How fast a device multiplies and copies, in bounded time whatever it turns out to be.
+"""How fast a device multiplies and copies, measured in bounded time on any device.
 
-    climb       4, 8, 16 ... 2048         every format on each size, fp32 first: the next size is tried only if what the
-                                          last one took lets it end in time; who is slower than fp32 is left out
-    turns       rounds until the time is up: every size that was reached once, in turn; the median of them is the result
-    deadline    whatever still runs a little before twice the time is not waited for
+    climb       4, 8, 16 ... 2048         every format at each size, fp32 first: the next size is tried only if the time
+                                          of the last one lets it end in time; formats slower than fp32 are left out
+    turns       rounds until the time is up: every size that was reached, in turn; the result is the median of each
+    deadline    a product that still runs shortly before twice the time is abandoned
 
-Taking turns means that a busy moment of the machine slows all candidates alike, so that comparing them (is bf16 faster
-here?) stays fair; the median forgets the moment altogether.
+Because sizes take turns, a busy moment of the machine slows all of them alike, so that comparisons (is bf16 faster
+here?) stay fair; the median ignores the moment.
 """
 
 import math
@@ -18,20 +18,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-SKINNY = (4096, 256, 1024)  # a batch of tokens through one small layer: what training a small model consists of
-BURST_SECONDS = 0.005  # a measurement shorter than this is repeated: clocks and kernel launches are not free
+SKINNY = (4096, 256, 1024)  # a batch of tokens through one small layer, the usual product of a small model
+BURST_SECONDS = 0.005  # shorter measurements are repeated, because clocks and kernel launches take time
 MOST_IN_BURST = 100
 FIRST_SHARE = 0.01  # of the time: products that take less are run a few times at first
-FIRST_RUNS = 5  # the best of so many decides whether a format is left out: a busy moment must not
+FIRST_RUNS = 5  # the best of them decides whether a format is left out, so that a busy moment does not
 COPIES_SHARE = 0.25  # of the time, at most
 LEAST_ROUNDS = 3  # that must still fit into the time after a size was reached
-DEADLINE = (
-    1.8  # times the seconds asked for: what runs then is left alone, so that the whole takes less than twice them
-)
+DEADLINE = 1.8  # of the seconds asked for: then a product is abandoned, so that the whole takes less than twice them
 CAUTION = {"fp32": 4.0, "copy": 4.0}
 CAUTION_ELSE = 32.0
-"""A size is tried if it ended in time even if it were so many times slower than the one before lets expect. Formats
-other than fp32 may be emulated from some size on."""
+"""A size is tried if it would end in time even when it is this many times slower than the previous size predicts.
+Formats other than fp32 may be emulated from some size on."""
 HOPELESS = 4.0  # times slower than fp32: emulated, whatever the size
 HOPELESS_FROM = 64  # edge; below, a call costs more than its product
 GLANCE_SECONDS = 0.1
@@ -49,13 +47,13 @@ Key = tuple[str, Shape]
 
 
 def most_seconds(seconds: float) -> float:
-    """What a probe or a glance of `seconds` takes at the very most: what those who wait for it must bear."""
+    """The longest that a probe or a glance of `seconds` takes; other ranks that wait for it must wait as long."""
     return 2 * seconds
 
 
 @dataclass
-class Measured:
-    """What was found so far.
+class ProbeSamples:
+    """Measurements so far.
 
     Attributes:
         samples: seconds of each run of every size that was reached, in formats that are not left out.
@@ -69,9 +67,9 @@ class Measured:
         """The median of each size."""
         return {key: statistics.median(samples) for key, samples in self.samples.items()}
 
-    def copied(self) -> "Measured":
-        """A copy that no other thread changes."""
-        return Measured({key: list(samples) for key, samples in list(self.samples.items())}, dict(self.left_out))
+    def copied(self) -> "ProbeSamples":
+        """A snapshot that no other thread changes."""
+        return ProbeSamples({key: list(samples) for key, samples in list(self.samples.items())}, dict(self.left_out))
 
 
 def flops(shape: Shape) -> int:
@@ -81,11 +79,11 @@ def flops(shape: Shape) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is tried on a kind of device, small to large.
+    """Sizes to try on a kind of device, small to large.
 
     Attributes:
         squares: edges of the products that a format climbs.
-        trial: the edge at which a format must be faster than fp32; smaller ones are not reported.
+        trial: the edge at which a format must be faster than fp32; smaller products are not reported.
         copies: bytes.
     """
 
@@ -102,7 +100,7 @@ def sizes_of(device: torch.device) -> Sizes:
     """The largest copy is larger than any cache."""
     if device.type == "cpu":
         return Sizes([2**k for k in range(2, 12)], 256, [2**k for k in range(20, 29, 2)])
-    # Below 2048 an accelerator takes as long to begin as to multiply.
+    # Below 2048 launching a product on an accelerator takes as long as computing it.
     return Sizes([2**k for k in range(7, 14)], 2048, [2**k for k in range(20, 31, 2)])
 
 
@@ -113,7 +111,7 @@ def measure(
     grid: bool = False,
     started: float | None = None,
     make: MakeProduct | None = None,
-) -> Measured:
+) -> ProbeSamples:
     """Rates of products and copies, in less than twice `seconds`.
 
     Args:
@@ -140,15 +138,15 @@ def measure(
 
 
 def glance(device: torch.device, dtype: str, seconds: float = GLANCE_SECONDS, make: MakeProduct | None = None) -> float:
-    """GFLOP/s of the largest matrix product for which there is time: enough to tell workers apart at a start.
+    """GFLOP/s of the largest matrix product for which there is time: enough to share rows out at a start.
 
-    dtype: number format; where the device has none of that name, fp32 is measured.
+    dtype: number format; fp32 is measured where the device lacks it.
     """
     dtype = dtype if dtype in formats_of(device) else "fp32"
     make = make or product
     largest = 512 if device.type == "cpu" else 4096
     squares: list[Shape] = [(1, edge, edge, edge) for edge in sizes_of(device).squares if edge <= largest]
-    make(device, dtype, *squares[0])()  # libraries start: not what is measured
+    make(device, dtype, *squares[0])()  # initializes libraries, which is not to be measured
     wait_for(device)
     climb = Climb(device, seconds, squares[0][1], make=make)
 
@@ -187,7 +185,7 @@ class Climb:
         self.device, self.seconds, self.trial = device, seconds, trial
         self.make, self.make_copy, self.now = make, make_copy or copy, now
         self.started = now() if started is None else started
-        self.found = Measured()
+        self.found = ProbeSamples()
         self.abandoned = False
         self._best: dict[Key, float] = {}  # seconds of the fastest first run of everything tried
         self._largest: dict[str, tuple[float, float]] = {}  # work and seconds of the last square, or copy, of a format
@@ -203,13 +201,13 @@ class Climb:
 
     @property
     def left(self) -> float:
-        """Of the seconds asked for; negative when they are over."""
+        """Seconds left; negative when the time is over."""
         return self.started + self.seconds - self.now()
 
     def products(self, formats: Sequence[str], shapes: Collection[Shape], shown: Collection[Shape]) -> None:
         """Climb `shapes` in all formats, the first of which the others are compared with; keep those that are `shown`.
 
-        A format that does not reach the trial is not kept: there was no time to see whether it is emulated.
+        A format that does not reach the trial is not kept, because it may be emulated.
         """
         first, climbing = formats[0], list(formats)
         self._first = first
@@ -233,7 +231,7 @@ class Climb:
             self._forget(name)
 
     def copies(self, sizes: Sequence[int]) -> None:
-        """Climb copies of so many bytes, small to large; the last that was reached is kept."""
+        """Climb copies of these sizes in bytes, small to large; the last that was reached is kept."""
         for size in sizes:
             action = self._first_runs(
                 ("copy", (1, 1, 1, size)), size, lambda size=size: self.make_copy(self.device, size)
@@ -243,19 +241,19 @@ class Climb:
             self._forget("copy")
             self._keep(("copy", (1, 1, 1, size)), action)
 
-    def given_up(self) -> Measured:
-        """What was found so far, for another thread that no longer waits: what runs now is slower than was foreseen."""
+    def given_up(self) -> ProbeSamples:
+        """Measurements so far, for another thread that stops waiting because a product is slower than expected."""
         self.abandoned = True
         found, (key, begun) = self.found.copied(), self._running
         name, shape = key
-        if name not in (self._first, "copy") and key not in found.samples:  # a later run of it was only disturbed
+        if name not in (self._first, "copy") and key not in found.samples:  # else only a later run was disturbed
             found.left_out[name] = (self.now() - begun) / self._best[self._first, shape]
         kept = {self._first, "copy", *self._tried()} - set(found.left_out)
         found.samples = {key: samples for key, samples in found.samples.items() if key[0] in kept}
         return found
 
     def _tried(self) -> set[str]:
-        """Formats that reached the trial; of others there was no time to see whether they are emulated."""
+        """Formats that reached the trial; others may be emulated."""
         return {name for name, shape in list(self._best) if _is_square(shape) and shape[1] == self.trial}
 
     def turns(self, only_largest: bool = False) -> None:
@@ -276,7 +274,7 @@ class Climb:
         self._compare_again()
 
     def _product(self, name: str, shape: Shape, may_fail: bool) -> Action | None:
-        """As `_first_runs`; a format that fails at its very first product is one that the device lacks."""
+        """As `_first_runs`; the device lacks a format that fails at its first product."""
         try:
             return self._first_runs((name, shape), flops(shape), lambda: self.make(self.device, name, *shape))
         except (RuntimeError, TypeError):
@@ -286,7 +284,7 @@ class Climb:
             return None
 
     def _first_runs(self, key: Key, work: float, make: Callable[[], Action]) -> Action | None:
-        """Made and run for the first time; None where there is no time to, should it be slower than it seems."""
+        """Make an action and run it; None where it might not end in time."""
         name, shape = key
         if name in self._largest:
             before, seconds = self._largest[name]
@@ -315,7 +313,7 @@ class Climb:
         return action
 
     def _too_slow(self, name: str, first: str, shape: Shape, action: Action) -> bool:
-        """Whether a format is slower than it may be there, also when it is looked at again."""
+        """Whether a format is too slow at a size, also when it is measured again."""
         if _is_square(shape) and shape[1] < HOPELESS_FROM:
             return False
         most = (1.0 if _is_square(shape) and shape[1] == self.trial else HOPELESS) * self._best[first, shape]
@@ -324,7 +322,7 @@ class Climb:
         return self._best[name, shape] > most
 
     def _compare_again(self) -> None:
-        """By the medians, at the largest square that a format and fp32 reached."""
+        """Leave out formats whose median is slower than fp32's at the largest square that both reached."""
         found = self.found.seconds()
         for name in {name for name, _ in found} - {"fp32", "copy"}:
             both = [shape for other, shape in found if other == name and _is_square(shape) and ("fp32", shape) in found]
@@ -335,7 +333,7 @@ class Climb:
                     self._leave_out(name, slower)
 
     def _keep(self, key: Key, action: Action, stand_in: bool = False) -> None:
-        """stand_in: until a larger one is kept, so that there is something to report on the slowest machine too."""
+        """stand_in: replaced once a larger one is kept; a result for the slowest machines."""
         if self._stand_in is not None and key[0] == self._stand_in[0]:
             del self._kept[self._stand_in], self.found.samples[self._stand_in]
             self._stand_in = None
@@ -353,7 +351,7 @@ class Climb:
         self._forget(name)
 
     def _seconds_of(self, action: Action, times: int) -> float:
-        """Of one of so many runs."""
+        """Mean seconds of a run."""
         wait_for(self.device)
         start = self.now()
         for _ in range(times):
@@ -362,10 +360,10 @@ class Climb:
         return (self.now() - start) / times
 
 
-def within_deadline(climb: Climb, work: Callable[[], None]) -> Measured:
-    """What `climb` found when `work` is done, or when its deadline has passed: then what still runs is left to itself.
+def within_deadline(climb: Climb, work: Callable[[], None]) -> ProbeSamples:
+    """What `climb` found when `work` is done or its deadline has passed; a product that still runs then is abandoned.
 
-    Nothing can stop a product that has begun; a thread that nobody waits for can end it. At least one size is awaited.
+    A product cannot be interrupted, so `work` runs on a thread of its own. At least one size is always measured.
     """
     ended = threading.Event()
     failures: list[BaseException] = []
@@ -373,7 +371,7 @@ def within_deadline(climb: Climb, work: Callable[[], None]) -> Measured:
 
     def run() -> None:
         try:
-            if index is not None:  # each thread has its own
+            if index is not None:  # the current device is set per thread
                 torch.accelerator.set_device_index(index)
             work()
         except BaseException as error:
@@ -418,7 +416,7 @@ def grid_of(side: int) -> list[Shape]:
 
 
 def wait_for(device: torch.device) -> None:
-    """Accelerators compute behind our back: wait until the queue is empty."""
+    """Wait until an accelerator, which computes asynchronously, has finished."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -439,7 +437,7 @@ def product(device: torch.device, dtype: str, groups: int, rows: int, inner: int
 def fp8_product(
     device: torch.device, groups: int, rows: int, inner: int, columns: int, chance: torch.Generator | None = None
 ) -> Callable[[], list[torch.Tensor]]:
-    """With one scale for each matrix and sums in fp32; the right one lies by columns, as the hardware wants it."""
+    """With one scale for each matrix and fp32 accumulation; the right matrix is column-major, as hardware needs it."""
     scale = torch.ones((), device=device)
     left = torch.randn(groups, rows, inner, device=device, generator=chance).to(DTYPES["fp8"])
     right = torch.randn(groups, columns, inner, device=device, generator=chance).to(DTYPES["fp8"]).transpose(1, 2)

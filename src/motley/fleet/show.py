@@ -12,7 +12,7 @@ from motley.fleet.units import rate_text, size_text
 
 
 def machine_table(machine: Machine) -> Table:
-    """What was found and measured, one line each."""
+    """Facts and measurements, one line each."""
     table = Table(title=machine.name, show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -35,7 +35,7 @@ def machine_table(machine: Machine) -> Table:
 
 
 def fleet_table(fleet: Fleet) -> Table:
-    """A line for each pool, with a bar of its part in the fleet's peak."""
+    """A line for each pool, with a bar for its share of the fleet's peak."""
     table = Table(title=f"{fleet.name}: {fleet.chips:,} chips", title_justify="left", title_style="bold")
     for name in ("pool", "chip", "site", "chips", "trains in", "peak each", "memory", "inside", "per node", "$/h each"):
         table.add_column(name, justify="left" if name in ("pool", "chip", "site", "trains in") else "right")
@@ -65,7 +65,7 @@ def fleet_table(fleet: Fleet) -> Table:
 
 
 def chip_table(chips: Sequence[Chip]) -> Table:
-    """The sheet; estimates carry a `~`, formats a chip lacks a `-`."""
+    """The sheet; `~` marks estimates, `-` formats that a chip lacks."""
     table = Table(title="dense TFLOP/s with fp32 accumulation; ~ marks estimates", title_justify="left")
     table.add_column("chip")
     for name in (*PRECISIONS, "GiB", "GB/s", "link", "network", "W", "$/h"):

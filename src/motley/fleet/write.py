@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from datetime import date
 
 from motley.fleet.chips import Chip, chip_sheet
-from motley.fleet.inventory import Measured, beyond_the_sheet
+from motley.fleet.inventory import MeasuredChip, beyond_the_sheet
 from motley.fleet.links import Links
 from motley.fleet.probe import Machine, why_left_out
 from motley.fleet.units import rate_text, size_text
 
-RESERVED = 0.06  # of an accelerator's memory where nobody looked what is free: its context and what fragments
+RESERVED = 0.06  # share of an accelerator's memory for its context and fragmentation, where free memory is unknown
 
 
 def fleet_text(machines: Sequence[Machine], links: Links | None = None) -> str:
@@ -68,9 +68,9 @@ def fleet_text(machines: Sequence[Machine], links: Links | None = None) -> str:
 
 
 def nearest_chip(machine: Machine) -> Chip:
-    """The sheet's chip that shares most with the device's own name; memory decides between equals.
+    """The sheet's chip whose name shares most words with the device's own; memory decides between equals.
 
-    Chips that could not have done what was measured are out, where any other is left.
+    Chips that cannot reach the measured values are excluded, unless none is left.
     """
     kind = "cpu" if machine.device == "cpu" else "gpu"
     words = set(re.findall(r"[a-z0-9]+", machine.name.lower()))
@@ -89,19 +89,19 @@ def nearest_chip(machine: Machine) -> Chip:
 
 
 def usable_bytes(machine: Machine) -> float | None:
-    """Of an accelerator's own memory; None where the device computes in host memory."""
+    """Usable bytes of an accelerator's own memory; None where the device computes in host memory."""
     if machine.device_free_bytes is not None:
         return machine.device_free_bytes
     return None if machine.device_memory_bytes is None else machine.device_memory_bytes * (1 - RESERVED)
 
 
-def measured_by(machine: Machine) -> Measured:
-    """What a probe measured as the fleet file knows it; memory is that of an accelerator of its own."""
+def measured_by(machine: Machine) -> MeasuredChip:
+    """The measurements of a probe as in a fleet file; memory is that of an accelerator."""
     matmul: dict[str, list[tuple[int, int, int, int, float]]] = {}
     for rate in machine.matmul_rates:
         point = (rate.groups, rate.rows, rate.inner, rate.columns, rate.gflops)
         matmul.setdefault(rate.dtype, []).append(point)
-    return Measured.model_construct(
+    return MeasuredChip.model_construct(
         memory=usable_bytes(machine),
         memory_bandwidth=machine.bandwidth_gigabytes_per_second * 1e9,
         matmul=matmul,

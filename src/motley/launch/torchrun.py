@@ -1,13 +1,13 @@
-"""`motley launch`: the torchrun commands that start a plan's workers, each on the chip that the plan gave it.
+"""`motley launch`: the torchrun commands that start the ranks of a plan, each on the chip that the plan gave it.
 
-    plan      one team: stage 0 on `big`, stage 1 on `old`, two copies        ranks: copy by copy, stage by stage
-    chips     big 0: rank 0   old 0: rank 1   big 1: rank 2   old 1: rank 3   filled stage by stage: copies of a
-                 │               │               │               │            stage exchange most and share a host
-    torchrun  node 0          node 1          node 2          node 3          rank = node rank x processes per node
+    plan      one pipeline group: stage 0 on `big`, stage 1 on `old`, two replicas   ranks: by replica, then by stage
+    chips     big 0: rank 0   old 0: rank 1   big 1: rank 2   old 1: rank 3          filled by stage: replicas of a
+                 │               │               │               │                   stage exchange most, on one host
+    torchrun  node 0          node 1          node 2          node 3                 rank = node rank x processes
 
-torchrun numbers the workers of a node in a row, and supports only equal numbers of them on all nodes. So what it calls
-a node is here a row of ranks that lie on one host: the greatest length that divides the rows of all hosts. Equal hosts
-with whole copies get one torchrun each, the most uneven plan gets one for each worker.
+torchrun gives consecutive ranks to the processes of a node, and supports only equal numbers of processes on all nodes.
+So its nodes are here runs of consecutive ranks on one host, of the greatest length that divides the runs of all hosts.
+Equal hosts with whole replicas get one torchrun each, the most uneven plan gets one for each rank.
 """
 
 import math
@@ -34,9 +34,9 @@ from motley.progress import note
 
 STAGES_OF_TRAINING = ("pretrain", "sft")
 ONLY_HERE = ("localhost", "127.0.0.1", "::1")
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15")  # no questions; a dead host ends the connection
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15")  # no prompts; a dead host ends the connection
 END_SECONDS = 60.0
-"""For all to end by themselves: torchrun gives its workers 30 s to write a checkpoint."""
+"""For all commands to exit: torchrun gives its ranks 30 s to write a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LaunchConfig:
     job: str = "pretrain"
     """The command to start with its options, in quotes, such as 'sft --model runs/base'; --plan is added."""
     ssh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Run everything, over ssh; when one command fails, all are ended."""
+    """Run everything, over ssh; when one command fails, all are stopped."""
     here: Annotated[str | None, tyro.conf.arg(metavar="HOST")] = None
     """Run, on this machine, what HOST is to run: for SLURM and Kubernetes, where every machine calls this itself."""
     folder: Path = Path()
@@ -62,7 +62,7 @@ class LaunchConfig:
     """How often to start everything again when a command that was run failed; training goes on from its newest
     checkpoint."""
     port: int = 29500
-    """Of the machine of worker 0; the others must be able to reach it."""
+    """Of the machine of rank 0; the others must be able to reach it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
@@ -73,26 +73,26 @@ class LaunchConfig:
             raise InputError("--restarts is for commands that are run; add --ssh or --here HOST")
         if self.ssh and self.here is not None:
             raise InputError("--ssh runs all machines, --here only one; give one of them")
-        words_of(self.job, ["--plan"])
+        job_words(self.job, ["--plan"])
 
 
-def words_of(job: str, ours: Collection[str]) -> list[str]:
-    """The words of a command for training. Raises InputError for what is none, or has options that launch adds."""
+def job_words(job: str, added: Collection[str]) -> list[str]:
+    """A training command as words. Raises InputError for another command, and for options that launch adds itself."""
     try:
         words = shlex.split(job)
     except ValueError as error:
         raise InputError(f"--job is {job!r}, which no shell can read: {error}") from None
     if words[:1] not in [[name] for name in STAGES_OF_TRAINING]:
         raise InputError(f"--job is {job!r}; it must begin with {' or '.join(STAGES_OF_TRAINING)}")
-    for option in ours:
+    for option in added:
         if any(word.split("=")[0] == option for word in words):
-            raise InputError(f"--job has {option}, which launch adds itself, as it was told; leave it out")
+            raise InputError(f"--job has {option}, which launch adds itself; leave it out")
     return words
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A chip with its worker: `chip` counts those of `host` from 0."""
+class Slot:
+    """The chip of a rank: number `chip` of its host, from 0."""
 
     host: str
     pool: str
@@ -100,55 +100,57 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Neighbouring ranks on one host, started by one torchrun."""
+class TorchrunNode:
+    """Consecutive ranks on one host, which one torchrun starts."""
 
     ranks: range
-    seats: tuple[Seat, ...]
+    slots: tuple[Slot, ...]
 
     @property
     def host(self) -> str:
-        return self.seats[0].host
+        return self.slots[0].host
 
     @property
     def pools(self) -> list[str]:
-        return list(dict.fromkeys(seat.pool for seat in self.seats))
+        return list(dict.fromkeys(slot.pool for slot in self.slots))
 
     @property
     def chips(self) -> list[int]:
-        return [seat.chip for seat in self.seats]
+        return [slot.chip for slot in self.slots]
 
 
 def launch(config: LaunchConfig) -> dict[str, Any]:
-    """The commands as data, after running them where that was asked for.
+    """The commands as data; with --ssh or --here it has run them.
 
-    Raises InputError for hosts that do not fit the plan, and when a command that was run failed.
+    Raises InputError for hosts that do not fit the plan, and when a command failed.
     """
     plan = read_json(config.plan)
     try:
-        groups = groups_of(seats_of(plan, hosts_of(plan, config.hosts)))
+        nodes = nodes_of(slots_of(plan, hosts_of(plan, config.hosts)))
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{config.plan} is no plan as `motley plan --out` writes it: {error!r} is missing or wrong"
         ) from None
-    words = torchrun_words(groups, config)
-    chosen = [number for number, group in enumerate(groups) if config.here in (None, group.host)]
+    words = torchrun_words(nodes, config)
+    chosen = [number for number, node in enumerate(nodes) if config.here in (None, node.host)]
     if not chosen:
-        there_are = ", ".join(dict.fromkeys(group.host for group in groups))
-        raise InputError(f"--here is {config.here}, which has no workers in this plan; those that have: {there_are}")
+        there_are = ", ".join(dict.fromkeys(node.host for node in nodes))
+        raise InputError(f"--here is {config.here}, which has no ranks in this plan; hosts that have: {there_are}")
     run = config.ssh or config.here is not None
     if run:
-        commands = [(groups[n], held(words[n], config.folder, groups[n].host if config.ssh else None)) for n in chosen]
-        run_again(lambda _: commands, config.restarts)
+        commands = [
+            (nodes[n], tied_to_stdin(words[n], config.folder, nodes[n].host if config.ssh else None)) for n in chosen
+        ]
+        run_with_restarts(lambda _: commands, config.restarts)
     return {
-        "workers": len(groups) * len(groups[0].ranks),
+        "ranks": len(nodes) * len(nodes[0].ranks),
         "ran": run,
         "commands": [
             {
-                "host": groups[n].host,
-                "pools": groups[n].pools,
-                "ranks": list(groups[n].ranks),
-                "chips": groups[n].chips,
+                "host": nodes[n].host,
+                "pools": nodes[n].pools,
+                "ranks": list(nodes[n].ranks),
+                "chips": nodes[n].chips,
                 "command": shlex.join(words[n]),
             }
             for n in chosen
@@ -157,10 +159,10 @@ def launch(config: LaunchConfig) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The commands to paste, host by host; all of them have to run at the same time."""
+    """The commands to paste, by host; all of them have to run at the same time."""
     commands = result["commands"]
     if result["ran"]:
-        return f"{sum(len(entry['ranks']) for entry in commands)} of {result['workers']} workers ran to the end"
+        return f"{sum(len(entry['ranks']) for entry in commands)} of {result['ranks']} ranks ran to the end"
     lines = []
     for entry in commands:
         ranks = " ".join(map(str, entry["ranks"]))
@@ -169,7 +171,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def hosts_of(plan: Mapping[str, Any], named: Sequence[str]) -> dict[str, list[str]]:
-    """The hosts of each pool that has work, from `POOL=HOST,HOST` each."""
+    """The hosts of each pool that has ranks, from `POOL=HOST,HOST` each."""
     nodes = {entry["pool"]: int(entry["nodes"]) for entry in plan["pools"]}
     used = {entry["pool"]: entry["chips"] > 0 for entry in plan["pools"]}
     if not named and list(nodes.values()) == [1]:
@@ -199,67 +201,68 @@ def hosts_of(plan: Mapping[str, Any], named: Sequence[str]) -> dict[str, list[st
     return hosts
 
 
-def seats_of(plan: Mapping[str, Any], hosts: Mapping[str, Sequence[str]]) -> list[Seat]:
-    """Where each rank works, in the order of `from_plan`: teams, copies, stages.
+def slots_of(plan: Mapping[str, Any], hosts: Mapping[str, Sequence[str]]) -> list[Slot]:
+    """The slot of each rank; ranks as `from_plan` orders them: by pipeline group, replica and stage.
 
-    A pool's chips are filled team by team, stage by stage, copies of a stage side by side, as the planner assumes.
+    The chips of a pool are filled by group and stage, replicas of a stage side by side, as the planner assumes.
     """
-    waiting = ranks_of_pools(plan)
-    workers = sum(map(len, waiting.values()))
-    seats: dict[int, Seat] = {}
-    taken: dict[str, int] = {}  # chips of a host that belong to pools before this one
+    of_pools = ranks_of_pools(plan)
+    size = sum(map(len, of_pools.values()))
+    slots: dict[int, Slot] = {}
+    taken: dict[str, int] = {}  # chips of each host that previous pools have
     for entry in plan["pools"]:
-        pool, own, ranks = entry["pool"], hosts.get(entry["pool"], ()), waiting[entry["pool"]]
+        pool, own, ranks = entry["pool"], hosts.get(entry["pool"], ()), of_pools[entry["pool"]]
         if len(ranks) != entry["chips"]:
             raise InputError(
-                f"the plan gives {pool} {entry['chips']} chips but {len(ranks)} workers (tensor or context "
+                f"the plan gives {pool} {entry['chips']} chips but {len(ranks)} ranks (tensor or context "
                 "parallelism, which this runtime does not have); make the plan with --engine motley"
             )
-        even = len(ranks) % entry["chips_per_node"] == 0  # else some chips of every node rest
+        even = len(ranks) % entry["chips_per_node"] == 0  # else some chips of every node stay idle
         each = entry["chips_per_node"] if even else math.ceil(len(ranks) / entry["nodes"])
         if len(own) * each < len(ranks):
             needed = math.ceil(len(ranks) / each)
-            raise InputError(f"--hosts has {len(own)} for pool {pool}, whose {len(ranks)} workers need {needed}")
+            raise InputError(f"--hosts has {len(own)} for pool {pool}, whose {len(ranks)} ranks need {needed}")
         for number, host in enumerate(own):
             first = taken.get(host, 0)
             taken[host] = first + entry["chips_per_node"]
             for chip, rank in enumerate(ranks[number * each : (number + 1) * each]):
-                seats[rank] = Seat(host, pool, first + chip)
-    return [seats[rank] for rank in range(workers)]
+                slots[rank] = Slot(host, pool, first + chip)
+    return [slots[rank] for rank in range(size)]
 
 
-def groups_of(seats: Sequence[Seat]) -> list[Group]:
-    """One group a torchrun, in the order of ranks, all of the same size."""
-    size = math.gcd(*(len(list(row)) for _, row in groupby(seats, key=lambda seat: seat.host)))
+def nodes_of(slots: Sequence[Slot]) -> list[TorchrunNode]:
+    """The nodes that torchrun is told of, in the order of ranks, all of the same size."""
+    size = math.gcd(*(len(list(run)) for _, run in groupby(slots, key=lambda slot: slot.host)))
     return [
-        Group(range(first, first + size), tuple(seats[first : first + size])) for first in range(0, len(seats), size)
+        TorchrunNode(range(first, first + size), tuple(slots[first : first + size]))
+        for first in range(0, len(slots), size)
     ]
 
 
-def torchrun_words(groups: Sequence[Group], config: LaunchConfig) -> list[list[str]]:
-    """Each group's command. Every worker sees one chip only, its own, whatever its number on the host."""
-    address = groups[0].host.rpartition("@")[2]  # ssh's user is no part of it
-    on_host = Counter(group.host for group in groups)
+def torchrun_words(nodes: Sequence[TorchrunNode], config: LaunchConfig) -> list[list[str]]:
+    """The command of each node. A rank sees only its own chip, whatever the chip's number on the host."""
+    address = nodes[0].host.rpartition("@")[2]  # without the user that ssh logs in as
+    on_host = Counter(node.host for node in nodes)
     commands = []
-    for number, group in enumerate(groups):
+    for number, node in enumerate(nodes):
         variables = []
-        if group.chips != list(range(len(group.chips))):  # what torchrun takes by itself
-            variables.append(f"CUDA_VISIBLE_DEVICES={','.join(map(str, group.chips))}")
-        if on_host[group.host] > 1:  # torchrun sets this when it knows of several; two that each take all cores crawl
+        if node.chips != list(range(len(node.chips))):  # else torchrun's default
+            variables.append(f"CUDA_VISIBLE_DEVICES={','.join(map(str, node.chips))}")
+        if on_host[node.host] > 1:  # torchrun sets this for several ranks; without it each would use all cores
             variables.append("OMP_NUM_THREADS=1")
         commands.append([
             *(["env", *variables] if variables else []),
-            config.torchrun, f"--nnodes={len(groups)}", f"--node-rank={number}",
-            f"--nproc-per-node={len(group.ranks)}", f"--master-addr={address}", f"--master-port={config.port}",
-            "--virtual-local-rank", "-m", "motley", *words_of(config.job, ["--plan"]), f"--plan={config.plan}",
+            config.torchrun, f"--nnodes={len(nodes)}", f"--node-rank={number}",
+            f"--nproc-per-node={len(node.ranks)}", f"--master-addr={address}", f"--master-port={config.port}",
+            "--virtual-local-rank", "-m", "motley", *job_words(config.job, ["--plan"]), f"--plan={config.plan}",
         ])  # fmt: skip
     return commands
 
 
-def held(words: Sequence[str], folder: Path, host: str | None) -> list[str]:
+def tied_to_stdin(words: Sequence[str], folder: Path, host: str | None) -> list[str]:
     """The command that runs `words` in `folder` on `host` (None: here) until they end or its standard input closes.
 
-    That closes whenever this process or the connection is gone; nothing else ends a command behind ssh then.
+    Standard input closes when this process exits or the connection breaks; nothing else would end a command over ssh.
     """
     script = (
         f"cd {shlex.quote(str(folder.resolve()))} || exit; exec 3<&0; {shlex.join(words)} 3<&- & work=$!; "
@@ -270,16 +273,16 @@ def held(words: Sequence[str], folder: Path, host: str | None) -> list[str]:
     return command if host is None else [*SSH, host, shlex.join(command)]
 
 
-Commands = Sequence[tuple[Group, Sequence[str]]]
+Commands = Sequence[tuple[TorchrunNode, Sequence[str]]]
 
 
-def run_again(commands: Callable[[int], Commands], restarts: int, kept: Collection[int] = ()) -> None:
-    """Run all at once, and up to `restarts` times again when one of them fails.
+def run_with_restarts(commands: Callable[[int], Commands], restarts: int, kept: Collection[int] = ()) -> None:
+    """Run all at the same time, and up to `restarts` times again when one of them fails.
 
     Args:
-        commands: those of each start, counted from 0.
+        commands: (start, counted from 0) → the commands.
         restarts: how often to start again.
-        kept: open files that they inherit.
+        kept: open files that the processes inherit.
     """
     for start in range(restarts + 1):
         try:
@@ -291,26 +294,26 @@ def run_again(commands: Callable[[int], Commands], restarts: int, kept: Collecti
 
 
 def run_together(commands: Commands, kept: Collection[int] = ()) -> None:
-    """Run all at once and show what they say behind their host's name; end all when one fails or this process is told
-    to stop. Raises InputError naming the one that failed first."""
-    ended: SimpleQueue[tuple[Group, int]] = SimpleQueue()
+    """Run all at the same time and show their output behind the host's name; stop all when one fails or this process is
+    stopped. Raises InputError naming the one that failed first."""
+    ended: SimpleQueue[tuple[TorchrunNode, int]] = SimpleQueue()
     running: list[tuple[subprocess.Popen[str], threading.Thread]] = []
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        for group, command in commands:
+        for node, command in commands:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                 errors="replace", start_new_session=True, pass_fds=kept,
             )  # fmt: skip
-            forward = threading.Thread(target=_forward, args=(group, process, ended), daemon=True)
+            forward = threading.Thread(target=_forward, args=(node, process, ended), daemon=True)
             running.append((process, forward))
             forward.start()
         for _ in running:
-            group, status = ended.get()
+            node, status = ended.get()
             if status:
                 raise InputError(
-                    f"{group.host} (rank {' '.join(map(str, group.ranks))}) ended with status {status}, so all were "
-                    "ended; see what it said above and start again: training goes on from its newest checkpoint"
+                    f"{node.host} (rank {' '.join(map(str, node.ranks))}) exited with status {status}, so all were "
+                    "stopped; see its output above and start again: training goes on from its newest checkpoint"
                 )
     finally:
         _end(running)
@@ -321,15 +324,17 @@ def _stop(number: int, _: object) -> None:
     raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
 
 
-def _forward(group: Group, process: subprocess.Popen[str], ended: "SimpleQueue[tuple[Group, int]]") -> None:
+def _forward(
+    node: TorchrunNode, process: subprocess.Popen[str], ended: "SimpleQueue[tuple[TorchrunNode, int]]"
+) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        note(f"{group.host}: {line.rstrip()}")
-    ended.put((group, process.wait()))
+        note(f"{node.host}: {line.rstrip()}")
+    ended.put((node, process.wait()))
 
 
 def _end(running: Sequence[tuple[subprocess.Popen[str], threading.Thread]]) -> None:
-    """Close the standard input of all, wait for their last words, and kill what stays."""
+    """Close the standard input of all, wait for their last output, and kill those that still run."""
     for process, _ in running:
         assert process.stdin is not None
         process.stdin.close()
