@@ -20,7 +20,7 @@ from motley.train.config import PretrainConfig
 from motley.train.ngram_targets import NgramTargets, NgramCounts
 from motley.train.optimizer import Optimizer
 from motley.train.step import LossWeights, accumulate
-from motley.train.validation import loss_of
+from motley.train.validation import summed_nats
 
 ROWS, STEPS = 7, 2
 FEW_ROWS = 2  # held out: fewer than the lanes of three and more workers
@@ -101,7 +101,7 @@ def of_one_process(
         for gate, counts in zip(model.gates(), losses.expert_counts, strict=False):
             gate.rebalance(counts.to(device), config.bias_speed)
         seen.append((losses.main, losses.mtp, losses.balance, norm, [c.tolist() for c in losses.expert_counts]))
-    held_out = loss_of(model, confined=True)(Rows(), FEW_ROWS)  # type: ignore[arg-type]
+    held_out = summed_nats(model, Rows(), FEW_ROWS, confined=True)  # type: ignore[arg-type]
     return first, seen, {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, held_out
 
 
@@ -177,7 +177,7 @@ def test_odd_shapes_in_two_stages_too(name: str):
     for gate, counts in zip(model.gates(), losses.expert_counts, strict=False):
         gate.rebalance(counts, config.bias_speed)
     assert first[:3] == pytest.approx((losses.main, losses.balance, norm), rel=1e-5)
-    assert first[3] == pytest.approx(loss_of(model, confined=True)(Rows(), 1), rel=1e-4)  # type: ignore[arg-type]
+    assert first[3] == pytest.approx(summed_nats(model, Rows(), 1, confined=True), rel=1e-4)  # type: ignore[arg-type]
     tied = {"lm_head.weight"} if ODD[name].tie_word_embeddings else set()
     assert set(first[4]) == set(model.state_dict()) - tied
 
@@ -330,7 +330,8 @@ def test_sharded_gradients_and_weights_take_the_step_whatever_the_workers_rows(s
         rows = [(HANGING, (1, 1, 1)), ((1.0, 1e-3, 1e-3), (3, 1, 2)), ((1.0, 1.0, 1.0), (2, 1, 3))]
         for rates, sizes in rows if shape == DEEP else rows[:1]:
             groups = tuple(
-                PipelineGroup(((rank,),), (DEEP.num_hidden_layers,), micro_batch=size) for rank, size in enumerate(sizes)
+                PipelineGroup(((rank,),), (DEEP.num_hidden_layers,), micro_batch=size)
+                for rank, size in enumerate(sizes)
             )
             memory = tuple(chance.choice([0.0, 1.0, 5.0]) for _ in range(2))
             layout = Layout(groups, zero=zero, memory=(*memory, 2.0), rates=rates)  # type: ignore[arg-type]

@@ -29,12 +29,14 @@ from motley.data.stream import Batch
 from motley.model import ModelConfig, Transformer
 from motley.model.moe import MoE, Routing
 from motley.model.rotary import Rotary
+from motley.model.where import Where
 from motley.parallel.communicator import Communicator
 from motley.parallel.expert.dispatch import ExpertParallel
 from motley.parallel.layout import Coordinates, Schedule
 from motley.parallel.pipeline.zero_bubble import defer_weight_gradients
 from motley.parallel.zero.stage2 import Zero2
 from motley.train.step import Counts, LossWeights, Tally, attended_documents, batch_rows, micro_batches, predicted_loss
+from motley.train.validation import batch_nats
 
 Kind = Literal["F", "B", "W"]
 Sending = list[tuple[dist.Work | None, Tensor]]
@@ -61,20 +63,27 @@ def order(schedule: Schedule, stage: int, stages: int, count: int) -> list[tuple
     return todo
 
 
+class IdentityBlock(nn.Module):
+    """In the place of a layer that another stage computes."""
+
+    def forward(self, x: Tensor, where: Where) -> tuple[Tensor, None]:
+        return x, None
+
+
 def build_stage(config: ModelConfig, place: Coordinates, device: torch.device) -> Transformer:
     """The part of the model that one worker runs, ready on `device` but for its parameters, which are only shapes.
 
-    Modules keep their published names; layers of other stages are empty, stacks of experts hold only its own.
+    Modules keep their published names; layers of other stages return their input, stacks of experts hold only its own.
     """
     with torch.device("meta"):
         model = Transformer(config)
     own = place.group.stage_layers(place.stage)
     for layer in range(config.num_hidden_layers):
         if layer not in own:
-            model.model.layers[layer] = nn.Identity()
+            model.model.layers[layer] = IdentityBlock()
     if not place.last:
-        model.mtp = nn.ModuleList()
-        del model.model.norm, model.lm_head
+        model.mtp, model.model.norm = nn.ModuleList(), nn.Identity()
+        del model.lm_head
     if not place.first and not (place.last and (len(model.mtp) or config.tie_word_embeddings)):
         del model.model.embed_tokens
     if place.group.experts:
@@ -115,13 +124,14 @@ class PipelineRunner:
         turns: what all workers exchange during a micro-batch (ZeRO 2 and 3), or None.
     """
 
-    def __init__(self, model: Transformer, config: ModelConfig, place: Coordinates, comm: Communicator, wire: torch.dtype) -> None:
+    def __init__(
+        self, model: Transformer, config: ModelConfig, place: Coordinates, comm: Communicator, wire: torch.dtype
+    ) -> None:
         self.model, self.place, self.comm, self.wire = model, place, comm, wire
         self.span_seconds = 0.0
         self.broken = torch.zeros(3, device=model.device)
         self.pace: Callable[[float], float] = lambda seconds: 0.0
         self.exchange: Zero2 | None = None
-        self._layers = [model.model.layers[layer] for layer in place.group.stage_layers(place.stage)]
         self._config = config
         deferred = place.group.schedule == "zero_bubble" and place.group.stages > 1
         self._later = defer_weight_gradients(model) if deferred else None
@@ -213,12 +223,13 @@ class PipelineRunner:
                     continue
             part = batch_rows(batch, part_rows, self.model.device)
             received = None if self.place.first else self._receive(part, self.place.ranks[self.place.stage - 1])
-            tally = Tally.empty(self.model.device)
-            counts = Counts(1, (), 1)
-            flight = self._forward(part, received, counts, LossWeights(0.0, 0.0), confined, False, tally, 1.0)
-            total += float(tally.main)
-            if flight.sent is not None:
-                self._send(flight.sent, self.place.ranks[self.place.stage + 1], sending)
+            x, _ = self._run_layers(part, received, attended_documents(part, confined))
+            if self.place.last:
+                total += batch_nats(
+                    self.model, x, part, self.exchange.predicted_loss if self.exchange else predicted_loss
+                )
+            else:
+                self._send(x.to(self.wire), self.place.ranks[self.place.stage + 1], sending)
         self._finish(sending)
         return total
 
@@ -235,21 +246,15 @@ class PipelineRunner:
     ) -> _Flight:
         model = self.model
         documents = attended_documents(part, confined)
-        where = model.where(part.input_ids, documents)
-        x = model.embed(part.input_ids) if received is None else received.to(model.dtype)
-        routings: list[Routing] = []
-        for block in self._layers:
-            x, routing = model.run(block, x, where)
-            routings += [] if routing is None else [routing]
+        x, routings = self._run_layers(part, received, documents)
         loss: Tensor | float = 0.0
         sent = None
         if self.place.last:
-            main = model.model.norm(x)
-            further, more = model.further(main, part.input_ids, documents, part.documents) if depths else ([], [])
+            further, more = model.further(x, part.input_ids, documents, part.documents) if depths else ([], [])
             if self.exchange is None:
-                loss = predicted_loss(model, main, further, part, counts, weights, tally, scale)
+                loss = predicted_loss(model, x, further, part, counts, weights, tally, scale)
             else:
-                loss = self.exchange.predicted_loss(model, main, further, part, counts, weights, tally)
+                loss = self.exchange.predicted_loss(model, x, further, part, counts, weights, tally)
             routings = routings + more
         else:
             sent = x.to(self.wire)
@@ -257,6 +262,14 @@ class PipelineRunner:
         moe = sum(self._config.is_moe_layer(layer) for layer in range(layers))
         loss = loss + tally.add_routings(routings, counts, weights.balance, max(1, moe))
         return _Flight(part, received, sent, loss)
+
+    def _run_layers(
+        self, part: Batch, received: Tensor | None, documents: Tensor | None
+    ) -> tuple[Tensor, list[Routing]]:
+        """`Transformer.run_layers` of this stage."""
+        model = self.model
+        x = model.embed(part.input_ids) if received is None else received.to(model.dtype)
+        return model.run_layers(x, model.where(part.input_ids, documents))
 
     def _cut(self, batch: Batch, count: int) -> tuple[Batch, Sequence[slice]]:
         """(the batch, the rows of each of `count` micro-batches)."""
