@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from motley.data.tokenizer import Tokenizer, train_tokenizer
 from motley.errors import InputError
 from motley.infer.engine import PREFILL_AT_ONCE, Engine
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.infer.sampler import Sampler, SamplingParams
 from motley.model import SIZES, Transformer, save
 from motley.progress import Progress

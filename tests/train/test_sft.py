@@ -17,7 +17,7 @@ from motley.data.pack import DataConfig, pack_conversations, prepare
 from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer, train_tokenizer
 from motley.errors import InputError
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.infer.sampler import SamplingParams
 from motley.model import SIZES, Transformer, load, save
 from motley.train.config import SftConfig

@@ -82,7 +82,8 @@ def build_stage(config: ModelConfig, place: Coordinates, device: torch.device) -
         if layer not in own:
             model.model.layers[layer] = IdentityBlock()
     if not place.last:
-        model.mtp, model.model.norm = nn.ModuleList(), nn.Identity()
+        model.mtp = nn.ModuleList()
+        model.model.add_module("norm", nn.Identity())
         del model.lm_head
     if not place.first and not (place.last and (len(model.mtp) or config.tie_word_embeddings)):
         del model.model.embed_tokens
