@@ -34,7 +34,7 @@ from motley.train.lr_schedule import factor, sequence_length
 from motley.train.ngram_targets import NgramTargets, counts_of
 from motley.train.optimizer import Optimizer
 from motley.train.step import LossWeights, accumulate
-from motley.train.validation import loss_of
+from motley.train.validation import summed_nats
 
 VOCAB_SIZE, SEQ_LEN, ROWS, HELD_OUT_ROWS = 4096, 256, 4, 128
 RATE, EMBEDDING_RATE, NGRAMS = 5.6e-3, 10.0, 0.85
@@ -87,7 +87,7 @@ def trained(shape: ModelConfig, data: Path, steps: int, speed: float, seed: int)
     last = uneven[-max(1, steps // 10) :]
     shares = [sum(layer) / len(last) for layer in zip(*last, strict=True)]
     return {
-        "loss": loss_of(model, confined=False)(held_out, looked_at) / counted, "busiest": max(shares, default=None),
+        "loss": summed_nats(model, held_out, looked_at, confined=False) / counted, "busiest": max(shares, default=None),
         "cpu_seconds": time.process_time() - started, "tokens": steps * ROWS * SEQ_LEN,
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ thrift_runs.trained(...)   the clock, and the loop
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -28,7 +29,7 @@ from motley.train.lr_schedule import Schedule, Stages, factor, sequence_length
 from motley.train.ngram_targets import NgramTargets
 from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
-from motley.train.validation import SummedLoss, loss_of
+from motley.train.validation import SummedLoss, summed_nats
 
 SEQ_LEN = 512
 FINE = 100_000  # steps in which a schedule is drawn
@@ -138,7 +139,7 @@ class Ours:
         self.optimizer = Optimizer(
             self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype, recipe.embedding_rate
         )
-        self.held_out = loss_of(self.model, confined=False)
+        self.held_out = partial(summed_nats, self.model, confined=False)
         self.bias_speed = FASTEST  # of the routers; follows the length of the run, which a clock tells as it goes
 
     def gradient(self, batch: Batch) -> float:

@@ -20,7 +20,7 @@ from motley.demo.levels import LEVELS
 from motley.demo.plan import FEWEST_STEPS, DemoPlan, make_plan
 from motley.demo.show import skill
 from motley.fleet.probe import Machine, probe
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 
 MINUTES = "0.2"  # too short anywhere: the fewest steps are taken, however fast or slow the machine is
 

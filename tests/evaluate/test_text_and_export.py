@@ -21,7 +21,7 @@ from motley.evaluate.command import EvalConfig, evaluate, summary
 from motley.evaluate.export import ExportConfig, export
 from motley.evaluate.text import SEQ_LEN, bits_per_byte
 from motley.files import write_json
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.infer.sampler import SamplingParams
 from motley.model import SIZES, Transformer, load, save
 

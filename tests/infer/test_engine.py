@@ -3,17 +3,20 @@
 import dataclasses
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from motley.data.tokenizer import Tokenizer, train_tokenizer
 from motley.errors import InputError
 from motley.infer.engine import PREFILL_AT_ONCE, Engine
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.infer.sampler import Sampler, SamplingParams
 from motley.model import SIZES, Transformer, save
 from motley.progress import Progress
@@ -104,6 +107,10 @@ def test_a_long_prompt_is_read_in_parts(engine: Engine) -> None:
     expected, _ = greedy_without_cache(engine, prompt, 5)
     streamed = list(engine.stream(prompt, dataclasses.replace(GREEDY, max_tokens=5)))
     assert [token for token in streamed if token != engine.tokenizer.eos_id] == expected
+    among_short_ones = engine.generate([[5, 6], prompt, prompt[:PREFILL_AT_ONCE]], GREEDY)
+    alone = [engine.generate([one], GREEDY)[0] for one in ([5, 6], prompt, prompt[:PREFILL_AT_ONCE])]
+    assert among_short_ones == alone
+    assert among_short_ones[1].ids[:5] == expected
 
 
 def test_the_end_of_the_context_ends_the_answer(engine: Engine) -> None:
@@ -122,19 +129,61 @@ def test_a_seed_repeats_a_sampled_answer(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_cancelling_ends_the_stream_within_a_token(engine: Engine, after: int) -> None:
-    prompt = next(
-        prompt for prompt in random_prompts(20, seed=7) if len(engine.generate([prompt], GREEDY)[0].ids) == 20
-    )
-    cancelled = threading.Event()
-    said = []
+def test_a_cancelled_stream_ends_within_one_token_and_not_before(engine: Engine, after: int) -> None:
+    """`after`: tokens received when the reader cancels; 0 is before the first one is asked for."""
+    answers = ((prompt, list(engine.stream(prompt, GREEDY))) for prompt in random_prompts(20, seed=7))
+    prompt, whole = next((prompt, answer) for prompt, answer in answers if len(answer) == 20)
+    cancelled, received = threading.Event(), []
     if after == 0:
         cancelled.set()
     for token in engine.stream(prompt, GREEDY, cancelled):
-        said.append(token)
-        if len(said) == after:
+        received.append(token)
+        if len(received) == after:
             cancelled.set()
-    assert len(said) <= max(1, after)
+    assert received == whole[: max(1, after)]
+
+
+def test_a_stream_cancelled_while_its_prompt_is_read_says_nothing(engine: Engine) -> None:
+    cancelled, read = threading.Event(), []
+
+    def cancel(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read.append(inputs[0].shape[1])
+        cancelled.set()
+
+    hook = engine.model.model.embed_tokens.register_forward_pre_hook(cancel)
+    try:
+        assert list(engine.stream([5] * (2 * PREFILL_AT_ONCE + 1), GREEDY, cancelled)) == []
+    finally:
+        hook.remove()
+    assert read == [PREFILL_AT_ONCE], "the parts that follow are not read"
+
+
+@contextmanager
+def positions_at_the_head(engine: Engine) -> Iterator[list[int]]:
+    """Collects how many positions the head computes logits of, call by call."""
+    positions: list[int] = []
+    hook = engine.model.lm_head.register_forward_pre_hook(
+        lambda _, inputs: positions.append(inputs[0].shape[:-1].numel())
+    )
+    try:
+        yield positions
+    finally:
+        hook.remove()
+
+
+def test_the_head_computes_logits_only_where_a_token_is_drawn(engine: Engine) -> None:
+    prompts = [*random_prompts(6, seed=9), [7] * (PREFILL_AT_ONCE + 40)]
+    with positions_at_the_head(engine) as positions:
+        completions = engine.generate(prompts, GREEDY)
+    drawn = [len(one.ids) + (one.finish_reason == "stop") for one in completions]
+    assert positions == [sum(count > step for count in drawn) for step in range(max(drawn))]
+    assert positions[0] == len(prompts)
+
+
+def test_a_stream_computes_one_position_of_logits_a_token(engine: Engine) -> None:
+    with positions_at_the_head(engine) as positions:
+        streamed = list(engine.stream([7] * (PREFILL_AT_ONCE + 40), GREEDY))
+    assert positions == [1] * len(streamed)
 
 
 def test_progress_counts_every_prompt(engine: Engine) -> None:

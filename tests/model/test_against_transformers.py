@@ -13,7 +13,7 @@ import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from motley.model import Transformer, load
-from motley.model.checkpoint import places
+from motley.model.checkpoint import stored_tensors
 
 TOLERANCE = 1e-5
 
@@ -163,4 +163,4 @@ def test_every_tensor_on_disk_has_a_place_in_memory(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)  # type: ignore[operator]
     ours = load(tmp_path)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
-    assert len(places(ours)) > 10
+    assert len(stored_tensors(ours)) > 10

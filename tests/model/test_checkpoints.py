@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 from motley.errors import InputError
 from motley.model import SIZES, ModelConfig, Transformer, load, save
-from motley.model.checkpoint import places
+from motley.model.checkpoint import stored_tensors
 from motley.model.find import find_model
 from motley.model.moe import Gate
 from motley.model.quantize import dequantize_in_bands
@@ -148,7 +148,7 @@ def test_shards_are_as_small_as_asked_and_the_index_is_right(tmp_path: Path) -> 
         assert size <= 20_000 or len(tensors) == 1
         total += size
     assert index["metadata"]["total_size"] == total
-    assert set(index["weight_map"]) == set(places(model))
+    assert set(index["weight_map"]) == set(stored_tensors(model))
     assert same_weights(load(tmp_path / "model"), model)
 
 
@@ -190,7 +190,7 @@ def test_fp8_weights_are_read_as_a_float64_dequantisation_gives_them(
     _, expected = fp8_checkpoint(tmp_path / "model", ue8m0)
     loaded = load(tmp_path / "model", dtype=dtype)
     assert loaded.dtype == (dtype or torch.bfloat16)
-    tensors, where = dict(loaded.named_parameters()), places(loaded)
+    tensors, where = dict(loaded.named_parameters()), stored_tensors(loaded)
     assert len(expected) > 20
     for name, value in expected.items():
         found = where[name].within(tensors[where[name].name])

@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from motley.model import SIZES, Transformer, load, save
-from motley.model.checkpoint import places
+from motley.model.checkpoint import stored_tensors
 
 DEPTH = 2
 SHAPE = dataclasses.replace(
@@ -44,7 +44,7 @@ def their_layers(model: Transformer) -> list[MtpLayer]:
         stem = f"model.layers.{SHAPE.num_hidden_layers + depth}."
         names = {"enorm.weight", "hnorm.weight", "eh_proj.weight"}
         state = {}
-        for name, place in places(model).items():
+        for name, place in stored_tensors(model).items():
             if name.startswith(stem):
                 rest = name.removeprefix(stem)
                 rest = "post_norm.weight" if rest == "shared_head.norm.weight" else rest

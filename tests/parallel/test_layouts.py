@@ -20,7 +20,7 @@ from motley.train.config import PretrainConfig
 from motley.train.ngram_targets import NgramCounts, NgramTargets
 from motley.train.optimizer import Optimizer
 from motley.train.step import LossWeights, accumulate
-from motley.train.validation import loss_of
+from motley.train.validation import summed_nats
 
 ROWS, STEPS = 7, 2
 FEW_ROWS = 2  # held out: fewer than the lanes of three and more workers
@@ -101,7 +101,7 @@ def of_one_process(
         for gate, counts in zip(model.gates(), losses.expert_counts, strict=False):
             gate.rebalance(counts.to(device), config.bias_speed)
         seen.append((losses.main, losses.mtp, losses.balance, norm, [c.tolist() for c in losses.expert_counts]))
-    held_out = loss_of(model, confined=True)(Rows(), FEW_ROWS)  # type: ignore[arg-type]
+    held_out = summed_nats(model, Rows(), FEW_ROWS, confined=True)  # type: ignore[arg-type]
     return first, seen, {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, held_out
 
 
@@ -177,7 +177,7 @@ def test_odd_shapes_in_two_stages_too(name: str):
     for gate, counts in zip(model.gates(), losses.expert_counts, strict=False):
         gate.rebalance(counts, config.bias_speed)
     assert first[:3] == pytest.approx((losses.main, losses.balance, norm), rel=1e-5)
-    assert first[3] == pytest.approx(loss_of(model, confined=True)(Rows(), 1), rel=1e-4)  # type: ignore[arg-type]
+    assert first[3] == pytest.approx(summed_nats(model, Rows(), 1, confined=True), rel=1e-4)  # type: ignore[arg-type]
     tied = {"lm_head.weight"} if ODD[name].tie_word_embeddings else set()
     assert set(first[4]) == set(model.state_dict()) - tied
 

@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from motley.infer.engine import Engine
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.serve.about import read_about
 from motley.serve.app import create_app
 

@@ -15,7 +15,7 @@ import pytest
 from thinking_model import ANSWER, ENDLESS, QUESTION, THINKING
 
 from motley.errors import InputError
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.serve.about import Defaults, read_defaults
 from motley.serve.app import ServeConfig, listen, serve
 from motley.serve.chat import Chat, ChatConfig

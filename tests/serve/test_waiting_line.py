@@ -13,7 +13,7 @@ import pytest
 from served import SlowEngine, running
 from thinking_model import ANSWER, ENDLESS, QUESTION
 
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.infer.sampler import BrokenLogits
 from motley.serve.about import read_about
 from motley.serve.app import create_app

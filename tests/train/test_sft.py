@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from motley.data.pack import DataConfig, pack_conversations, prepare
 from motley.data.stream import TokenStream
 from motley.data.tokenizer import Tokenizer, train_tokenizer
 from motley.errors import InputError
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.infer.sampler import SamplingParams
 from motley.model import SIZES, Transformer, load, save
 from motley.train.config import SftConfig
 from motley.train.metrics import read_metrics
 from motley.train.sft import sft
 from motley.train.step import LossWeights, accumulate
-from motley.train.validation import loss_of, validate
+from motley.train.validation import summed_nats, validate
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 CONVERSATIONS = [
@@ -108,7 +109,7 @@ def test_held_out_loss_and_bits_per_byte_are_those_of_whole_logits(
     folder = pack_conversations(CONVERSATIONS * 20, tokenizer, tmp_path / "packed", seq_len=64).folder
     stream = TokenStream(folder, "valid", 64, shuffle=False)
     model, spelled = load(base), tokenizer.token_bytes()
-    reading = validate(loss_of(model, confined=True), stream, 100, spelled)
+    reading = validate(partial(summed_nats, model, confined=True), stream, 100, spelled)
     batch = stream.rows(0, stream.rows_per_epoch)
     with torch.no_grad():
         logits = model(batch.input_ids, batch.documents)

@@ -15,7 +15,7 @@ from motley.evaluate.report import write_report
 from motley.evaluate.text import bits_per_byte
 from motley.files import write_json
 from motley.fleet.device import choose_device
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.model import load
 from motley.model.find import find_model
 from motley.train.input_checks import check_data

@@ -1,24 +1,30 @@
-"""Generation with the latent cache: many prompts at once, or one conversation token by token.
+"""Decoding with the latent cache: a batch of prompts (`generate`), or one prompt token by token (`stream`).
 
-prompts, padded on the right ──▶ one call fills the cache ──▶ one token a row and call ──▶ rows that end leave
+    _prefill   prompts, padded on the right ──▶ cache filled, 512 columns a call ──▶ final hidden state of last tokens
+    _decode    ┌▶ head ──▶ sampler ──▶ one token a row ──▶ rows that are complete leave the batch ──▶ layers ─┐
+               └──────────────────────────────────────────────────────────────────────────────────────────────┘
 
-A token waits for the device twice, however many layers the model has: whether its logits are finite, and which it is.
+The head computes logits only where a token is drawn. The host waits for the device twice a token, however many layers
+the model has: whether the logits are finite, and which token was drawn.
 """
 
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import count
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.infer.sampler import Sampler, SamplingParams
 from motley.model import Transformer
+from motley.model.cache import Cache
 from motley.progress import Progress
 
-PREFILL_AT_ONCE = 512  # tokens of one prompt computed in one call; bounds the memory of long prompts
+PREFILL_AT_ONCE = 512  # tokens of each prompt computed in one call; bounds the memory of long prompts
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,16 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
+class Drawn(NamedTuple):
+    """One token: of which prompt of the batch, and whether nothing follows it."""
+
+    row: int
+    token: int
+    last: bool
+
+
 class Engine:
-    """Runs one model; not thread-safe: one call at a time.
+    """Generates with one model; not thread-safe: one call at a time.
 
     Args:
         model: in eval mode.
@@ -58,79 +72,86 @@ class Engine:
         batch_rows: int = 256,
         progress: Progress | None = None,
     ) -> list[Completion]:
-        """Complete all prompts, `batch_rows` at a time; results stand in the order of the prompts.
+        """Complete all prompts, `batch_rows` at a time; results have the order of the prompts.
 
-        `progress` advances by one for each finished row. params.stop is not applied here: it is about text.
+        `progress` advances by one for each completion. params.stop is not applied here: it is about text.
         """
         for prompt in prompts:
             self.check(prompt)
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        results: dict[int, Completion] = {}
+        results = {index: Completion([], "length") for index in range(len(prompts))}
         sampler = Sampler(params)
         for start in range(0, len(by_length), batch_rows):
             indices = by_length[start : start + batch_rows]
-            completions = self._batch([prompts[index] for index in indices], params.max_tokens, sampler, progress)
-            results |= dict(zip(indices, completions, strict=True))
+            for step in self._decode([prompts[index] for index in indices], sampler):
+                for row, token, last in step:
+                    index = indices[row]
+                    if token == self.tokenizer.eos_id:
+                        results[index] = Completion(results[index].ids, "stop")
+                    else:
+                        results[index].ids.append(token)
+                    if last and progress:
+                        progress.advance(1)
         return [results[index] for index in range(len(prompts))]
-
-    def _batch(
-        self, prompts: list[Sequence[int]], max_tokens: int, sampler: Sampler, progress: Progress | None
-    ) -> list[Completion]:
-        model, end, device = self.model, self.tokenizer.eos_id, self.model.device
-        counts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest = int(counts.max())
-        ids = torch.full((len(prompts), longest), self.tokenizer.pad_id)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        cache = model.new_cache(len(prompts), min(longest + max_tokens, self.context_length))
-        logits = model(ids.to(device), cache=cache, counts=counts)[
-            torch.arange(len(prompts), device=device), counts - 1
-        ]
-        said: list[list[int]] = [[] for _ in prompts]
-        reasons: list[Literal["stop", "length"]] = ["length"] * len(prompts)
-        rows = list(range(len(prompts)))  # which prompt each row of the cache belongs to
-        while True:
-            tokens = sampler.draw(logits)
-            staying: list[int] = []
-            for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-                if token == end:
-                    reasons[row] = "stop"
-                    continue
-                said[row].append(token)
-                if len(said[row]) < max_tokens and len(prompts[row]) + len(said[row]) < self.context_length:
-                    staying.append(place)
-            if progress and len(staying) < len(rows):
-                progress.advance(len(rows) - len(staying))
-            if not staying:
-                return [Completion(ids, reason) for ids, reason in zip(said, reasons, strict=True)]
-            if len(staying) < len(rows):
-                kept = torch.tensor(staying, device=device)
-                cache.select(kept)
-                tokens, rows = tokens[kept], [rows[place] for place in staying]
-            logits = model(tokens[:, None], cache=cache)[:, 0]
 
     @torch.inference_mode()
     def stream(
         self, prompt: Sequence[int], params: SamplingParams, cancelled: threading.Event | None = None
     ) -> Iterator[int]:
-        """Yield the answer's tokens one by one, the end token last if the model ends by itself.
+        """Yield the answer's tokens one by one; the end token is the last, if the model produces it.
 
-        Stops within one token of `cancelled` being set, at params.max_tokens, or at the end of the context.
+        Stops within one token after `cancelled` is set, at params.max_tokens, or at the end of the context.
         """
         self.check(prompt)
-        room = min(params.max_tokens, self.context_length - len(prompt))
-        cache = self.model.new_cache(1, len(prompt) + room)
-        sampler = Sampler(params)
-        ids = torch.tensor([list(prompt)], device=self.model.device)
-        *chunks, last = ids.split(PREFILL_AT_ONCE, dim=1)
-        for chunk in chunks:
-            self.model(chunk, cache=cache)
+        for ((_, token, _),) in self._decode([prompt], Sampler(params), cancelled):
+            yield token
             if cancelled is not None and cancelled.is_set():
                 return
-        for _ in range(room):
-            token = sampler.draw(self.model(last, cache=cache)[:, -1])
-            said = int(token)  # waits for the device
-            yield said
-            if said == self.tokenizer.eos_id or (cancelled is not None and cancelled.is_set()):
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], sampler: Sampler, cancelled: threading.Event | None = None
+    ) -> Iterator[list[Drawn]]:
+        """One batch: at each step, what was drawn in the rows that are not complete."""
+        model, lengths = self.model, [len(prompt) for prompt in prompts]
+        room = [min(sampler.params.max_tokens, self.context_length - length) for length in lengths]
+        cache = model.new_cache(len(prompts), max(map(sum, zip(lengths, room, strict=True))))
+        final_hidden = self._prefill(prompts, cache, cancelled)
+        if final_hidden is None:
+            return
+        rows = list(range(len(prompts)))  # the prompt of each row of the cache
+        for step in count(1):
+            tokens = sampler.draw(model.lm_head(final_hidden))
+            drawn = [
+                Drawn(row, token, token == self.tokenizer.eos_id or step == room[row])
+                for row, token in zip(rows, tokens.tolist(), strict=True)
+            ]
+            yield drawn
+            staying = [place for place, one in enumerate(drawn) if not one.last]
+            if not staying:
                 return
-            last = token[:, None]
+            if len(staying) < len(rows):
+                kept = torch.tensor(staying, device=model.device)
+                cache.select(kept)
+                tokens, rows = tokens[kept], [rows[place] for place in staying]
+            final_hidden = model.final_hidden(tokens[:, None], cache=cache)[:, 0]
+
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], cache: Cache, cancelled: threading.Event | None
+    ) -> Tensor | None:
+        """Fill the cache; [prompts, hidden] of the last token of each prompt. None: cancelled in between."""
+        device, lengths = self.model.device, [len(prompt) for prompt in prompts]
+        ids = torch.full((len(prompts), max(lengths)), self.tokenizer.pad_id)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        last: list[Tensor] = [ids.new_empty(0)] * len(prompts)
+        for start in range(0, max(lengths), PREFILL_AT_ONCE):
+            if start and cancelled is not None and cancelled.is_set():
+                return None
+            chunk = ids[:, start : start + PREFILL_AT_ONCE].to(device)
+            real = [min(max(0, length - start), chunk.shape[1]) for length in lengths]
+            counts = None if min(real) == chunk.shape[1] else torch.tensor(real, device=device)
+            hidden = self.model.final_hidden(chunk, cache=cache, counts=counts)
+            for row, length in enumerate(lengths):
+                if start < length <= start + chunk.shape[1]:
+                    last[row] = hidden[row, length - start - 1].clone()  # a view would keep the whole chunk
+        return torch.stack(last)

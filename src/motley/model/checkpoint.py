@@ -46,8 +46,8 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")  # of FP8 weights; U8 holds the
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one tensor on disk lives in memory: a parameter, or a slice of a stacked one."""
+class StoredTensor:
+    """What one tensor on disk is in memory: a parameter, or a slice of a stacked one."""
 
     name: str
     expert: int | None = None
@@ -59,9 +59,9 @@ class Place:
         return parameter if self.expert is None else parameter[self.expert, self.first_row : self.end_row]
 
 
-def places(model: Transformer) -> dict[str, Place]:
+def stored_tensors(model: Transformer) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint form of `model`, by its name on disk."""
-    found: dict[str, Place] = {}
+    found: dict[str, StoredTensor] = {}
     tensors = dict(model.named_parameters()) | {
         name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")
     }
@@ -71,13 +71,13 @@ def places(model: Transformer) -> dict[str, Place]:
             inner = tensor.shape[1] // 2
             for expert in range(tensor.shape[0]):
                 stem = f"{disk.removesuffix('gate_up_proj')}{expert}"
-                found[f"{stem}.gate_proj.weight"] = Place(name, expert, 0, inner)
-                found[f"{stem}.up_proj.weight"] = Place(name, expert, inner)
+                found[f"{stem}.gate_proj.weight"] = StoredTensor(name, expert, 0, inner)
+                found[f"{stem}.up_proj.weight"] = StoredTensor(name, expert, inner)
         elif name.endswith("experts.down_proj"):
             for expert in range(tensor.shape[0]):
-                found[f"{disk.removesuffix('down_proj')}{expert}.down_proj.weight"] = Place(name, expert)
+                found[f"{disk.removesuffix('down_proj')}{expert}.down_proj.weight"] = StoredTensor(name, expert)
         else:
-            found[disk] = Place(name)
+            found[disk] = StoredTensor(name)
     return found
 
 
@@ -113,7 +113,7 @@ def load(
 ) -> Transformer:
     """Read a Hugging Face folder; returns the model in eval mode.
 
-    Tensors are read one after another from memory-mapped shards straight into their place, so that there is never a
+    Tensors are read one after another from memory-mapped shards straight into the parameters, so that there is never a
     second copy of the model.
 
     Args:
@@ -131,14 +131,14 @@ def load(
     config = ModelConfig.from_hf(values, folder / CONFIG)
     block = _fp8_block(folder, values)
     files = _tensor_files(folder)
-    config = _with_the_mtp_there_is(folder, config, files)
+    config = _without_missing_mtp(folder, config, files)
     with torch.device("meta"):
         model = Transformer(config)
-    where = places(model)
+    stored = stored_tensors(model)
     copies = shared_copies(config)
     headers = {file: read_header(file) for file in sorted(set(files.values()))}
     entries = {name: headers[file].get(name) for name, file in files.items()}
-    _check_names(folder, files, entries, where, copies)
+    _check_names(folder, files, entries, stored, copies)
     target = dtype or _own_dtype(entries)
     device = torch.device(device or "cpu")
     _materialize(model, target, device)
@@ -146,11 +146,11 @@ def load(
     done: set[str] = set()
     for file in headers:
         with safe_open(file, framework="pt") as shard:
-            for name in (name for name in where if files.get(name) == file):
-                part = where[name].within(tensors[where[name].name])
+            for name in (name for name in stored if files.get(name) == file):
+                part = stored[name].within(tensors[stored[name].name])
                 part.data.copy_(_read(folder, files, entries, shard, name, part.shape, block, target, check_finite))
                 done.add(name)
-    missing = [name for name in where if name not in done]
+    missing = [name for name in stored if name not in done]
     if missing:
         raise InputError(
             f"{folder}: tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else "")
@@ -158,7 +158,7 @@ def load(
     return model.eval()
 
 
-def _with_the_mtp_there_is(folder: Path, config: ModelConfig, files: dict[str, Path]) -> ModelConfig:
+def _without_missing_mtp(folder: Path, config: ModelConfig, files: dict[str, Path]) -> ModelConfig:
     """Some tools keep `num_nextn_predict_layers` in config.json but drop the MTP weights; then there are no modules."""
     first = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and not any(name.startswith(first) for name in files):
@@ -215,16 +215,16 @@ def _check_names(
     folder: Path,
     files: dict[str, Path],
     entries: dict[str, Entry | None],
-    where: dict[str, Place],
+    stored: dict[str, StoredTensor],
     copies: dict[str, str],
 ) -> None:
     for name, entry in entries.items():
         if entry is None:
             raise InputError(f"{files[name]}: tensor {name} is missing, though {INDEX} says it is there")
-    for name in where:
+    for name in stored:
         if name not in entries and name not in copies:
             raise InputError(f"{folder}: tensor {name} is missing")
-    known = where.keys() | copies.keys()
+    known = stored.keys() | copies.keys()
     for name in entries:
         base = name.removesuffix(SCALE_SUFFIX)
         if name not in known and not (base != name and base in known) and not name.endswith("rotary_emb.inv_freq"):
@@ -355,7 +355,7 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 def _shards(model: Transformer, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     """Tensors under their names on disk, in shards of at most `shard_bytes` (or one larger tensor)."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    named = {name: place.within(tensors[place.name]) for name, place in places(model).items()}
+    named = {name: stored.within(tensors[stored.name]) for name, stored in stored_tensors(model).items()}
     # Published files repeat embedding and head beside each MTP module; other tools look for them there.
     for name, of in shared_copies(model.config).items():
         if name not in named and not name.startswith("lm_head"):

@@ -39,8 +39,8 @@ def moe_reference(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, d
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which row each slot has.
+class ExpertRows:
+    """The order of the rows: which slot each row stands for, and the row of each slot.
 
     ends: int32 [experts], where each expert's rows end.
     token_of_row: [rows], the token a row copies.
@@ -54,8 +54,8 @@ class Layout:
     row_of_slot: Tensor
 
     @classmethod
-    def of(cls, chosen: Tensor, experts: int, pad: int) -> "Layout":
-        """Lay out chosen [tokens, k], each expert filled up to a multiple of `pad` rows."""
+    def of(cls, chosen: Tensor, experts: int, pad: int) -> "ExpertRows":
+        """Order the slots of chosen [tokens, k], each expert filled up to a multiple of `pad` rows."""
         slots, k = chosen.numel(), chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
         ones = torch.ones_like(order)
@@ -91,7 +91,7 @@ class Experts(nn.Module):
             return native_experts(x, chosen, weights, self.gate_up_proj, self.down_proj)
         if self._few(x, chosen):
             return self._gathered(x, chosen, weights)
-        layout, k = Layout.of(chosen, len(self.gate_up_proj), self._pad(chosen)), chosen.shape[1]
+        layout, k = ExpertRows.of(chosen, len(self.gate_up_proj), self._pad(chosen)), chosen.shape[1]
         rows = _Dispatch.apply(x, layout.token_of_row, layout.row_of_slot, k)
         gate_up = self.grouped(rows, self.gate_up_proj, layout.ends)  # pyright: ignore[reportArgumentType]
         # Weighing the inner activation instead of the output is the same sum and narrower.

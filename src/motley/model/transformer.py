@@ -128,10 +128,20 @@ class Transformer(nn.Module):
             cache: tokens go after those it holds, and it is advanced.
             counts: [batch], with a cache: how many of the seq columns are real in each row (the rest pads its right).
         """
-        hidden, _ = self._trunk(input_ids, documents, cache)
+        return self.lm_head(self.final_hidden(input_ids, documents, cache, counts))
+
+    def final_hidden(
+        self,
+        input_ids: Tensor,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """[batch, seq, hidden] after the final norm: what the head computes logits from. Arguments as in `forward`."""
+        hidden, _ = self.run_layers(self.embed(input_ids), self.where(input_ids, documents, cache), cache)
         if cache is not None:
             cache.advance(input_ids.shape[1], counts)
-        return self.lm_head(hidden)
+        return hidden
 
     def hidden(
         self,
@@ -148,7 +158,7 @@ class Transformer(nn.Module):
             mtp: False leaves the MTP modules out.
             packed: as in `further`.
         """
-        main, routings = self._trunk(input_ids, documents, None)
+        main, routings = self.run_layers(self.embed(input_ids), self.where(input_ids, documents))
         if not mtp:
             return Hidden(main, [], routings)
         further, more = self.further(main, input_ids, documents, packed)
@@ -200,11 +210,14 @@ class Transformer(nn.Module):
             return torch.utils.checkpoint.checkpoint(module, *inputs, use_reentrant=False)  # pyright: ignore
         return module(*inputs)
 
-    def _trunk(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None) -> tuple[Tensor, list[Routing]]:
-        where = self.where(input_ids, documents, cache)
-        x = self.embed(input_ids)
+    def run_layers(self, x: Tensor, where: Where, cache: Cache | None = None) -> tuple[Tensor, list[Routing]]:
+        """x [batch, seq, hidden] through all layers and the final norm; what the routers of the layers did.
+
+        A model that holds only some layers has modules in the other places that return their input.
+        """
+        states = [()] * len(self.model.layers) if cache is None else [(state,) for state in cache.layers]
         routings: list[Routing] = []
-        for index, block in enumerate(self.model.layers):
-            x, routing = self.run(block, x, where, cache.layers[index] if cache else None)
+        for block, state in zip(self.model.layers, states, strict=True):
+            x, routing = self.run(block, x, where, *state)
             routings += [] if routing is None else [routing]
         return self.model.norm(x), routings

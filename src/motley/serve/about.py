@@ -1,4 +1,4 @@
-"""`about.json` beside a model: what its maker says of it, and how it is best asked."""
+"""`about.json` beside a model: a description by its author, and default settings for questions."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from motley.plan.network.flops import active_parameters, parameters
 
 
 class Defaults(BaseModel):
-    """How to ask where the user says nothing; the field `defaults` of the file."""
+    """Settings that the user left open; the field `defaults` of the file."""
 
     thinking: bool = True
     remember: bool = True  # send earlier messages along
@@ -20,8 +20,8 @@ class Defaults(BaseModel):
     max_tokens: int = 1024
 
 
-def told(folder: Path) -> dict[str, Any]:
-    """What stands in the file; nothing where there is none. Raises InputError if it is not what it should be."""
+def read_file(folder: Path) -> dict[str, Any]:
+    """The content of the file, empty if there is none. Raises InputError if it is invalid."""
     file = folder / "about.json"
     values = read_json(file) if file.is_file() else {}
     if not isinstance(values, dict):
@@ -35,13 +35,13 @@ def told(folder: Path) -> dict[str, Any]:
 
 
 def read_defaults(folder: Path) -> Defaults:
-    return Defaults.model_validate(told(folder).get("defaults", {}))
+    return Defaults.model_validate(read_file(folder).get("defaults", {}))
 
 
 def read_about(folder: Path, engine: Engine) -> dict[str, Any]:
-    """What the page tells: the file, and what the server itself knows."""
+    """What the page shows: the file, and facts about the model."""
     config = engine.model.config
     name = folder.parent.name if folder.name in ("model", "export") or folder.name.startswith("step-") else folder.name
     fallback = {"model": name or "model", "about": [], "prompts": [], "accuracy": None}
-    return {**fallback, **told(folder), "parameters": parameters(config),
+    return {**fallback, **read_file(folder), "parameters": parameters(config),
             "active_parameters": active_parameters(config), "context_length": engine.context_length}  # fmt: skip

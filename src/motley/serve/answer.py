@@ -1,4 +1,4 @@
-"""From generated tokens to what people read: thinking, then the answer, cut at a stop text.
+"""From generated tokens to text: reasoning, then the answer, cut at a stop text.
 
 token ──▶ AnswerSplitter ──▶ reasoning ──────────────────▶ Piece
                          └─▶ content ──▶ StopAtText ──▶    (and at the end: finish_reason, Usage)
@@ -16,7 +16,7 @@ from motley.infer.sampler import SamplingParams
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """What every dialect of the API comes down to: a conversation whose last message asks, and how to answer it."""
+    """A conversation whose last message is to be answered, and how; independent of the API's form."""
 
     messages: Sequence[Message]
     params: SamplingParams
@@ -25,7 +25,7 @@ class AnswerRequest:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text as it arrives."""
+    """Text that became complete with a token; both fields may be empty."""
 
     reasoning: str = ""
     content: str = ""
@@ -33,7 +33,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and said; `reasoning_tokens` are those up to and with `</think>`, and among the said ones."""
+    """Numbers of tokens; `completion_tokens` include `reasoning_tokens`, those up to and with `</think>`."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -44,24 +44,24 @@ class AnswerWriter:
     """Collects one answer token by token.
 
     Args:
-        tokenizer: whose tokens arrive.
+        tokenizer: of the model.
         prompt_tokens: length of the prompt, for the usage.
-        request: for its stop texts (they apply to the answer, not to the thinking) and whether it begins with thinking.
+        request: its stop texts (they apply to the answer, not to the reasoning) and whether the model thinks first.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, request: AnswerRequest) -> None:
         self._splitter = AnswerSplitter(tokenizer, request.thinking)
         self._stop = StopAtText(request.params.stop)
         self._end = tokenizer.eos_id
-        self._prompt_tokens, self._said, self._reasoning = prompt_tokens, 0, 0
-        self.finish_reason: Literal["stop", "length"] = "length"  # until the model, or a stop text, ends the answer
+        self._prompt_tokens, self._completion, self._reasoning = prompt_tokens, 0, 0
+        self.finish_reason: Literal["stop", "length"] = "length"  # until the end token or a stop text
 
     @property
     def stopped(self) -> bool:
         return self.finish_reason == "stop"
 
     def push(self, token: int) -> Piece:
-        self._said += 1
+        self._completion += 1
         self._reasoning += self._splitter.reasoning and token != self._end
         reasoning, content = self._splitter.push(token)
         piece = Piece(reasoning, self._stop.push(content))
@@ -70,11 +70,11 @@ class AnswerWriter:
         return piece
 
     def finish(self) -> Piece:
-        """The last piece: what was held back or not completed."""
+        """The last piece: text that was held back because it could have begun a stop text or a character."""
         reasoning, content = self._splitter.finish()
         before = self._stop.push(content)
         return Piece(reasoning, before + ("" if self._stop.stopped else self._stop.finish()))
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._prompt_tokens, self._said, self._reasoning)
+        return Usage(self._prompt_tokens, self._completion, self._reasoning)

@@ -1,7 +1,7 @@
-"""`motley serve`: one model behind an API and a page.
+"""`motley serve`: one model behind an OpenAI-compatible API and a chat page.
 
 GET  /                      the page                    GET  /v1/models
-GET  /api/about             what the page tells         POST /v1/chat/completions
+GET  /api/about             facts for the page          POST /v1/chat/completions
 GET  /health
 """
 
@@ -29,42 +29,42 @@ from starlette.types import Receive, Scope, Send
 from motley import __version__
 from motley.errors import InputError
 from motley.infer.engine import Engine
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.model.find import find_model
 from motley.serve.about import read_about
-from motley.serve.middleware import Guard, is_loopback
+from motley.serve.engine_thread import Busy, EngineThread, Event
+from motley.serve.middleware import AccessMiddleware, is_loopback
 from motley.serve.openai import (
     ALIASES,
     ChatRequest,
-    Refused,
     Reply,
+    RequestRefused,
     error_body,
     in_a_sentence,
     input_error_body,
     model_card,
 )
-from motley.serve.worker import Busy, Event, Worker
 
 PAGES = Path(__file__).parent / "pages"
 KEY_VARIABLE = "MOTLEY_API_KEY"
 RETRY_SECONDS = 5
-GRACE_SECONDS = 5  # for answers under way when the server is stopped
+GRACE_SECONDS = 5  # for requests in progress when the server is stopped
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Serve a model: an API in OpenAI's form, and a page to talk to it."""
+    """Serve a model: an OpenAI-compatible API and a chat page."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """A run or a checkpoint folder."""
     host: str = "127.0.0.1"
-    """Address to listen on; anything but this machine needs an API key."""
+    """Address to listen on; any but a loopback address needs an API key."""
     port: int = 8321
-    """0 takes any free port."""
+    """0: any free port."""
     api_key: str | None = None
-    """Key that callers must send; also read from the environment variable MOTLEY_API_KEY."""
+    """Key that clients must send; also read from the environment variable MOTLEY_API_KEY."""
     max_waiting: int = 16
-    """Requests that may wait while one is answered; more are told to come again."""
+    """Requests that may wait while one is answered; further ones get status 429 with a Retry-After header."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 
@@ -76,7 +76,7 @@ class ServeConfig:
 
 
 class EventStream(StreamingResponse):
-    """A stream that is closed, whatever ends it: so the engine is free as soon as the reader is gone."""
+    """Closes its generator however the response ends, so that a disconnect frees the engine."""
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
@@ -97,22 +97,22 @@ def create_app(
     api_key: str | None = None,
     max_waiting: int = 16,
 ) -> FastAPI:
-    """The application around one engine; `about` is what the page tells, its "model" the name in the API."""
-    worker, name, created = Worker(engine, max_waiting), about["model"], int(time.time())
+    """The ASGI application for one engine; `about` is what /api/about returns, its "model" the name in the API."""
+    engine_thread, name, created = EngineThread(engine, max_waiting), about["model"], int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        worker.close()
+        engine_thread.close()
 
     app = FastAPI(title="motley", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": name, "waiting": worker.waiting}
+        return {"status": "ok", "model": name, "waiting": engine_thread.waiting}
 
     @app.get("/api/about")
-    async def tell() -> dict[str, Any]:
+    async def read_facts() -> dict[str, Any]:
         return about
 
     @app.get("/v1/models")
@@ -127,23 +127,23 @@ def create_app(
     @app.post("/v1/chat/completions")
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         check_model(asked.model)
-        events = worker.answer(asked.request())
-        await anext(events)  # now it stands in line, or was refused
+        events = engine_thread.answer(asked.request())
+        await anext(events)  # the request is queued, or an exception says why not
         reply = Reply(name)
         if asked.stream:
             return EventStream(reply.stream(events, bool(asked.stream_options and asked.stream_options.include_usage)))
-        answer = await unless_gone(request, events, reply)
+        answer = await unless_disconnected(request, events, reply)
         return JSONResponse(answer) if answer is not None else Response(status_code=499)
 
     def check_model(asked: str) -> None:
         if asked != name and asked not in ALIASES:
             message = f"there is no model {asked!a} here; this server has {name!r}"
-            raise Refused(message, "model", "model_not_found", status=404)
+            raise RequestRefused(message, "model", "model_not_found", status=404)
 
     if has_page():
         app.mount("/", StaticFiles(directory=PAGES, html=True))
     add_error_handlers(app)
-    app.add_middleware(Guard, local=local, api_key=api_key)
+    app.add_middleware(AccessMiddleware, local=local, api_key=api_key)
     return app
 
 
@@ -152,22 +152,24 @@ def has_page() -> bool:
     return (PAGES / "index.html").is_file()
 
 
-async def unless_gone(request: Request, events: AsyncGenerator[Event, None], reply: Reply) -> dict[str, Any] | None:
-    """The whole answer, or None as soon as the caller hung up: then the engine is free for others."""
+async def unless_disconnected(
+    request: Request, events: AsyncGenerator[Event, None], reply: Reply
+) -> dict[str, Any] | None:
+    """The whole answer, or None if the client disconnects first: that cancels the request."""
 
-    async def gone() -> None:
+    async def disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    answer, hung_up = asyncio.ensure_future(reply.whole(events)), asyncio.ensure_future(gone())
+    answer, disconnected = asyncio.ensure_future(reply.whole(events)), asyncio.ensure_future(disconnect())
     try:
-        await asyncio.wait({answer, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({answer, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         return answer.result() if answer.done() else None
     finally:
-        for task in (answer, hung_up):
+        for task in (answer, disconnected):
             task.cancel()
         with anyio.CancelScope(shield=True):
-            await asyncio.gather(answer, hung_up, return_exceptions=True)
+            await asyncio.gather(answer, disconnected, return_exceptions=True)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -178,7 +180,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(InputError)
     async def input_error(_: Request, error: InputError) -> Response:
-        return JSONResponse(input_error_body(error), error.status if isinstance(error, Refused) else 400)
+        return JSONResponse(input_error_body(error), error.status if isinstance(error, RequestRefused) else 400)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -207,7 +209,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def describe_validation(error: Any) -> tuple[str, str | None, str | None]:
-    """pydantic's first complaint as a sentence (where, then what), and the param and code of OpenAI's error object."""
+    """pydantic's first error as a sentence (where, then what), and the param and code of OpenAI's error object."""
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error.get('ctx', {}).get('error', '')}", None, None
     steps = [step for step in error["loc"] if step not in ("body", "str") and not str(step).startswith("list[")]
@@ -221,7 +223,7 @@ def describe_validation(error: Any) -> tuple[str, str | None, str | None]:
 
 
 def ascii_only(text: str) -> str:
-    """Half surrogate pairs and control characters from a caller must not break the reply."""
+    """Escape all but ASCII: half surrogate pairs and control characters from a client must not break the reply."""
     return text.encode("ascii", "backslashreplace").decode("ascii")
 
 
@@ -248,7 +250,7 @@ def listen(host: str, port: int, other_ports: int = 0) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Says where it is once it really listens."""
+    """Prints its address once it accepts connections."""
 
     def __init__(self, config: uvicorn.Config, greeting: str) -> None:
         super().__init__(config)
@@ -267,7 +269,7 @@ def serve(config: ServeConfig, other_ports: int = 0) -> None:
     local = is_loopback(config.host)
     if not local and api_key is None:
         raise InputError(
-            f"--host {config.host} lets other machines in, so an API key is needed: "
+            f"--host {config.host} accepts connections from other machines, which needs an API key: "
             f"give --api-key or set {KEY_VARIABLE}"
         )
     listening = listen(config.host, config.port, other_ports)
@@ -289,5 +291,5 @@ def serve(config: ServeConfig, other_ports: int = 0) -> None:
         )
         try:
             Server(settings, greeting).run(sockets=[listening])
-        except KeyboardInterrupt:  # the way to stop it
+        except KeyboardInterrupt:  # the usual way to stop it
             sys.stdout.write("\n")

@@ -14,22 +14,22 @@ import tyro
 from motley.data.conversation import ConversationEncoder, Message
 from motley.errors import InputError
 from motley.infer.engine import Engine
-from motley.infer.opening import open_engine
+from motley.infer.load import open_engine
 from motley.infer.sampler import SamplingParams
 from motley.model.find import find_model
 from motley.serve.about import Defaults, read_defaults
 from motley.serve.answer import AnswerRequest, AnswerWriter, Piece
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-HELP = "Type a message. /new forgets the conversation, /think turns thinking on or off, /quit (or Ctrl-D) ends."
+HELP = "Type a message. /new clears the conversation, /think turns thinking on or off, /quit (or Ctrl-D) ends the chat."
 
 
 @dataclass(frozen=True)
 class ChatConfig:
     """Talk to a model in the terminal.
 
-    What is not said here is as the model's own about.json says, or else as usual: earlier messages are sent along, the
-    temperature is 0.6, the longest answer has 1024 tokens.
+    Settings that are left out are those of the model's about.json; without one, earlier messages are sent along, the
+    temperature is 0.6 and an answer has at most 1024 tokens.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -37,7 +37,7 @@ class ChatConfig:
     thinking: bool = True
     """Let the model think before it answers."""
     remember: Literal["auto", "yes", "no"] = "auto"
-    """Send earlier messages along; a model that was trained on single questions does better without."""
+    """Send earlier messages along; without them, models trained on single questions answer better."""
     temperature: float | None = None
     """0 takes the most probable token."""
     top_p: float = 0.95
@@ -52,9 +52,9 @@ class Chat:
     """One conversation with one engine.
 
     Args:
-        config: what the user asked for.
-        defaults: of the model, for what the user left open.
-        out: where answers are written as they arrive; thinking is dim if that is a terminal.
+        config: the user's settings.
+        defaults: the model's, for settings that the user left open.
+        out: where answers are written token by token; thinking is dim if it is a terminal.
     """
 
     def __init__(self, engine: Engine, config: ChatConfig, defaults: Defaults, out: TextIO) -> None:
@@ -68,40 +68,40 @@ class Chat:
         self.messages: list[Message] = []
 
     def command(self, line: str) -> str:
-        """What to tell the user after a line that begins with a slash. Raises EOFError for /quit."""
+        """Run a line that begins with a slash; returns what to print. Raises EOFError for /quit."""
         if line == "/quit":
             raise EOFError
         if line == "/new":
             self.messages.clear()
-            return "The conversation is forgotten."
+            return "The conversation is cleared."
         if line == "/think":
             self.thinking = not self.thinking
             return f"Thinking is {'on' if self.thinking else 'off'}."
         return HELP
 
     def ask(self, question: str, cancelled: threading.Event | None = None) -> None:
-        """Stream the answer to `out`; a cancelled or refused question is not remembered. Raises InputError."""
+        """Stream the answer to `out`; the conversation does not keep a cancelled question. Raises InputError."""
         asked = [*(self.messages if self.remember else []), Message("user", question)]
         request = AnswerRequest(asked, self.params, self.thinking)
         prompt = self.encoder.prompt(request.messages, request.thinking)
         writer = AnswerWriter(self.engine.tokenizer, len(prompt), request)
-        said: list[Piece] = []
+        pieces: list[Piece] = []
         try:
             for token in self.engine.stream(prompt, request.params, cancelled):
-                said.append(writer.push(token))
-                self._show(said[-1], first=not any(piece.content for piece in said[:-1]))
+                pieces.append(writer.push(token))
+                self._show(pieces[-1], first=not any(piece.content for piece in pieces[:-1]))
                 if writer.stopped:
                     break
-            said.append(writer.finish())
-            self._show(said[-1], first=not any(piece.content for piece in said[:-1]))
+            pieces.append(writer.finish())
+            self._show(pieces[-1], first=not any(piece.content for piece in pieces[:-1]))
         finally:
             self._write(PLAIN if self._dims else "", "\n")
         if cancelled is not None and cancelled.is_set():
-            self._write("(stopped; not remembered)\n")
+            self._write("(stopped; the conversation does not keep it)\n")
             return
         if not writer.stopped:
             self._write(f"(cut at {writer.usage.completion_tokens} tokens)\n")
-        self.messages = [*asked, Message("assistant", "".join(piece.content for piece in said))]
+        self.messages = [*asked, Message("assistant", "".join(piece.content for piece in pieces))]
 
     @property
     def _dims(self) -> bool:
@@ -120,7 +120,7 @@ class Chat:
 
 
 def chat(config: ChatConfig) -> None:
-    """Read questions from standard input, one a line, until it ends."""
+    """Answer questions from standard input, one a line, until it ends."""
     defaults = read_defaults(find_model(config.model))
     conversation = Chat(open_engine(config.model, config.device), config, defaults, sys.stdout)
     terminal = sys.stdin.isatty()
@@ -147,7 +147,7 @@ def chat(config: ChatConfig) -> None:
 
 @contextmanager
 def ctrl_c_ends_the_answer() -> Iterator[threading.Event]:
-    """Within the block, Ctrl-C sets the event instead of ending the chat."""
+    """Within the block, Ctrl-C sets the event instead of raising KeyboardInterrupt."""
     cancelled = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: cancelled.set())
     try:

@@ -1,8 +1,8 @@
-"""What every request must pass before it reaches a route, and what every response carries.
+"""Checks on every request before it reaches a route; security headers on every response.
 
-The server computes for whoever may talk to it, and web pages elsewhere can make a browser talk to 127.0.0.1. So:
-names that do not belong to this server are turned away (DNS rebinding), requests from other pages too (Origin), and
-what is not JSON (a form can be sent across sites without asking). Beyond this machine an API key is needed.
+Any web page can make a browser send requests to 127.0.0.1. Refused are therefore host names that are not this
+server's (DNS rebinding), origins other than its own page's, and bodies that are not JSON (browsers send forms across
+origins without a preflight request). On any but a loopback address an API key is required.
 """
 
 import json
@@ -37,7 +37,7 @@ HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address means this machine and nothing else."""
+    """Whether a name or address is a loopback one."""
     if host == "localhost":
         return True
     try:
@@ -48,20 +48,20 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True)
 class Refusal(Exception):
-    """Why a request goes no further."""
+    """A request that no route gets to see, and why."""
 
     status: int
     message: str
     code: str
 
 
-class Guard:
-    """ASGI middleware.
+class AccessMiddleware:
+    """ASGI middleware that checks host, origin, body and API key.
 
     Args:
-        app: what is guarded.
-        local: the server listens on this machine only; then a request must name it by a loopback name.
-        api_key: asked for on every path but /health; None asks for nothing.
+        app: the application behind it.
+        local: the server listens on a loopback address; then requests must name a loopback host.
+        api_key: required on every path but /health; None: no key is required.
     """
 
     def __init__(self, app: ASGIApp, local: bool, api_key: str | None) -> None:
@@ -118,7 +118,7 @@ class Guard:
             raise Refusal(413, too_large(), "request_too_large")
 
     def _check_key(self, scope: Scope, headers: Headers) -> Response | None:
-        """None lets the request pass; a response is for the browser that opened the address with the key in it."""
+        """None if the request may pass; a response if a browser opened the address with the key in its query."""
         if self.api_key is None:
             return None
         if any(same(given, self.api_key) for given in given_keys(headers)):
@@ -132,7 +132,7 @@ class Guard:
 
 
 def limited(receive: Receive) -> Receive:
-    """`receive` that ends a body which grows too large without having said so."""
+    """`receive` that raises when a body without Content-Length grows too large."""
     received = 0
 
     async def counting() -> Message:
@@ -151,7 +151,7 @@ def too_large() -> str:
 
 
 def given_keys(headers: Mapping[str, str]) -> list[str]:
-    """Keys a request carries: as a bearer token, as x-api-key, or in the page's cookie."""
+    """Keys in a request: bearer token, x-api-key, the page's cookie."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     keys = [headers.get("x-api-key", "")] + ([token.strip()] if scheme.lower() == "bearer" else [])
     try:
@@ -162,7 +162,7 @@ def given_keys(headers: Mapping[str, str]) -> list[str]:
 
 
 def same(given: str, key: str) -> bool:
-    """Compared in a time that does not tell how much was right."""
+    """Whether two keys are equal, in constant time."""
     return secrets.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode("utf-8", "surrogateescape"))
 
 
@@ -174,7 +174,7 @@ def netloc_of(origin: str) -> str:
 
 
 def cache_control(path: str) -> str:
-    """Built assets carry their digest in the name; everything else is asked for anew."""
+    """Built assets have their digest in the name and may be cached; nothing else may."""
     return "public, max-age=31536000, immutable" if path.startswith("/assets/") else "no-store"
 
 

@@ -1,6 +1,6 @@
-"""The OpenAI dialect, as DeepSeek speaks it: chat completions with `reasoning_content` beside `content`.
+"""OpenAI's chat completions with DeepSeek's field `reasoning_content` beside `content`.
 
-What a request asks for and this server cannot do is refused by name; nothing is quietly left out.
+A parameter that this server does not support is refused by name; none is ignored silently.
 """
 
 import json
@@ -17,7 +17,7 @@ from motley.data.conversation import Message
 from motley.errors import InputError
 from motley.infer.sampler import BrokenLogits, SamplingParams
 from motley.serve.answer import AnswerRequest, Piece, Usage
-from motley.serve.worker import Event, Finished
+from motley.serve.engine_thread import Event, Finished
 
 DEFAULT_MAX_TOKENS = 4096  # where the request names no limit; the end of the context ends an answer sooner
 MOST_STOPS = 16
@@ -29,8 +29,8 @@ ALIASES = {
 log = logging.getLogger(__name__)
 
 
-class Refused(InputError):
-    """A request that cannot be answered, with what OpenAI's error object tells programs."""
+class RequestRefused(InputError):
+    """A request that cannot be answered, with the fields of OpenAI's error object."""
 
     def __init__(self, message: str, param: str, code: str, status: int = 400) -> None:
         super().__init__(message)
@@ -38,26 +38,26 @@ class Refused(InputError):
 
 
 class Typed(BaseModel):
-    """Takes values as they are: "5" and true are no numbers."""
+    """Converts no values: "5" and true are not numbers."""
 
     model_config = ConfigDict(strict=True)
 
 
 class Strict(Typed):
-    """Refuses what it does not know, unless it is null: clients send back whole answers, empty fields and all."""
+    """Refuses unknown fields unless they are null: clients send whole answers back, with their empty fields."""
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
-    def null_asks_for_nothing(cls, values: Any) -> Any:
+    def drop_null_fields(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         return {name: value for name, value in values.items() if value is not None}
 
 
-class Part(Typed):
-    """A part of a message's content."""
+class ContentPart(Typed):
+    """One entry of a message's content."""
 
     type: str
     text: str | None = None
@@ -65,8 +65,8 @@ class Part(Typed):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
-    reasoning_content: str | None = None  # accepted as DeepSeek does; earlier thinking is not read again
+    content: str | list[ContentPart] | None = None
+    reasoning_content: str | None = None  # accepted as DeepSeek does, and not given to the model
     name: str | None = None
     refusal: str | None = None
 
@@ -74,7 +74,7 @@ class ChatMessage(Strict):
         if isinstance(self.content, list):
             other = next((part.type for part in self.content if part.type != "text"), None)
             if other is not None:
-                raise Refused(
+                raise RequestRefused(
                     f"{where}.content holds a part of type {other!r}; this model reads text only",
                     f"{where}.content", "unsupported_value",
                 )  # fmt: skip
@@ -93,7 +93,7 @@ class StreamOptions(Typed):
 
 
 class ChatRequest(Strict):
-    """`POST /v1/chat/completions`. Fields without an effect here may only hold what asks for nothing."""
+    """`POST /v1/chat/completions`. Fields that this server does not support must have a value without effect."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
@@ -106,7 +106,7 @@ class ChatRequest(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
     thinking: Thinking | None = None
-    # "none" turns thinking off; there are no degrees of it here
+    # "none" turns thinking off; the other values are all the same here
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     n: int | None = None
     logprobs: bool | None = None
@@ -118,7 +118,7 @@ class ChatRequest(Strict):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    # about the caller or the bill, not about the answer
+    # about the client or the bill, not about the answer
     user: str | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
@@ -127,8 +127,8 @@ class ChatRequest(Strict):
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
 
-    def refuse_what_is_missing(self) -> None:
-        """Raises Refused naming the first thing asked for that this server cannot do."""
+    def check_supported(self) -> None:
+        """Raises RequestRefused, which names the first parameter that this server does not support."""
         form = (self.response_format or {}).get("type")
         wants = {
             f"n = {self.n}": self.n not in (None, 1),
@@ -141,18 +141,20 @@ class ChatRequest(Strict):
         }  # fmt: skip
         for name, wanted in wants.items():
             if wanted:
-                raise Refused(
+                raise RequestRefused(
                     f"{name} is not supported by this server yet; leave it out",
                     name.split()[0],
                     "unsupported_parameter",
                 )
 
     def request(self) -> AnswerRequest:
-        """What is asked, free of the dialect. Raises InputError."""
-        self.refuse_what_is_missing()
+        """The request, independent of the API's form. Raises InputError."""
+        self.check_supported()
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MOST_STOPS or "" in stops:
-            raise Refused(f"stop must be at most {MOST_STOPS} texts, none of them empty", "stop", "invalid_value")
+            raise RequestRefused(
+                f"stop must be at most {MOST_STOPS} texts, none of them empty", "stop", "invalid_value"
+            )
         given = {"temperature": self.temperature, "top_p": self.top_p}
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         params = SamplingParams(
@@ -174,7 +176,7 @@ class ChatRequest(Strict):
 
 
 class Reply:
-    """Writes one answer in this dialect, whole or as a stream."""
+    """Writes one answer in the API's form, whole or as a stream."""
 
     def __init__(self, model: str) -> None:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
@@ -198,12 +200,12 @@ class Reply:
                         "usage": usage(event.usage),
                     }
                 reasoning, content = reasoning + event.reasoning, content + event.content
-        raise RuntimeError("the answer ended without an end")
+        raise RuntimeError("the events ended without Finished")
 
     async def stream(self, events: AsyncGenerator[Event, None], include_usage: bool) -> AsyncGenerator[str, None]:
-        """Server-sent events: a role, pieces, the reason of the end, the usage if asked for, `[DONE]`.
+        """Server-sent events: a role, pieces, the finish reason, the usage if requested, `[DONE]`.
 
-        The status has long been sent when something breaks on the way, so that the error is the last event.
+        The status has already been sent when an exception occurs on the way, so that the error is the last event.
         """
         yield self._chunk({"role": "assistant", "content": ""}, include_usage=include_usage)
         try:
@@ -215,7 +217,7 @@ class Reply:
                             yield self._event({"choices": [], "usage": usage(event.usage)})
                         yield "data: [DONE]\n\n"
                     elif event == Piece():
-                        yield ": still there\n\n"
+                        yield ": keep-alive\n\n"
                     else:
                         for delta in self._deltas(event):
                             yield self._chunk(delta, include_usage=include_usage)
@@ -250,8 +252,8 @@ def usage(usage: Usage) -> dict[str, Any]:
 
 
 def in_a_sentence(error: Exception) -> str:
-    """What a caller is told of a fault inside; the rest stays in the log."""
-    return str(error) if isinstance(error, BrokenLogits) else "something broke inside the server; its log says what"
+    """What a client is told of an internal error; the rest is in the log."""
+    return str(error) if isinstance(error, BrokenLogits) else "internal error; the server's log has the traceback"
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
@@ -259,9 +261,9 @@ def error_body(message: str, kind: str, code: str | None = None, param: str | No
 
 
 def input_error_body(error: InputError) -> dict[str, Any]:
-    """For what a request holds and cannot be; sentences about a setting begin with its name."""
+    """The error object for a value that cannot be used; messages about a parameter begin with its name."""
     message, first = str(error), str(error).split()[0]
-    if isinstance(error, Refused):
+    if isinstance(error, RequestRefused):
         param, code = error.param, error.code
     elif "reads at most" in message:
         param, code = "messages", "context_length_exceeded"

@@ -23,7 +23,7 @@ from motley.train.loss_scaler import LossScaler
 from motley.train.ngram_targets import NgramCounts, NgramTargets
 from motley.train.optimizer import Optimizer, State
 from motley.train.step import LossWeights, StepLosses, accumulate, all_finite, clip_gradient, gradient_norm, is_trained
-from motley.train.validation import loss_of
+from motley.train.validation import summed_nats
 
 Result = TypeVar("Result")
 
@@ -236,7 +236,7 @@ class SingleProcess:
         return StepEnd(step + 1, losses.tokens, self.config.batch_rows, numbers=numbers)
 
     def held_out_loss(self, stream: TokenStream, rows: int) -> float:
-        return loss_of(self.model, self.config.confine_to_document)(stream, rows)
+        return summed_nats(self.model, stream, rows, self.config.confine_to_document, self.micro_batch)
 
     # --------------------------------------------------------------------------------- nobody to agree with
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from motley.data.stream import TokenStream
+from motley.data.stream import Batch, TokenStream
 from motley.model import Transformer
-from motley.train.loss import summed_cross_entropy
-from motley.train.step import attended_documents, batch_rows
+from motley.train.step import Counts, LossWeights, Tally, attended_documents, batch_rows, predicted_loss
 
 ROWS_AT_A_TIME = 16
 
@@ -26,7 +26,7 @@ class Reading:
 
 
 SummedLoss = Callable[[TokenStream, int], float]
-"""(stream, rows) → nats summed over the first rows of the stream in its own order."""
+"""(stream, rows) → nats summed over the first rows of the stream, in its own order."""
 
 
 def validate(summed_loss: SummedLoss, stream: TokenStream, rows: int, token_bytes: np.ndarray) -> Reading:
@@ -45,20 +45,35 @@ def validate(summed_loss: SummedLoss, stream: TokenStream, rows: int, token_byte
     return Reading(nats / max(1, tokens), nats / math.log(2) / max(1, size), tokens, size)
 
 
-def loss_of(model: Transformer, confined: bool) -> SummedLoss:
-    """The summed loss of one whole model; `confined`: attention stays within documents."""
+@torch.no_grad()
+def summed_nats(
+    model: Transformer, stream: TokenStream, rows: int, confined: bool, micro_batch: int = ROWS_AT_A_TIME
+) -> float:
+    """Loss of a whole model in nats, summed over the first `rows` rows of `stream`.
 
-    @torch.no_grad()
-    def summed_loss(stream: TokenStream, rows: int) -> float:
-        model.eval()
-        nats = 0.0
-        for start in range(0, rows, ROWS_AT_A_TIME):
-            batch = batch_rows(stream.rows(start, min(ROWS_AT_A_TIME, rows - start)), slice(None), model.device)
-            hidden = model.hidden(batch.input_ids, attended_documents(batch, confined), mtp=False)
-            nats += summed_cross_entropy(
-                hidden.main.flatten(0, 1), model.lm_head.weight, batch.targets.flatten()
-            ).item()
-        model.train()
-        return nats
+    confined: attention stays within documents. micro_batch: rows computed at a time.
+    """
+    training = model.training
+    model.eval()
+    nats = 0.0
+    for start in range(0, rows, micro_batch):
+        batch = batch_rows(stream.rows(start, min(micro_batch, rows - start)), slice(None), model.device)
+        nats += batch_nats(model, model.final_hidden(batch.input_ids, attended_documents(batch, confined)), batch)
+    model.train(training)
+    return nats
 
-    return summed_loss
+
+def batch_nats(
+    model: Transformer, final_hidden: Tensor, batch: Batch, predicted_loss: Callable[..., Tensor] = predicted_loss
+) -> float:
+    """Loss in nats, summed over all targets of a batch.
+
+    Args:
+        model: has the head.
+        final_hidden: [batch, seq, hidden], what `Transformer.final_hidden` makes of the rows.
+        batch: the rows, on the model's device.
+        predicted_loss: with the arguments of `step.predicted_loss`; another one may have to fetch the head first.
+    """
+    tally = Tally.empty(model.device)
+    predicted_loss(model, final_hidden, [], batch, Counts(1, (), 1), LossWeights(0.0, 0.0), tally)
+    return float(tally.main)

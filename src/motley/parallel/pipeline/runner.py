@@ -23,6 +23,7 @@ from motley.parallel.pipeline.schedule import order
 from motley.parallel.pipeline.zero_bubble import defer_weight_gradients
 from motley.parallel.zero.stage2 import Zero2
 from motley.train.step import Counts, LossWeights, Tally, attended_documents, batch_rows, micro_batches, predicted_loss
+from motley.train.validation import batch_nats
 
 Sending = list[tuple[dist.Work | None, Tensor]]
 
@@ -58,7 +59,6 @@ class PipelineRunner:
         self.broken = torch.zeros(3, device=model.device)
         self.pace: Callable[[float], float] = lambda seconds: 0.0
         self.zero: Zero2 | None = None
-        self._layers = [model.model.layers[layer] for layer in coordinates.group.stage_layers(coordinates.stage)]
         self._config = config
         deferred = coordinates.group.schedule == "zero_bubble" and coordinates.group.stages > 1
         self._later = defer_weight_gradients(model) if deferred else None
@@ -164,12 +164,11 @@ class PipelineRunner:
                 if self.coordinates.first
                 else self._receive(part, self.coordinates.ranks[self.coordinates.stage - 1])
             )
-            tally = Tally.empty(self.model.device)
-            counts = Counts(1, (), 1)
-            flight = self._forward(part, received, counts, LossWeights(0.0, 0.0), confined, False, tally, 1.0)
-            total += float(tally.main)
-            if flight.sent is not None:
-                self._send(flight.sent, self.coordinates.ranks[self.coordinates.stage + 1], sending)
+            x, _ = self._run_layers(part, received, attended_documents(part, confined))
+            if self.coordinates.last:
+                total += batch_nats(self.model, x, part, self.zero.predicted_loss if self.zero else predicted_loss)
+            else:
+                self._send(x.to(self.wire), self.coordinates.ranks[self.coordinates.stage + 1], sending)
         self._finish(sending)
         return total
 
@@ -186,21 +185,15 @@ class PipelineRunner:
     ) -> _Flight:
         model = self.model
         documents = attended_documents(part, confined)
-        where = model.where(part.input_ids, documents)
-        x = model.embed(part.input_ids) if received is None else received.to(model.dtype)
-        routings: list[Routing] = []
-        for block in self._layers:
-            x, routing = model.run(block, x, where)
-            routings += [] if routing is None else [routing]
+        x, routings = self._run_layers(part, received, documents)
         loss: Tensor | float = 0.0
         sent = None
         if self.coordinates.last:
-            main = model.model.norm(x)
-            further, more = model.further(main, part.input_ids, documents, part.documents) if depths else ([], [])
+            further, more = model.further(x, part.input_ids, documents, part.documents) if depths else ([], [])
             if self.zero is None:
-                loss = predicted_loss(model, main, further, part, counts, weights, tally, scale)
+                loss = predicted_loss(model, x, further, part, counts, weights, tally, scale)
             else:
-                loss = self.zero.predicted_loss(model, main, further, part, counts, weights, tally)
+                loss = self.zero.predicted_loss(model, x, further, part, counts, weights, tally)
             routings = routings + more
         else:
             sent = x.to(self.wire)
@@ -208,6 +201,14 @@ class PipelineRunner:
         moe = sum(self._config.is_moe_layer(layer) for layer in range(layers))
         loss = loss + tally.add_routings(routings, counts, weights.balance, max(1, moe))
         return _Flight(part, received, sent, loss)
+
+    def _run_layers(
+        self, part: Batch, received: Tensor | None, documents: Tensor | None
+    ) -> tuple[Tensor, list[Routing]]:
+        """`Transformer.run_layers` of this stage."""
+        model = self.model
+        x = model.embed(part.input_ids) if received is None else received.to(model.dtype)
+        return model.run_layers(x, model.where(part.input_ids, documents))
 
     def _cut(self, batch: Batch, count: int) -> tuple[Batch, Sequence[slice]]:
         """(the batch, the rows of each of `count` micro-batches)."""

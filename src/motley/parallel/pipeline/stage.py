@@ -1,29 +1,38 @@
 """The part of the model that one rank computes: some layers, and of spread experts some."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from motley.model import ModelConfig, Transformer
 from motley.model.moe import MoE
 from motley.model.rotary import Rotary
+from motley.model.where import Where
 from motley.parallel.expert.dispatch import ExpertParallel
 from motley.parallel.layout import Coordinates
+
+
+class IdentityBlock(nn.Module):
+    """In the place of a layer that another stage computes."""
+
+    def forward(self, x: Tensor, where: Where) -> tuple[Tensor, None]:
+        return x, None
 
 
 def build_stage(config: ModelConfig, coordinates: Coordinates, device: torch.device) -> Transformer:
     """The part of the model that one rank computes, ready on `device` but for its parameters, which are only shapes.
 
-    Modules keep their published names; layers of other stages are empty, stacks of experts hold only its own.
+    Modules keep their published names; layers of other stages return their input, stacks of experts hold only its own.
     """
     with torch.device("meta"):
         model = Transformer(config)
     own = coordinates.group.stage_layers(coordinates.stage)
     for layer in range(config.num_hidden_layers):
         if layer not in own:
-            model.model.layers[layer] = nn.Identity()
+            model.model.layers[layer] = IdentityBlock()
     if not coordinates.last:
         model.mtp = nn.ModuleList()
-        del model.model.norm, model.lm_head
+        model.model.add_module("norm", nn.Identity())
+        del model.lm_head
     if not coordinates.first and not (coordinates.last and (len(model.mtp) or config.tie_word_embeddings)):
         del model.model.embed_tokens
     if coordinates.group.experts:

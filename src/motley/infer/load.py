@@ -1,4 +1,4 @@
-"""From a folder to a model that answers."""
+"""Load a model and its tokenizer from a run or checkpoint folder."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from motley.model.find import find_model
 def open_engine(path: Path, device: str = "auto") -> Engine:
     """The model of a run or checkpoint folder, on `device`, with its tokenizer.
 
-    Raises InputError if there is no model, or if its tokenizer knows tokens that the model does not.
+    Raises InputError if there is no model, or if its tokenizer has more tokens than the model.
     """
     folder = find_model(path)
     tokenizer = Tokenizer.load(folder)

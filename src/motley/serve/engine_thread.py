@@ -1,9 +1,9 @@
-"""The engine's thread, and the line before it.
+"""The thread that runs the engine, and the queue of requests before it.
 
-    request ──▶ line (at most `max_waiting`, first come first served) ──▶ the thread ──▶ pieces, back on the event loop
+    request ──▶ queue (first in, first out; at most `max_waiting`) ──▶ the thread ──▶ pieces, on the event loop
 
-One answer at a time: the engine is the whole machine. Whoever goes away leaves the line, or frees the engine within
-one token.
+One answer at a time: the engine uses the whole machine. A disconnect cancels the request: in the queue at once, in the
+engine within one token.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ from motley.data.conversation import ConversationEncoder
 from motley.infer.engine import Engine
 from motley.serve.answer import AnswerRequest, AnswerWriter, Piece, Usage
 
-STILL_THERE_SECONDS = 10.0  # silence after which an empty piece says so; proxies cut silent connections
+KEEP_ALIVE_SECONDS = 10.0  # without an event, after which an empty piece is sent; proxies close idle connections
 
 
 class Busy(Exception):
-    """The line is full."""
+    """The queue is full."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Finished:
 Event = Piece | Finished
 
 
-class Worker:
+class EngineThread:
     """Answers requests with one engine; use it within one event loop."""
 
     def __init__(self, engine: Engine, max_waiting: int = 16) -> None:
         self.engine, self.encoder = engine, ConversationEncoder(engine.tokenizer)
         self.max_waiting = max_waiting
-        self._present = 0  # being answered or waiting
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # its queue is the line
+        self._open = 0  # requests in the engine or in the queue
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # has the queue
 
     @property
     def waiting(self) -> int:
-        return max(0, self._present - 1)
+        return max(0, self._open - 1)
 
     def prompt(self, request: AnswerRequest) -> list[int]:
         """The request's token ids. Raises InputError if it is no conversation, or too long for the model."""
@@ -55,34 +55,34 @@ class Worker:
         return prompt
 
     async def answer(self, request: AnswerRequest) -> AsyncGenerator[Event, None]:
-        """Pieces of the answer, `Finished` last; close the iterator to give up, in line or in the engine.
+        """Pieces of the answer, `Finished` last; closing the iterator cancels the request, queued or running.
 
-        An empty piece comes as soon as the request stands in line, and again after each silence of ten seconds.
+        An empty piece comes as soon as the request is queued, and after every ten seconds without another event.
 
-        Raises InputError as `prompt`, Busy when the line is full, and whatever breaks the engine.
+        Raises InputError as `prompt` does, Busy when the queue is full, and any exception of the engine.
         """
         prompt = self.prompt(request)
-        if self._present > self.max_waiting:
+        if self._open > self.max_waiting:
             raise Busy
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | Exception]()
-        given_up = threading.Event()
+        cancelled = threading.Event()
 
         def emit(event: Event | Exception) -> None:
-            if not given_up.is_set():
+            if not cancelled.is_set():
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        def left(_: object) -> None:
+        def done(_: object) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._leave)
+                loop.call_soon_threadsafe(self._close_request)
 
-        self._present += 1
-        job = self._thread.submit(self._work, prompt, request, emit, given_up)
-        job.add_done_callback(left)
+        self._open += 1
+        job = self._thread.submit(self._work, prompt, request, emit, cancelled)
+        job.add_done_callback(done)
         try:
             yield Piece()
             while True:
                 try:
-                    async with asyncio.timeout(STILL_THERE_SECONDS):
+                    async with asyncio.timeout(KEEP_ALIVE_SECONDS):
                         event = await events.get()
                 except TimeoutError:
                     event = Piece()
@@ -92,23 +92,23 @@ class Worker:
                 if isinstance(event, Finished):
                     return
         finally:
-            given_up.set()
-            job.cancel()  # if it still waits in line
+            cancelled.set()
+            job.cancel()  # if it is still queued
 
-    def _leave(self) -> None:
-        self._present -= 1
+    def _close_request(self) -> None:
+        self._open -= 1
 
     def _work(
         self,
         prompt: list[int],
         request: AnswerRequest,
         emit: Callable[[Event | Exception], None],
-        given_up: threading.Event,
+        cancelled: threading.Event,
     ) -> None:
         """On the engine's thread: one whole answer."""
         writer = AnswerWriter(self.engine.tokenizer, len(prompt), request)
         try:
-            for token in self.engine.stream(prompt, request.params, given_up):
+            for token in self.engine.stream(prompt, request.params, cancelled):
                 piece = writer.push(token)
                 if piece != Piece():
                     emit(piece)
@@ -118,9 +118,9 @@ class Worker:
             if last != Piece():
                 emit(last)
             emit(Finished(writer.finish_reason, writer.usage))
-        except Exception as error:  # carried to the one who asked; the thread lives on for the next
+        except Exception as error:  # raised in `answer`; the thread goes on with the next request
             emit(error)
 
     def close(self) -> None:
-        """Turn away whoever still waits; the running answer, if any, must have been given up."""
+        """Drop the requests in the queue; the running one, if any, must have been cancelled."""
         self._thread.shutdown(wait=False, cancel_futures=True)
