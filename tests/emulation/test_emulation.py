@@ -12,13 +12,10 @@ from typing import Any
 import pytest
 import torch
 from cgroup2 import Group
+from commands import command, losses, torchrun
+from layouts import TWO_STAGES, settings
 from spawned_ranks import on_crew
-from test_communicator import losses, torchrun
-from test_communicator import shape as shape  # a fixture
-from test_gradients import random_model
-from test_layouts import DEEP, FEW, TWO_STAGES, Rows, settings
-from test_resume import command
-from test_resume import data as data  # the fixture
+from tiny_models import DEEP, FEW, Rows, random_model
 
 from motley.emulation import cpu_throttle as handicap_module
 from motley.emulation.cpu_throttle import GROUP, Handicap, _groups, handicap

@@ -8,70 +8,19 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from commands import assert_same_run, command, records
 
 from motley.data.pack import DataConfig, prepare
 from motley.train.checkpoint import checkpoints
 
-STEPS = 30
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-TINY_FILE = Path(__file__).parents[2] / "examples" / "models" / "tiny.json"
-TINY = json.loads(TINY_FILE.read_text())
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    words = random.Random(0).choices(
-        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], k=8000
-    )
-    lines = [" ".join(words[start : start + 40]) for start in range(0, len(words), 40)]
-    text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return prepare(DataConfig(data=(str(text),), vocab_size=300), folder / "prepared").folder
-
-
-@pytest.fixture(scope="module")
-def shape() -> Path:
-    return TINY_FILE
-
-
-def command(out: Path, data: Path, shape: Path, **settings: Any) -> list[str]:
-    chosen: dict[str, Any] = {
-        "out": out, "data": data, "model": shape, "steps": STEPS, "batch_rows": 4, "micro_batch": 3, "seq_len": 64,
-        "valid_every": 10, "checkpoint_every": 7, "keep_last": 2, "precision": "bf16", "warmup_steps": 5,
-        "device": "cpu", "seq_len_warmup": "16:0.3,32:0.6", "ngram_weight": 0.5,
-    }  # fmt: skip
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in (chosen | settings).items()]
-    return [sys.executable, "-m", "motley", "pretrain", *options]
-
 
 def run(arguments: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, **settings)
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    """The metrics without what a clock or the machine's memory decides, or what is said of repeated and long steps."""
-    clock = {"seconds", "tokens_per_second", "memory_bytes"}
-    values = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("computed again", "usually it takes")
-    values = [record for record in values if not any(said in record.get("message", "") for said in clocks)]
-    return [{k: v for k, v in record.items() if k not in clock} for record in values]
-
-
-def assert_same_run(out: Path, whole: Path) -> None:
-    assert records(out) == records(whole)
-    for file in ("model/model.safetensors", f"checkpoints/step-{STEPS:08d}/training.safetensors"):
-        found, expected = load_file(out / file), load_file(whole / file)
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert found[name].equal(tensor), f"{file}: {name} differs"
 
 
 @pytest.fixture(scope="module")
