@@ -13,15 +13,12 @@ from typing import Any
 import pytest
 import torch
 from cgroup2 import Group
+from commands import command, losses, torchrun
+from layouts import TWO_STAGES, settings
 from spawned_ranks import on_ranks
-from test_communicator import losses, torchrun
-from test_communicator import shape as shape  # a fixture
-from test_gradients import random_model
-from test_layouts import DEEP, FEW, TWO_STAGES, Rows, settings
-from test_resume import command
-from test_resume import data as data  # the fixture
+from tiny_models import DEEP, FEW, Rows, random_model
 
-from motley.cli import run
+from motley.cli import main
 from motley.emulation import cpu_throttle
 from motley.emulation.cpu_throttle import GROUP, Throttle, _groups, throttle
 from motley.emulation.link_delay import DelayedLinks

@@ -13,10 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_communicator import losses
-from test_resume import command
-from test_resume import data as data  # the fixtures
-from test_resume import shape as shape
+from commands import command, losses
 
 from motley.cli import main
 from motley.emulation.apply import EmulatedFleet

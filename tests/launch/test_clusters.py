@@ -16,7 +16,7 @@ import kubernetes_validate
 import pytest
 import slurm
 import yaml
-from test_torchrun import plan_of
+from plans import plan_of
 
 from motley.cli import main
 from motley.fleet.inventory import load_fleet

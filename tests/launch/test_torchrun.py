@@ -13,49 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import command, losses
+from plans import LAYERS, plan_of
 from spawned_ranks import free_port
-from test_communicator import losses
-from test_resume import TINY, command
-from test_resume import data as data  # the fixtures
-from test_resume import shape as shape
+from tiny_models import SHAPE
 
 from motley.cli import main
 from motley.errors import InputError
-from motley.launch.torchrun import LaunchConfig, Slot, hosts_of, launch, nodes_of, slots_of, torchrun_words
-from motley.model import ModelConfig
+from motley.launch.torchrun import LaunchConfig, Seat, groups_of, hosts_of, launch, seats_of, torchrun_words
 from motley.parallel.layout import from_plan, place_of
-
-LAYERS = 12
-SHAPE = ModelConfig.from_hf(TINY | {"num_hidden_layers": LAYERS})
-
-
-def plan_of(pools: dict[str, tuple[int, int]], teams: list[tuple[list[str], int, list[int]]]) -> dict[str, Any]:
-    """What launch and the runtime read of a plan file.
-
-    Args:
-        pools: name: (nodes, chips in a node).
-        teams: (pool of each stage, copies, layers of each stage) of each.
-    """
-    chips = dict.fromkeys(pools, 0)
-    written = []
-    for stage_pools, copies, layers in teams:
-        stages, first = [], 0
-        for pool, count in zip(stage_pools, layers, strict=True):
-            chips[pool] += copies
-            span = [first, first + count - 1] if count else []
-            first += count
-            stages.append({"pool": pool, "layers": span, "mtp": 0, "head": False, "memory_bytes": {"optimizer": 1.0}})
-        stages[-1] |= {"head": True, "mtp": 1}
-        written.append({
-            "pools": list(dict.fromkeys(stage_pools)), "tp": dict.fromkeys(stage_pools, 1), "cp": 1, "ep": 1,
-            "dp": copies, "zero": 0, "schedule": "1f1b", "island": 0, "micro_batch": 1, "sequences": copies,
-            "recompute": "none", "precision": dict.fromkeys(stage_pools, "bf16"), "stages": stages,
-        })  # fmt: skip
-    listed = [
-        {"pool": name, "chips": chips[name], "nodes": nodes, "chips_per_node": each}
-        for name, (nodes, each) in pools.items()
-    ]
-    return {"pools": listed, "teams": written, "step_seconds": 1.0}
 
 
 def random_plan(chance: random.Random) -> dict[str, Any]:

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_communicator import losses, torchrun
-from test_resume import TINY, command
-from test_resume import data as data  # the fixture
+from commands import TINY, command, losses, torchrun
 
 from motley.fleet.inventory import Emulated, EmulatedLink, parse_fleet
 from motley.fleet.links import Links, PairRate

@@ -5,11 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_communicator import torchrun
-from test_elastic import events
-from test_resume import command
-from test_resume import data as data  # the fixtures
-from test_resume import shape as shape
+from commands import command, events, torchrun
 
 from motley.parallel.telemetry.comm_bound import IN_A_ROW, CommBoundWatch
 from motley.parallel.telemetry.step_stats import StepStats

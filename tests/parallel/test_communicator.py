@@ -5,17 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from commands import STEPS, children, command, losses, torchrun, until
 from spawned_ranks import free_port, on_ranks
-from test_resume import STEPS, command
-from test_resume import data as data  # the fixture
-from test_resume import shape as shape
 
 from motley.errors import CommunicationError, InputError
 from motley.parallel import build as start
@@ -24,24 +20,6 @@ from motley.parallel.communicator import Communicator, join
 from motley.parallel.layout import islands_side_by_side
 from motley.parallel.load_balance import LoadBalancer
 from motley.plan.search.pool_packing import apportion
-
-
-def torchrun(workers: int, arguments: list[str], *options: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={workers}", *options]
-    return [*launcher, f"--master-port={free_port()}", "-m", "motley", *arguments[3:]]
-
-
-def losses(out: Path) -> list[float]:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if record["kind"] in ("train", "valid")]
-
-
-@pytest.fixture(scope="module")
-def alone(data: Path, shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("alone") / "run"
-    done = subprocess.run(command(out, data, shape, precision="fp32"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 @pytest.mark.slow(60)
@@ -120,18 +98,6 @@ def test_a_plan_runs_in_fp8_where_that_is_asked(data: Path, shape: Path, alone: 
         assert f"worker {worker} computes in fp8" in done.stderr
     assert losses(out) == pytest.approx(losses(alone), rel=0.01)
     assert losses(out) != pytest.approx(losses(alone), rel=1e-4), "products are rounded"
-
-
-def until(condition: Any, process: subprocess.Popen[Any]) -> None:
-    deadline = time.monotonic() + 90
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert time.monotonic() < deadline
-
-
-def children(parent: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
-    return [int(pid) for pid in found]
 
 
 def disagree(comm: Communicator) -> str:

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import command
+from layouts import random_layout, settings
 from spawned_ranks import SERVER, free_port, on_ranks
-from test_gradients import random_model
-from test_layouts import DEEP, FEW, Rows, random_layout, settings
-from test_resume import command
-from test_resume import data as data  # the fixture
-from test_resume import shape as shape
+from tiny_models import DEEP, FEW, Rows, random_model
 
 from motley.errors import InputError
 from motley.model import experts

@@ -12,44 +12,26 @@ from typing import Any
 
 import pytest
 import torch
+from commands import children, command, torchrun, until
+from island_runs import PIPELINE, SHAPE, Skipped, island_of, learn, settings
+from plans import SHAPE as PLANNED
+from plans import plan_of
 from safetensors.torch import load_file
 from spawned_ranks import on_ranks
-from test_communicator import children, torchrun, until
-from test_gradients import random_model
-from test_layouts import DEEP, Rows, error
-from test_resume import command
-from test_resume import data as data  # the fixtures
-from test_resume import shape as shape
-from test_torchrun import SHAPE as PLANNED
-from test_torchrun import plan_of
+from tiny_models import DEEP, Rows, error, random_model
 from told_ranks import assert_all_workers_are_told
 
 from motley.errors import InputError
-from motley.model import Transformer, experts
+from motley.model import Transformer
 from motley.parallel.communicator import Communicator
-from motley.parallel.diloco.diloco import KEPT_IN_OVERLAP, ROUND_PATIENCE_SECONDS, Island
+from motley.parallel.diloco.diloco import KEPT_IN_OVERLAP, ROUND_PATIENCE_SECONDS
 from motley.parallel.diloco.outer_optimizer import fragments_of
 from motley.parallel.diloco.quantize import BLOCK, decode, encode, encoded_bytes
 from motley.parallel.diloco.sync_schedule import Round
-from motley.parallel.layout import Layout, PipelineGroup, islands_of_plan, islands_side_by_side, side_by_side
-from motley.parallel.rank import Worker
+from motley.parallel.layout import Layout, islands_of_plan, islands_side_by_side
 from motley.train.config import PretrainConfig
 from motley.train.optimizer import Optimizer
 from motley.train.step import LossWeights, accumulate
-
-Skipped = tuple[int, int] | None
-
-FEW = 4  # rows of an expert are padded to a multiple: every new number of rows costs a kernel's compilation
-SHAPE = dataclasses.replace(DEEP, num_hidden_layers=3)
-
-
-def settings(**chosen: Any) -> PretrainConfig:
-    """With a slow bias: at the speed of so short a run, a number rounded the other way may change a token's experts."""
-    return PretrainConfig(
-        **{"batch_rows": 6, "micro_batch": 2, "seq_len": 12, "steps": 4, "confine_to_document": True, "clip": 0.5,
-           "inner_steps": "planned", "outer_bits": 32, "bias_speed": 1e-3} | chosen
-    )  # fmt: skip
-
 
 # ------------------------------------------------------------------------------------- the algorithm, in one process
 
@@ -135,7 +117,6 @@ def of_one_process(
 
 # ------------------------------------------------------------------------------------------ the same with real workers
 
-PIPELINE = Layout((PipelineGroup(((0, 1),), (1, 2), micro_batch=2),), zero=1)
 CASES: dict[str, tuple[list[int], list[float], dict[str, Any], dict[int, Layout]]] = {
     # workers of each island, speeds, settings, layouts that are not side by side
     "two": ([1, 1], [1.0, 1.0], {}, {}),
@@ -149,34 +130,6 @@ CASES: dict[str, tuple[list[int], list[float], dict[str, Any], dict[int, Layout]
     "skipped": ([1, 1], [2.0, 1.0], {}, {}),
 }
 SKIPPED: dict[str, Skipped] = {"skipped": (0, 1)}
-
-
-def island_of(comm: Communicator, sizes: Sequence[int], speeds: Sequence[float], config: PretrainConfig, every: int,
-              layouts: dict[int, Layout], seed: int = 3) -> Island:  # fmt: skip
-    experts.PAD = FEW
-    firsts = [sum(sizes[:number]) for number in range(len(sizes))]
-    parts = [tuple(range(first, first + size)) for first, size in zip(firsts, sizes, strict=True)]
-    number = next(number for number, part in enumerate(parts) if comm.rank in part)
-    layout = layouts.get(number) or side_by_side(sizes[number], SHAPE.num_hidden_layers, 2, int(sizes[number] > 1))  # type: ignore[arg-type]
-    own = comm.part(parts) if len(parts) > 1 else comm
-    island = Island(Worker(SHAPE, config, layout, own), comm, parts, speeds, every)
-    island.take_state((dict(random_model(seed, SHAPE).state_dict()), {}) if comm.leads else None)
-    return island
-
-
-def learn(island: Island, until: int, seconds: float = 0.01, skipped: Skipped = None) -> list[Any]:
-    """Steps of the loop without its guards, each of so many seconds; what each meeting said."""
-    worker, meetings, taken = island.worker, [], 0
-    while island.step < until:
-        losses, norm = worker.gradient(Rows(), 0, island.rows)  # type: ignore[arg-type]
-        learned = (island.number, taken) != skipped
-        if learned:
-            worker.update(losses, norm, 0.01)
-        worker.share_again()
-        taken += 1
-        if (meeting := island.moved(losses.tokens, learned, seconds)) is not None:
-            meetings.append(meeting)
-    return meetings
 
 
 def run_cases(comm: Communicator, names: Sequence[str]) -> dict[str, Any]:

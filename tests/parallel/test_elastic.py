@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,45 +12,23 @@ from typing import Any
 
 import motley.parallel.carry_out
 import pytest
-import torch
 import torch.distributed as dist
+from commands import STEPS, TINY, children, command, events, losses, records, steps_done, torchrun, until, wait
+from elastic_members import ROWS, arrived, member
 from spawned_ranks import SERVER
-from test_communicator import alone as alone  # fixtures
-from test_communicator import children, losses, torchrun, until
-from test_communicator import shape as shape
-from test_resume import STEPS, TINY, command, records
-from test_resume import data as data
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 import motley.parallel.build
 import motley.parallel.elastic.agent
-from motley.data.stream import Batch, TokenStream
 from motley.errors import CommunicationError, InputError
 from motley.model import ModelConfig
 from motley.parallel.communicator import Communicator, free_port
 from motley.parallel.elastic.agent import ElasticCommunicator, _part
 from motley.parallel.elastic.rendezvous import Door
-from motley.parallel.load_balance import LoadBalancer
 from motley.train.config import PretrainConfig
 from motley.train.metrics import MetricsWriter, Recent, read_metrics, records_of
 from motley.train.pretrain import pretrain
 from motley.train.trainer import Course, Position, stop_requests
-
-ROWS = 4
-
-
-def steps_done(out: Path) -> int:
-    """Of the last record that a run wrote."""
-    file = out / "metrics.jsonl"
-    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
-def events(out: Path) -> list[str]:
-    """What happened, but not how long it took: that is another matter on a busy machine."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    messages = [record["message"] for record in records if record["kind"] == "event"]
-    return [message for message in messages if "usually it takes" not in message]
 
 
 def started(words: list[str]) -> subprocess.Popen[str]:
@@ -134,46 +111,6 @@ def test_one_that_dies_while_members_meet_is_named_and_nobody_is_told_to_start_a
         CommunicationError, match=r"worker 0 lost worker 1, who is gone, while meeting: Connection reset by peer$"
     ):
         comm.talk("meeting", reset)
-
-
-class Gated(TokenStream):
-    """Rows that wait, at some steps, until the test lets them through: whoever is to die or to join is in time."""
-
-    def rows(self, position: int, count: int) -> Batch:
-        folder, step = self.gates, position // ROWS
-        if self.split == "train" and (folder / f"{step}.gate").exists():
-            (folder / f"{step}.{os.getpid()}").touch()
-            while (folder / f"{step}.gate").exists():
-                time.sleep(0.01)
-        return super().rows(position, count)
-
-    gates: Path
-
-
-def member(gates: Path, said: Path, program: str, make: str, arguments: dict[str, Any]) -> None:
-    """One `motley pretrain --live` in a process of its own, on a processor of some kind."""
-    torch.set_num_threads(1)
-    Gated.gates = gates
-    motley.parallel.carry_out.TokenStream = Gated  # type: ignore[misc]
-    motley.parallel.build.sources = lambda: program
-    for module in (motley.parallel.build, motley.parallel.elastic.agent):
-        module.kind_of_chip = lambda device: make  # type: ignore[attr-defined]
-    LoadBalancer.measured = lambda *_: None  # type: ignore[method-assign]  who gets no rows comes to no gate
-    try:
-        pretrain(PretrainConfig(**arguments))
-    except InputError as error:
-        said.write_text(str(error))
-
-
-def arrived(gates: Path, step: int) -> list[int]:
-    return sorted(int(file.suffix[1:]) for file in gates.glob(f"{step}.[0-9]*"))
-
-
-def wait(condition: Any) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.slow(15)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from layouts import WIDE, layout, settings
 from live_bytes import LiveBytes
 from spawned_ranks import on_ranks
-from test_layouts import FEW, Rows, settings
-from test_zero import WIDE, layout
+from tiny_models import FEW, Rows
 
 from motley.model import Transformer, experts
 from motley.parallel import p2p as parcels

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run_settings
 from spawned_ranks import on_ranks
-from test_loss_spike import data as data  # the fixture
-from test_loss_spike import settings as run_settings
-from test_loss_spike import tiny as tiny  # the fixture: nano is a few thousand parameters
 
 from motley.emulation.apply import EmulatedFleet
 from motley.errors import InputError
@@ -36,6 +34,8 @@ from motley.train.config import PretrainConfig
 from motley.train.metrics import read_metrics
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import pretrain
+
+pytestmark = pytest.mark.usefixtures("tiny_nano")
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from motley.parallel.own_inputs import own_model
-from spawned_ranks import SERVER, free_port
-from test_communicator import alone as alone  # fixtures
-from test_communicator import losses, until
-from test_elastic import arrived, member, started, steps_done, wait
-from test_resume import STEPS, TINY, command
-from test_resume import data as data
-from test_resume import shape as shape
+from commands import STEPS, TINY, command, losses, steps_done, until, wait
+from elastic_members import arrived, member
+from spawned_ranks import SERVER, free_port, start
 
 from motley.data.pack import DataConfig, prepare
 from motley.model import ModelConfig, Transformer, save
@@ -80,7 +75,7 @@ def test_a_newcomer_with_other_data_or_another_model_is_sent_away_and_the_crew_t
 ) -> None:
     out = tmp_path / "run"
     settings: dict[str, Any] = {"precision": "fp32", "steps": 100_000, "seq_len_warmup": "", "valid_every": 100_000}
-    comm = started([*command(out, data, shape, **settings), "--live"])
+    comm = start([*command(out, data, shape, **settings), "--live"])
     until(lambda: steps_done(out) >= 1, comm)
     for given, named in (
         ({"data": other}, "this worker has --data "),

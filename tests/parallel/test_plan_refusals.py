@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from test_layouts import DEEP
+from tiny_models import DEEP
 
 from motley.errors import InputError
 from motley.model import SIZES

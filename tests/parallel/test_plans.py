@@ -8,22 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_communicator import alone as alone  # fixtures
-from test_communicator import losses, torchrun
-from test_layouts import DEEP
-from test_resume import TINY, command
-from test_resume import data as data
-from test_resume import shape as shape
+from commands import command, losses, torchrun
+from plans import PRETEND, plan_file, planned
+from tiny_models import DEEP
 
 from motley.fleet.inventory import Fleet, parse_fleet
 from motley.launch.torchrun import hosts_of, slots_of
 from motley.model import ModelConfig
 from motley.parallel.layout import islands_of_plan
 from motley.parallel.zero.partition import held_bytes
-from motley.plan.network.spec import deepseek
-from motley.plan.report.plan_file import spelled_out
-from motley.plan.search.search import Searcher
-from motley.plan.workload import Job
 from motley.train.metrics import read_metrics
 from motley.train.mixed_precision import check_formats
 
@@ -44,12 +37,6 @@ def random_fleet(chance: random.Random, tight: bool) -> Fleet:
     if len(set(sites)) > 1:
         lines += ["links:", f"  - {{sites: [north, south], bandwidth: {rate}, latency: 1 ms}}"]
     return parse_fleet("\n".join(lines), "random")
-
-
-def planned(fleet: Fleet, config: ModelConfig, rows: int, seq_len: int = 64) -> dict[str, Any] | None:
-    """The plan as it would be read from its file."""
-    found = Searcher(fleet, Job(deepseek(config), 1e6, seq_len, rows)).best()
-    return None if found is None else json.loads(json.dumps(spelled_out(found)))
 
 
 def assert_laid_out_as_planned(plan: dict[str, Any], config: ModelConfig) -> None:
@@ -100,11 +87,6 @@ def test_what_is_planned_is_laid_out_as_the_plan_says(seed: int):
 
 # ------------------------------------------------------------------------------------------ the real commands
 
-PRETEND = """
-pools:
-  - {name: fast, chip: desktop-core, chips_per_node: 1, precision: fp32, emulated: {speed: 0.6}}
-  - {name: slow, chip: desktop-core, chips_per_node: 1, precision: fp32, emulated: {speed: 0.3}}
-"""
 APART = """
 pools:
   - {name: near, chip: desktop-core, chips_per_node: 1, precision: fp32, site: here}
@@ -112,26 +94,6 @@ pools:
 links:
   - {sites: [here, there], bandwidth: 1 Mb/s, latency: 10 ms}
 """
-
-
-TINY_SHAPE = ModelConfig.from_hf(TINY)
-
-
-def plan_file(
-    folder: Path, fleet: str, config: ModelConfig = TINY_SHAPE, **changed: Any
-) -> tuple[Path, dict[str, Any]]:
-    """A plan of two workers for a model (default: the tiny one), and its file; `changed` in every team.
-
-    For more rows than the runs have: four would be done before a second worker is worth its messages.
-    """
-    plan = planned(parse_fleet(fleet, "fleet"), config, rows=64)
-    assert plan is not None
-    assert plan["chips"] == 2
-    for group in plan["teams"]:
-        group.update(changed)
-    file = folder / "plan.json"
-    file.write_text(json.dumps(plan))
-    return file, plan
 
 
 def pretrain(arguments: list[str]) -> str:

@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from commands import command, losses, torchrun
+from layouts import TWO_STAGES, assert_same_steps, settings, take_steps
 from spawned_ranks import free_port, on_ranks
-from test_communicator import alone as alone  # fixtures
-from test_communicator import losses, torchrun
-from test_layouts import DEEP, TWO_STAGES, assert_same_steps, settings, take_steps
-from test_resume import command
-from test_resume import data as data
-from test_resume import shape as shape
+from tiny_models import DEEP
 
 from motley.parallel.communicator import Communicator, join
 from motley.parallel.layout import Layout, PipelineGroup

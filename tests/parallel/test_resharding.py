@@ -15,16 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from commands import command, losses, torchrun
+from island_runs import PIPELINE, island_of, learn
+from island_runs import settings as island_settings
+from layouts import settings
 from safetensors.torch import load_file, save_file
 from spawned_ranks import on_ranks
-from test_communicator import losses, torchrun
-from test_diloco import PIPELINE, island_of, learn
-from test_diloco import settings as island_settings
-from test_gradients import random_model
-from test_layouts import DEEP, FEW, ODD, Rows, error, settings
-from test_resume import command
-from test_resume import data as data  # the fixtures
-from test_resume import shape as shape
+from tiny_models import DEEP, FEW, ODD, Rows, error, random_model
 
 from motley.data.tokenizer import train_tokenizer
 from motley.model import experts

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import command
+from island_runs import island_of, learn, settings
+from plans import plan_of
 from rich.console import Console
 from spawned_ranks import free_port, on_ranks
-from test_diloco import island_of, learn, settings
-from test_resume import command
-from test_resume import data as data  # the fixtures
-from test_resume import shape as shape
-from test_torchrun import plan_of
 from told_ranks import assert_all_workers_are_told
 
 from motley.parallel.communicator import Communicator

@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import children, losses, records, torchrun, until
+from conversations import CONVERSATIONS, as_lines
+from plans import PRETEND, plan_file, plan_of
 from safetensors.torch import load_file
-from test_communicator import children, losses, torchrun, until
-from test_plans import PRETEND, plan_file
-from test_resume import records
-from test_sft import CONVERSATIONS, as_lines
-from test_sft import tokenizer as tokenizer  # a fixture
-from test_torchrun import plan_of
 
 from motley.data.tokenizer import Tokenizer
 from motley.files import read_json

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import settings
 from spawned_ranks import on_ranks
-from test_gradients import random_model
-from test_layouts import DEEP, FEW, Rows, error, settings
+from tiny_models import DEEP, FEW, Rows, error, random_model
 
 from motley.model import experts
 from motley.parallel.communicator import Communicator

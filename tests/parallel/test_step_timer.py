@@ -5,10 +5,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from layouts import ROWS, settings
 from rich.console import Console
 from spawned_ranks import on_ranks
-from test_gradients import random_model
-from test_layouts import DEEP, FEW, ROWS, Rows, settings
+from tiny_models import DEEP, FEW, Rows, random_model
 
 from motley.errors import CommunicationError
 from motley.model import experts

@@ -4,29 +4,18 @@ import dataclasses
 from typing import Any
 
 import pytest
+from layouts import MEMORY, WIDE, layout, settings
 from live_bytes import LiveBytes
 from spawned_ranks import on_ranks
-from test_layouts import FEW, Rows, settings
+from tiny_models import FEW, Rows
 
-from motley.model import SIZES, Transformer, experts
+from motley.model import Transformer, experts
 from motley.parallel import buckets as buckets
 from motley.parallel.communicator import Communicator
-from motley.parallel.layout import IslandLayout, Layout, PipelineGroup
+from motley.parallel.layout import IslandLayout, Layout
 from motley.parallel.memory_fit import dealt
 from motley.parallel.rank import Worker
 from motley.parallel.zero.partition import bytes_kept_once, held_bytes, shards_of, update_work
-
-WIDE = dataclasses.replace(  # weights outweigh the activations of a few short rows
-    SIZES["nano"], vocab_size=512, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
-    num_hidden_layers=8, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-    n_routed_experts=8, num_experts_per_tok=2, num_nextn_predict_layers=1,
-)  # fmt: skip
-MEMORY = (1.0, 3.0, 2.0)
-
-
-def layout(zero: int) -> Layout:
-    groups = tuple(PipelineGroup(((rank,),), (8,), micro_batch=1) for rank in range(3))
-    return Layout(groups, zero=zero, memory=MEMORY, rates=(1.0, 3.0, 6.0))  # type: ignore[arg-type]
 
 
 def keep(comm: Communicator, cases: list[tuple[int, str, float, str]]) -> list[Any]:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import ROWS, settings
 from spawned_ranks import on_ranks
-from test_gradients import random_model
-from test_layouts import DEEP, FEW, ROWS, Rows, settings
+from tiny_models import DEEP, FEW, Rows, random_model
 
 from motley.model import experts
 from motley.parallel.communicator import Communicator

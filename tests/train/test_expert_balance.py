@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from test_resume import command, run
-from test_resume import data as data  # the fixtures
-from test_resume import shape as shape
+from commands import command
+from spawned_ranks import run
 
 from motley.evaluate.report import write_report
 from motley.model import SIZES

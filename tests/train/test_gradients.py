@@ -1,49 +1,17 @@
 """The gradient is exact: however a step's rows are cut, and against a naive float64 version of the whole loss."""
 
-import dataclasses
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import SEQ, VOCAB, random_batch, random_model
 
 from motley.data.stream import Batch
 from motley.errors import InputError
-from motley.model import SIZES, ModelConfig, Transformer
+from motley.model import Transformer
 from motley.train.loss import CHUNK, summed_cross_entropy
 from motley.train.step import LossWeights, StepLosses, accumulate, mtp_targets
 
-VOCAB, SEQ = 40, 12
-SHAPE = dataclasses.replace(
-    SIZES["nano"], vocab_size=VOCAB, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
-    num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
-    n_routed_experts=4, num_experts_per_tok=2, num_nextn_predict_layers=2,
-)  # fmt: skip
 WEIGHTS = LossWeights(mtp=0.3, balance=0.05)
-
-
-def random_model(seed: int, config: ModelConfig = SHAPE) -> Transformer:
-    model = Transformer(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2, generator=generator)
-    return model
-
-
-def random_batch(seed: int, rows: int = 6) -> Batch:
-    """Rows of packed documents, some padded at the end, some targets masked as in fine-tuning."""
-    generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
-    ids = torch.randint(VOCAB, (rows, SEQ), generator=generator)
-    targets = torch.randint(VOCAB, (rows, SEQ), generator=generator)
-    documents = torch.randint(0, 3, (rows, SEQ), generator=generator).sort(dim=1).values
-    targets[torch.rand(rows, SEQ, generator=generator) < 0.2] = -100
-    for row in range(rows):
-        padding = chance.choice([0, 0, 3, SEQ - 1])
-        documents[row, SEQ - padding :] = -1
-        targets[row, SEQ - padding :] = -100
-    targets[0] = -100  # a row that teaches nothing
-    return Batch(ids, targets, documents)
 
 
 def gradients(model: Transformer, batch: Batch, micro_batch: int, confined: bool = True) -> StepLosses:

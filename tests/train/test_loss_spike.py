@@ -1,6 +1,5 @@
 """Training that breaks ends in a sentence, keeps the last whole checkpoint, and is never taken for complete."""
 
-import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,39 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run_settings
 from safetensors.torch import load_file
 
-from motley.data.pack import DataConfig, prepare
 from motley.errors import InputError
-from motley.model import SIZES, load
+from motley.model import load
 from motley.parallel.communicator import Communicator
 from motley.train.checkpoint import checkpoints, prune, step_folder
-from motley.train.config import PretrainConfig
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import pretrain
 
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("\n".join(" ".join(random.Random(n).choices(WORDS, k=30)) for n in range(300)))
-    return prepare(DataConfig(data=(str(folder / "text.txt"),), vocab_size=300), folder / "prepared").folder
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--model nano` is a model of a few thousand parameters here."""
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
-    monkeypatch.setitem(SIZES, "nano", type(SIZES["nano"]).from_hf(SIZES["nano"].to_hf() | small))
-
-
-def settings(out: Path, data: Path, **others: Any) -> PretrainConfig:
-    chosen: dict[str, Any] = {"steps": 12, "batch_rows": 2, "micro_batch": 2, "seq_len": 32, "checkpoint_every": 1,
-                              "valid_every": 100, "valid_rows": 4, "warmup_steps": 2, "precision": "fp32",
-                              "device": "cpu"}  # fmt: skip
-    return PretrainConfig(out=out, data=(str(data),), **chosen | others)
+pytestmark = pytest.mark.usefixtures("tiny_nano")
 
 
 def break_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -64,13 +41,13 @@ def test_the_update_that_breaks_the_weights_is_no_checkpoint_and_pushes_none_out
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tmp_path / "whole"
-    pretrain(settings(whole, data, keep_last=12))
+    pretrain(run_settings(whole, data, keep_last=12))
     assert torch.isfinite(logits(whole / "model")).all()
 
     out = tmp_path / "broken"
     break_update(monkeypatch, 5)
     with pytest.raises(InputError, match="10 steps in a row") as stopped:
-        pretrain(settings(out, data, steps=20))
+        pretrain(run_settings(out, data, steps=20))
     named = checkpoints(out)[-1]
     assert f"the last good state is {named};" in str(stopped.value)
     assert torch.isfinite(logits(named)).all()
@@ -82,13 +59,13 @@ def test_the_update_that_breaks_the_weights_is_no_checkpoint_and_pushes_none_out
 def test_a_run_that_broke_goes_on_from_its_last_whole_checkpoint_bit_for_bit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretrain(settings(tmp_path / "whole", data))
+    pretrain(run_settings(tmp_path / "whole", data))
     out = tmp_path / "broken"
     with monkeypatch.context() as once:
         break_update(once, 5)
         with pytest.raises(InputError):
-            pretrain(settings(out, data))
-    pretrain(settings(out, data))  # a passing fault of the machine, say
+            pretrain(run_settings(out, data))
+    pretrain(run_settings(out, data))  # a passing fault of the machine, say
     found, expected = (load_file(run / "model" / "model.safetensors") for run in (out, tmp_path / "whole"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -99,14 +76,14 @@ def test_a_run_that_ends_broken_is_not_complete(
 ) -> None:
     break_update(monkeypatch, number)
     with pytest.raises(InputError, match=f"stopped at step 12: .* is {tmp_path}/checkpoints/step-{number - 1:08d};"):
-        pretrain(settings(tmp_path, data))
+        pretrain(run_settings(tmp_path, data))
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "result.json").exists()
 
 
 def test_training_that_breaks_at_once_has_the_untrained_model_to_name(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the last good state is the untrained model"):
-        pretrain(settings(tmp_path, data, learning_rate=1e30))
+        pretrain(run_settings(tmp_path, data, learning_rate=1e30))
     assert checkpoints(tmp_path) == []
 
 

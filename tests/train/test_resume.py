@@ -1,4 +1,4 @@
-"""Kill a run whenever you like: it goes on bit for bit. Each run here is the real command in a process of its own."""
+"""A run that is killed at any point goes on bit for bit. Each run is the real command in a process of its own."""
 
 import json
 import os
@@ -7,90 +7,56 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from commands import assert_same_run, command, records
+from spawned_ranks import Started, run, start
 
 from motley.data.pack import DataConfig, prepare
 from motley.train.checkpoint import checkpoints
 
-STEPS = 30
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-TINY_FILE = Path(__file__).parents[2] / "examples" / "models" / "tiny.json"
-TINY = json.loads(TINY_FILE.read_text())
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    words = random.Random(0).choices(
-        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], k=8000
-    )
-    lines = [" ".join(words[start : start + 40]) for start in range(0, len(words), 40)]
-    text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return prepare(DataConfig(data=(str(text),), vocab_size=300), folder / "prepared").folder
-
-
-@pytest.fixture(scope="module")
-def shape() -> Path:
-    return TINY_FILE
-
-
-def command(out: Path, data: Path, shape: Path, **settings: Any) -> list[str]:
-    chosen: dict[str, Any] = {
-        "out": out, "data": data, "model": shape, "steps": STEPS, "batch_rows": 4, "micro_batch": 3, "seq_len": 64,
-        "valid_every": 10, "checkpoint_every": 7, "keep_last": 2, "precision": "bf16", "warmup_steps": 5,
-        "device": "cpu", "seq_len_warmup": "16:0.3,32:0.6", "ngram_weight": 0.5,
-    }  # fmt: skip
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in (chosen | settings).items()]
-    return [sys.executable, "-m", "motley", "pretrain", *options]
-
-
-def run(arguments: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, **settings)
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    """The metrics without what a clock or the machine's memory decides, or what is said of repeated and long steps."""
-    clock = {"seconds", "tokens_per_second", "memory_bytes"}
-    values = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("computed again", "usually it takes")
-    values = [record for record in values if not any(said in record.get("message", "") for said in clocks)]
-    return [{k: v for k, v in record.items() if k not in clock} for record in values]
-
-
-def assert_same_run(out: Path, whole: Path) -> None:
-    assert records(out) == records(whole)
-    for file in ("model/model.safetensors", f"checkpoints/step-{STEPS:08d}/training.safetensors"):
-        found, expected = load_file(out / file), load_file(whole / file)
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert found[name].equal(tensor), f"{file}: {name} differs"
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path, shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def undisturbed(once: Any, data: Path, shape: Path) -> Path:
     """A run that nobody disturbed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    done = run(command(out, data, shape))
-    assert done.returncode == 0, done.stderr
-    return out
+
+    def make(folder: Path) -> None:
+        done = run(command(folder / "run", data, shape))
+        assert done.returncode == 0, done.stderr
+
+    return once("undisturbed", make) / "run"
 
 
-def stopped_at(arguments: list[str], out: Path, lines: int, how: signal.Signals) -> subprocess.Popen[str]:
+@pytest.fixture
+def whole(undisturbed: Path, tmp_path: Path) -> Path:
+    """A copy of the run that nobody disturbed."""
+    return shutil.copytree(undisturbed, tmp_path / "whole")
+
+
+@pytest.fixture(scope="session")
+def half(once: Any, data: Path, shape: Path) -> Path:
+    """A run that was killed between its first checkpoint and its last."""
+
+    def make(folder: Path) -> None:
+        while not checkpoints(folder / "run") or (folder / "run" / "model").exists():  # it may have been too quick
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            stopped_at(command(folder / "run", data, shape), folder / "run", 12, signal.SIGKILL)
+
+    return once("half", make) / "run"
+
+
+def stopped_at(words: list[str], out: Path, lines: int, how: signal.Signals) -> Started:
     """Start a run and send the signal once its metrics have that many lines (or the run has ended)."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(words)
     metrics = out / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines):
         time.sleep(0.001)
     process.send_signal(how)
-    process.wait(timeout=60)
+    process.wait(60)
     return process
 
 
@@ -114,8 +80,7 @@ def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(
     out = tmp_path / "run"
     process = stopped_at(command(out, data, shape), out, 4, signal.SIGINT)
     assert process.returncode == 130
-    assert process.stderr is not None
-    said = process.stderr.read()
+    _, said = process.communicate()
     assert re.search(r"stopped after step \d+; the same command goes on from there", said)
     assert "Traceback" not in said
     assert checkpoints(out), "a checkpoint was written before it ended"
@@ -156,18 +121,15 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
     assert done.stderr.count("\n") == 1
 
 
-def test_a_run_that_began_before_a_setting_existed_goes_on_at_its_default(
-    whole: Path, data: Path, shape: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(whole, tmp_path / "run")
-    file = tmp_path / "run" / "config.json"
+def test_a_run_that_began_before_a_setting_existed_goes_on_at_its_default(whole: Path, data: Path, shape: Path) -> None:
+    file = whole / "config.json"
     known = json.loads(file.read_text())
     del known["clip"]
     file.write_text(json.dumps(known))
-    other = run(command(tmp_path / "run", data, shape, clip=2.0))
+    other = run(command(whole, data, shape, clip=2.0))
     assert other.returncode == 2
     assert "holds a run with clip=1.0, now asked for 2.0" in " ".join(other.stderr.split())
-    assert run(command(tmp_path / "run", data, shape)).returncode == 0
+    assert run(command(whole, data, shape)).returncode == 0
 
 
 def test_other_data_in_the_same_folder_is_refused(whole: Path, shape: Path, tmp_path: Path) -> None:
@@ -179,10 +141,8 @@ def test_other_data_in_the_same_folder_is_refused(whole: Path, shape: Path, tmp_
     assert "data=" in done.stderr
 
 
-def test_what_changes_no_result_may_change(whole: Path, data: Path, shape: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(whole, out)
-    arguments = [*command(out, data, shape, micro_batch=2, keep_last=5), "--recompute"]
+def test_what_changes_no_result_may_change(whole: Path, data: Path, shape: Path) -> None:
+    arguments = [*command(whole, data, shape, micro_batch=2, keep_last=5), "--recompute"]
     assert run(arguments).returncode == 0
 
 
@@ -195,27 +155,27 @@ def test_the_newest_checkpoints_and_the_best_are_kept_and_nothing_else(whole: Pa
     assert [one["step"] for one in readings] == [10, 20, 30]
 
 
-def test_a_half_written_checkpoint_is_not_gone_on_with(whole: Path, data: Path, shape: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    stopped_at(command(out, data, shape), out, 12, signal.SIGKILL)
+def test_a_half_written_checkpoint_is_not_gone_on_with(
+    half: Path, whole: Path, data: Path, shape: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(half, tmp_path / "run")
     newest = checkpoints(out)[-1]
-    half = newest.with_name("step-00000029.writing-12345678")
-    shutil.copytree(newest, half)
-    (half / "model.safetensors").write_bytes(b"half")
+    unfinished = newest.with_name("step-00000029.writing-12345678")
+    shutil.copytree(newest, unfinished)
+    (unfinished / "model.safetensors").write_bytes(b"half")
     assert run(command(out, data, shape)).returncode == 0
-    assert not half.exists()
+    assert not unfinished.exists()
     assert_same_run(out, whole)
 
 
 @pytest.mark.parametrize("megabytes", [0.004, 0.02, 0.1])
 def test_a_full_disk_is_one_sentence_and_leaves_whole_checkpoints(
-    megabytes: float, whole: Path, data: Path, shape: Path, tmp_path: Path
+    megabytes: float, half: Path, whole: Path, data: Path, shape: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    stopped_at(command(out, data, shape), out, 12, signal.SIGKILL)
+    out = shutil.copytree(half, tmp_path / "run")
     before = {folder.name for folder in checkpoints(out)}
     limit = int(megabytes * 1e6)  # no file may grow larger
-    done = run(command(out, data, shape), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    done = run(command(out, data, shape), before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)))
     assert done.returncode == 2, done.stderr
     assert "could not write" in done.stderr
     assert "Traceback" not in done.stderr
@@ -224,9 +184,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_checkpoints(
     assert_same_run(out, whole)
 
 
-def test_a_broken_training_state_names_the_file(data: Path, shape: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    stopped_at(command(out, data, shape), out, 12, signal.SIGKILL)
+def test_a_broken_training_state_names_the_file(half: Path, data: Path, shape: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(half, tmp_path / "run")
     state = checkpoints(out)[-1] / "training.safetensors"
     os.truncate(state, state.stat().st_size // 2)
     done = run(command(out, data, shape))

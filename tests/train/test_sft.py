@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conversations import CONVERSATIONS, WORDS, as_lines
 
 from motley.data.conversation import ConversationEncoder, Message
 from motley.data.pack import DataConfig, pack_conversations, prepare
 from motley.data.stream import TokenStream
-from motley.data.tokenizer import Tokenizer, train_tokenizer
+from motley.data.tokenizer import Tokenizer
 from motley.errors import InputError
 from motley.infer.load import open_engine
 from motley.infer.sampler import SamplingParams
@@ -25,16 +26,6 @@ from motley.train.metrics import read_metrics
 from motley.train.sft import sft
 from motley.train.step import LossWeights, accumulate
 from motley.train.validation import summed_nats, validate
-
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-CONVERSATIONS = [
-    [Message("user", f"Say {word}."), Message("assistant", f"{word}!", f"the word is {word}")] for word in WORDS
-] + [[Message("system", "Be brief."), Message("user", "Hello"), Message("assistant", "Hi")]]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer([message.content for conversation in CONVERSATIONS for message in conversation], 300)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +41,6 @@ def base(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path
     save(model, folder)
     tokenizer.save(folder)
     return folder
-
-
-def as_lines(conversations: list[list[Message]]) -> str:
-    lines = []
-    for conversation in conversations:
-        messages = [
-            {name: value for name, value in vars(message).items() if value is not None} for message in conversation
-        ]
-        lines.append(json.dumps({"messages": messages}) + "\n")
-    return "".join(lines)
 
 
 def test_the_gradient_of_a_packed_batch_is_that_of_each_conversation_alone(

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import ROWS, random_layout
+from number_formats import SMOOTH, Case, distances, employed
 from spawned_ranks import on_ranks
-from test_layouts import DEEP, ROWS, Rows, random_layout
-from test_mixed_precision import SMOOTH, Case, distances, employed, few, for_groups  # noqa: F401  (a fixture)
+from tiny_models import DEEP, Rows
 
 from motley.errors import InputError
 from motley.fleet.device import Format
@@ -18,6 +19,8 @@ from motley.parallel.layout import Layout, PipelineGroup, side_by_side
 from motley.train import mixed_precision as precision
 from motley.train.mixed_precision import number_formats
 from motley.train.run_folder import Run
+
+pytestmark = pytest.mark.usefixtures("few")
 
 
 @pytest.mark.slow(5)

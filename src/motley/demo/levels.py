@@ -35,7 +35,7 @@ class Level:
     size: str
     vocab_size: int
     pretrain: PretrainConfig
-    finetune: SftConfig
+    sft: SftConfig
     pretrain_tokens: int
     finetune_tokens: int
     accuracy: float | None

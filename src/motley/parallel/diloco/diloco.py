@@ -260,11 +260,11 @@ class Diloco:
                 self._take_in(number)
         self._watch.carried()
         ended = self.taken == self.round.inner[self.number]
-        islands, doings = self._end_round() if ended else ([], [])
+        islands, rank_round = self._end_round() if ended else ([], [])
         self._seconds += time.perf_counter() - started
         if not ended:
             return None
-        outer = self._outer_step(islands, doings)
+        outer = self._outer_step(islands, rank_round)
         self.begin_round(self.round.start + self.round.steps)
         return outer
 

@@ -1,0 +1,52 @@
+"""Members of an elastic job, each in a process of its own, that the test lets go on at steps of its choice."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import motley.parallel.build
+import motley.parallel.carry_out
+import motley.parallel.elastic.agent
+from motley.data.stream import Batch, TokenStream
+from motley.errors import InputError
+from motley.parallel.load_balance import Shares
+from motley.train.config import PretrainConfig
+from motley.train.pretrain import pretrain
+
+ROWS = 4
+
+
+class Gated(TokenStream):
+    """Rows that wait, at some steps, until the test lets them through: whoever is to die or to join is in time."""
+
+    def rows(self, position: int, count: int) -> Batch:
+        folder, step = self.gates, position // ROWS
+        if self.split == "train" and (folder / f"{step}.gate").exists():
+            (folder / f"{step}.{os.getpid()}").touch()
+            while (folder / f"{step}.gate").exists():
+                time.sleep(0.01)
+        return super().rows(position, count)
+
+    gates: Path
+
+
+def member(gates: Path, said: Path, program: str, make: str, arguments: dict[str, Any]) -> None:
+    """One `motley pretrain --live` in a process of its own, on a processor of some kind."""
+    torch.set_num_threads(1)
+    Gated.gates = gates
+    motley.parallel.carry_out.TokenStream = Gated  # type: ignore[misc]
+    motley.parallel.build.sources = lambda: program
+    for module in (motley.parallel.build, motley.parallel.elastic.agent):
+        module.kind_of_chip = lambda device: make  # type: ignore[attr-defined]
+    Shares.measured = lambda *_: None  # type: ignore[method-assign]  who gets no rows comes to no gate
+    try:
+        pretrain(PretrainConfig(**arguments))
+    except InputError as error:
+        said.write_text(str(error))
+
+
+def arrived(gates: Path, step: int) -> list[int]:
+    return sorted(int(file.suffix[1:]) for file in gates.glob(f"{step}.[0-9]*"))
