@@ -55,7 +55,7 @@ def plan_of(pools: dict[str, tuple[int, int]], teams: list[tuple[list[str], int,
         {"pool": name, "chips": chips[name], "nodes": nodes, "chips_per_node": each}
         for name, (nodes, each) in pools.items()
     ]
-    return {"pools": listed, "teams": written, "step_seconds": 1.0}
+    return {"pools": listed, "groups": written, "step_seconds": 1.0}
 
 
 def random_plan(chance: random.Random) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def test_torchrun_numbers_the_workers_as_the_runtime_reads_the_plan(seed: int):
     host_of = {rank: group.host for group in groups for rank in group.ranks}
     for rank, (chip,) in started.items():
         place = place_of(layout, rank)
-        planned = plan["teams"][place.team_number]["stages"][place.stage]["pool"]
+        planned = plan["groups"][place.team_number]["stages"][place.stage]["pool"]
         assert host_of[rank] in hosts[planned]
         assert int(chip) < next(pool["chips_per_node"] for pool in plan["pools"] if pool["pool"] == planned)
     assert len({(host_of[rank], chip) for rank, (chip,) in started.items()}) == layout.workers  # one worker a chip
@@ -192,10 +192,10 @@ def test_what_does_not_fit_the_plan_is_one_sentence(
 def test_a_plan_this_runtime_cannot_run_or_no_plan_at_all_is_refused(tmp_path: Path):
     split = json.loads(json.dumps(TWO))
     split["pools"][0]["chips"] = 8  # as with tensor parallelism 2
-    with pytest.raises(InputError, match="make the plan with --engine motley"):
+    with pytest.raises(InputError, match="make the plan with --framework motley"):
         seats_of(split, {"a": ["x", "y"], "b": ["z"]})
     del split["pools"][0]["nodes"]
-    for wrong in ([], {"teams": []}, split):
+    for wrong in ([], {"groups": []}, split):
         (tmp_path / "other.json").write_text(json.dumps(wrong))
         with pytest.raises(InputError, match="is no plan as `motley plan --out` writes it"):
             launch(LaunchConfig(tmp_path / "other.json"))

@@ -17,13 +17,13 @@ from test_resume import STEPS, command
 from test_resume import data as data  # the fixture
 from test_resume import shape as shape
 
+from motley.apportion import apportion
 from motley.errors import CommunicationError, InputError
 from motley.parallel import build as start
 from motley.parallel import communicator as crew_module
 from motley.parallel.communicator import Communicator, join
 from motley.parallel.layout import islands_side_by_side
 from motley.parallel.load_balance import LoadBalancer
-from motley.plan.search.pool_packing import apportion
 
 
 def torchrun(workers: int, arguments: list[str], *options: str) -> list[str]:

@@ -23,7 +23,7 @@ from motley.parallel.zero.partition import held_bytes
 from motley.plan.network.spec import deepseek
 from motley.plan.report.plan_file import spelled_out
 from motley.plan.search.search import Searcher
-from motley.plan.workload import Job
+from motley.plan.workload import Workload
 from motley.train.metrics import read_metrics
 from motley.train.mixed_precision import check_formats
 
@@ -48,7 +48,7 @@ def random_fleet(chance: random.Random, tight: bool) -> Fleet:
 
 def planned(fleet: Fleet, config: ModelConfig, rows: int, seq_len: int = 64) -> dict[str, Any] | None:
     """The plan as it would be read from its file."""
-    found = Searcher(fleet, Job(deepseek(config), 1e6, seq_len, rows)).best()
+    found = Searcher(fleet, Workload(deepseek(config), 1e6, seq_len, rows)).best()
     return None if found is None else json.loads(json.dumps(spelled_out(found)))
 
 
@@ -57,10 +57,10 @@ def assert_laid_out_as_planned(plan: dict[str, Any], config: ModelConfig) -> Non
     islands = islands_of_plan(plan, config)
     assert [rank for island in islands for rank in island.ranks] == list(range(plan["chips"]))
     assert len(seats_of(plan, hosts_of(plan, [f"{pool['pool']}=here" for pool in plan["pools"]]))) == plan["chips"]
-    numbers = list(dict.fromkeys(group["island"] for group in plan["teams"]))
+    numbers = list(dict.fromkeys(group["island"] for group in plan["groups"]))
     assert len(islands) == len(numbers) == (2 if plan["inner_steps"] else 1)
     for number, island in zip(numbers, islands, strict=True):
-        groups, layout = [group for group in plan["teams"] if group["island"] == number], island.layout
+        groups, layout = [group for group in plan["groups"] if group["island"] == number], island.layout
         layout.check(config, len(island.ranks))
         assert {layout.zero} == {group["zero"] for group in groups}
         assert layout.zero or len(island.ranks) == 1
@@ -81,7 +81,7 @@ def assert_laid_out_as_planned(plan: dict[str, Any], config: ModelConfig) -> Non
         check_formats(formats, layout)
         for rank, limit in enumerate(limits):
             assert held_bytes(config, layout, rank, "muon").total <= limit
-    assert sum(group["sequences"] for group in plan["teams"]) == plan["global_batch"]
+    assert sum(group["sequences"] for group in plan["groups"]) == plan["global_batch"]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -127,7 +127,7 @@ def plan_file(
     plan = planned(parse_fleet(fleet, "fleet"), config, rows=64)
     assert plan is not None
     assert plan["chips"] == 2
-    for group in plan["teams"]:
+    for group in plan["groups"]:
         group.update(changed)
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
@@ -149,7 +149,7 @@ def test_a_plan_for_a_pretended_fleet_is_played_by_the_workers_that_it_names(
     file, plan = plan_file(tmp_path, PRETEND)
     out = tmp_path / "run"
     said = pretrain(command(out, data, shape, precision="fp32", plan=file, emulate=fleet, emulate_by="wait"))
-    for rank, group in enumerate(plan["teams"]):
+    for rank, group in enumerate(plan["groups"]):
         assert f"rank {rank} emulates chip 0 of pool {group['pools'][0]}" in said
     assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
 

@@ -4,7 +4,7 @@
     of each layer it keeps per token           none: inputs and outputs of every product (GPT: 36 h, as Megatron)
                                                selective: inputs only       full: the layer's input only
 
-Weights and states follow the engine's `state_bytes`; ZeRO 1, 2, 3 shards states, gradients, weights over the
+Weights and states follow the framework's `state_bytes`; ZeRO 1, 2, 3 shards states, gradients, weights over the
 data-parallel group, or over all chips of an island. A margin covers what the allocator fragments.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Floats, Ints, Layouts
-from motley.plan.cost_model.framework import Engine
+from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Floats, Ints, ParallelConfigs
+from motley.plan.cost_model.framework import Framework
 from motley.plan.cost_model.operators import VALUE_BYTES
-from motley.plan.network.spec import Block, Shape
+from motley.plan.network.spec import BlockSpec, NetworkSpec
 
 FRAGMENTATION = 0.07  # of everything else (6 to 8 % are usual with PyTorch's allocator)
 BUCKET_BYTES = 100e6  # gradients wait in buckets of this size to be exchanged
@@ -49,90 +49,97 @@ class StageBytes:
         return self.total - (1 + FRAGMENTATION) * self.optimizer
 
 
-def saved_bytes(block: Block, shape: Shape, layouts: Layouts, engine: Engine, seq: int) -> Floats:
+def saved_bytes(
+    block: BlockSpec, shape: NetworkSpec, configs: ParallelConfigs, framework: Framework, seq: int
+) -> Floats:
     """Activations one layer keeps for its backward pass, per micro-batch on one chip."""
-    tokens = layouts.micro_batch * seq / layouts.cp
-    inputs, outputs = np.zeros(len(layouts)), np.zeros(len(layouts))
+    tokens = configs.micro_batch * seq / configs.cp
+    inputs, outputs = np.zeros(len(configs)), np.zeros(len(configs))
     for matmul in block.matmuls:
         copies = matmul.chosen
-        inner = matmul.inner / np.where(matmul.split == "row", layouts.tp, _replicated(layouts, engine))
-        outer = matmul.outer / np.where(matmul.split == "column", layouts.tp, _replicated(layouts, engine))
+        inner = matmul.inner / np.where(matmul.split == "row", configs.tp, _replicated(configs, framework))
+        outer = matmul.outer / np.where(matmul.split == "column", configs.tp, _replicated(configs, framework))
         inputs, outputs = inputs + copies * inner, outputs + copies * outer
-    hidden = shape.hidden_size / _replicated(layouts, engine)
-    scores = 5 * block.heads / layouts.tp * seq if engine.attention_efficiency == 0 else 0.0
+    hidden = shape.hidden_size / _replicated(configs, framework)
+    scores = 5 * block.heads / configs.tp * seq if framework.attention_efficiency == 0 else 0.0
     everything = VALUE_BYTES * (inputs + outputs + 2 * hidden) + scores
     selective = VALUE_BYTES * (inputs + hidden)
-    kinds = [layouts.recompute == RECOMPUTES.index("none"), layouts.recompute == RECOMPUTES.index("selective")]
+    kinds = [configs.recompute == RECOMPUTES.index("none"), configs.recompute == RECOMPUTES.index("selective")]
     return tokens * np.select(kinds, [everything, selective], VALUE_BYTES * hidden)
 
 
-def working_bytes(block: Block, shape: Shape, layouts: Layouts, engine: Engine, seq: int) -> Floats:
+def working_bytes(
+    block: BlockSpec, shape: NetworkSpec, configs: ParallelConfigs, framework: Framework, seq: int
+) -> Floats:
     """What a layer needs while it runs (or runs again): the intermediate values of one micro-batch."""
-    tokens = layouts.micro_batch * seq / layouts.cp
+    tokens = configs.micro_batch * seq / configs.cp
     widest = max(matmul.chosen * (matmul.inner + matmul.outer) for matmul in block.matmuls)
-    return 2 * VALUE_BYTES * tokens * widest / layouts.tp
+    return 2 * VALUE_BYTES * tokens * widest / configs.tp
 
 
-def logit_bytes(shape: Shape, layouts: Layouts, seq: int) -> Floats:
+def logit_bytes(shape: NetworkSpec, configs: ParallelConfigs, seq: int) -> Floats:
     """Logits and their gradient on the last stage."""
-    return layouts.micro_batch * seq / layouts.cp * shape.vocab_size / layouts.tp * LOGIT_BYTES
+    return configs.micro_batch * seq / configs.cp * shape.vocab_size / configs.tp * LOGIT_BYTES
 
 
-def in_flight(layouts: Layouts, stage: Ints) -> Floats:
+def in_flight(configs: ParallelConfigs, stage: Ints) -> Floats:
     """Micro-batches whose activations stage number `stage` (from 0) holds at its fullest."""
-    plain = np.maximum(layouts.pp - stage, 1).astype(float)
-    interleaved = plain + layouts.pp * (layouts.chunks > 1) * (layouts.chunks - 1) / layouts.chunks
-    held = np.where(layouts.schedule == SCHEDULES.index("zero_bubble"), layouts.pp + 0.0, interleaved)
-    return np.where(layouts.schedule == SCHEDULES.index("dualpipe"), layouts.pp + 1.0, held)
+    plain = np.maximum(configs.pp - stage, 1).astype(float)
+    interleaved = plain + configs.pp * (configs.chunks > 1) * (configs.chunks - 1) / configs.chunks
+    held = np.where(configs.schedule == SCHEDULES.index("zero_bubble"), configs.pp + 0.0, interleaved)
+    return np.where(configs.schedule == SCHEDULES.index("dualpipe"), configs.pp + 1.0, held)
 
 
-def state_bytes(dense: Floats, experts: Floats, layouts: Layouts, engine: Engine) -> tuple[Floats, Floats, Floats]:
+def state_bytes(
+    dense: Floats, experts: Floats, configs: ParallelConfigs, framework: Framework
+) -> tuple[Floats, Floats, Floats]:
     """(weights, gradients, optimizer) bytes of a chip that holds so many parameters, after ZeRO."""
-    group = layouts.dp * layouts.cp
-    copies = np.maximum(group // layouts.ep, 1)
-    sizes = engine.state_bytes
+    group = configs.dp * configs.cp
+    copies = np.maximum(group // configs.ep, 1)
+    sizes = framework.state_bytes
 
     def sharded(level: int) -> Floats:
-        cut = layouts.zero >= level
+        cut = configs.zero >= level
         return dense / np.where(cut, group, 1) + experts / np.where(cut, copies, 1)
 
-    twice = np.where(layouts.schedule == SCHEDULES.index("dualpipe"), 2.0, 1.0)
+    twice = np.where(configs.schedule == SCHEDULES.index("dualpipe"), 2.0, 1.0)
     return twice * sizes["weight"] * sharded(3), twice * sizes["gradient"] * sharded(2), sizes["optimizer"] * sharded(1)
 
 
-def at_home(states: tuple[Floats, Floats, Floats], layouts: Layouts, engine: Engine) -> Floats:
+def at_home(states: tuple[Floats, Floats, Floats], configs: ParallelConfigs, framework: Framework) -> Floats:
     """What of (weights, gradients, optimizer) stays on a chip although others keep what may lie with any of them."""
-    if engine.zero_over == "team":
+    if framework.zero_over == "group":
         return states[0] + states[1]
     return sum(
-        (np.where(layouts.zero < stage, part, 0.0) for part, stage in zip(states, KEPT_ONCE_FROM, strict=True)),
-        start=np.zeros(len(layouts)),
+        (np.where(configs.zero < stage, part, 0.0) for part, stage in zip(states, KEPT_ONCE_FROM, strict=True)),
+        start=np.zeros(len(configs)),
     )
 
 
-def visiting_bytes(shape: Shape, layouts: Layouts, engine: Engine) -> Floats:
+def visiting_bytes(shape: NetworkSpec, configs: ParallelConfigs, framework: Framework) -> Floats:
     """Weights and gradients of the piece that is being computed where others keep them: ZeRO 2 and 3 of an island."""
-    if engine.zero_over == "team":
-        return np.zeros(len(layouts))
+    if framework.zero_over == "group":
+        return np.zeros(len(configs))
     blocks = [block.parameters for block, _ in shape.runs] + [block.parameters for block in shape.mtp]
     largest = max(*blocks, shape.embedding_parameters)
     return largest * (
-        np.where(layouts.zero >= 2, engine.gradient_bytes, 0.0) + np.where(layouts.zero >= 3, engine.weight_bytes, 0.0)
+        np.where(configs.zero >= 2, framework.gradient_bytes, 0.0)
+        + np.where(configs.zero >= 3, framework.weight_bytes, 0.0)
     )
 
 
-def buffer_bytes(shape: Shape, layouts: Layouts, engine: Engine, seq: int) -> Floats:
+def buffer_bytes(shape: NetworkSpec, configs: ParallelConfigs, framework: Framework, seq: int) -> Floats:
     """Messages on their way: stage borders, expert exchange, gradient buckets, weights that visit."""
-    tokens = layouts.micro_batch * seq / layouts.cp
-    border = 4 * VALUE_BYTES * tokens * shape.hidden_size / _replicated(layouts, engine)
+    tokens = configs.micro_batch * seq / configs.cp
+    border = 4 * VALUE_BYTES * tokens * shape.hidden_size / _replicated(configs, framework)
     chosen = max(block.chosen for block, _ in shape.runs)
     exchange = np.where(
-        layouts.ep > 1, tokens * chosen * shape.hidden_size * sum(engine.expert_bytes) / layouts.tp, 0.0
+        configs.ep > 1, tokens * chosen * shape.hidden_size * sum(framework.expert_bytes) / configs.tp, 0.0
     )
-    buckets = np.where(layouts.dp * layouts.cp > 1, BUCKET_BYTES, 0.0)
-    return border + exchange + buckets + visiting_bytes(shape, layouts, engine)
+    buckets = np.where(configs.dp * configs.cp > 1, BUCKET_BYTES, 0.0)
+    return border + exchange + buckets + visiting_bytes(shape, configs, framework)
 
 
-def _replicated(layouts: Layouts, engine: Engine) -> Floats | float:
+def _replicated(configs: ParallelConfigs, framework: Framework) -> Floats | float:
     """By how much a hidden vector is cut over the tensor-parallel group (sequence parallelism), else 1."""
-    return layouts.tp.astype(float) if engine.sequence_parallel != "never" else 1.0
+    return configs.tp.astype(float) if framework.sequence_parallel != "never" else 1.0
