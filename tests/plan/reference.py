@@ -189,7 +189,7 @@ def _memory(
     flights = float(in_flight(configs, np.array([stage]))[0])
     kept = sum(float(saved_bytes(block, shape, configs, framework, workload.seq_len)[0]) for _, block in kinds if block)
     blocks = {block for block, _ in shape.runs} | set(shape.mtp)
-    working = max(float(working_bytes(block, shape, configs, framework, workload.seq_len)[0]) for block in blocks)
+    working = max(float(working_bytes(block, configs, workload.seq_len)[0]) for block in blocks)
     heads = sum(1 for what, _ in kinds if what in ("head", "mtp"))
     logits = heads * float(logit_bytes(shape, configs, workload.seq_len)[0])
     buffers = float(buffer_bytes(shape, configs, framework, workload.seq_len)[0])

@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 
 from motley.errors import InputError
@@ -24,7 +23,7 @@ from motley.parallel.layout import Coordinates, IslandLayout, Layout, coordinate
 from motley.parallel.zero.partition import bytes_kept_anyway, bytes_kept_once, cut_shards, held_bytes
 from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, ParallelConfigs
 from motley.plan.cost_model.framework import load_framework
-from motley.plan.cost_model.memory import in_flight, saved_bytes
+from motley.plan.cost_model.memory import in_flight_bytes
 from motley.plan.cost_model.operators import VALUE_BYTES
 from motley.plan.network.flops import network_parts
 from motley.plan.network.spec import network_of
@@ -150,9 +149,8 @@ def row_bytes(shape: ModelConfig, place: Coordinates, seq_len: int, number_bytes
         tp=1, cp=1, ep=1, dp=1, pp=place.group.stages, micro_batch=1, micro_batches=1, recompute=how,
         schedule=SCHEDULES.index(place.group.schedule), chunks=1, zero=0,
     )  # fmt: skip
-    saved = sum(float(saved_bytes(block, plain, one, engine, seq_len)[0]) for block in own)
-    flights = float(in_flight(one, np.array([place.stage]))[0])
-    return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES * flights)
+    saved = float(in_flight_bytes(own, place.stage, plain, one, engine, seq_len)[0])
+    return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES)
 
 
 def held_and_row(

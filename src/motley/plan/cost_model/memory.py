@@ -5,29 +5,32 @@
                                                selective: inputs only       full: the layer's input only
 
 Weights and states follow the framework's `state_bytes`; ZeRO 1, 2, 3 shards states, gradients, weights over the
-data-parallel group, or over all chips of an island. A margin covers what the allocator fragments.
+data-parallel group, or over all chips of an island. A margin covers what the allocator fragments. `stage_bytes` is the
+sum of all these; the search (`search/step_lines.py`) takes the same terms apart by piece, because it looks for the cut.
 """
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Floats, Ints, ParallelConfigs
 from motley.plan.cost_model.framework import Framework
+from motley.plan.cost_model.hardware import Hardware
 from motley.plan.cost_model.operators import VALUE_BYTES
+from motley.plan.cost_model.step_time import HeldParameters, NetworkPieces, PieceKind, network_pieces
 from motley.plan.network.spec import BlockSpec, NetworkSpec
 
 FRAGMENTATION = 0.07  # of everything else (6 to 8 % are usual with PyTorch's allocator)
 BUCKET_BYTES = 100e6  # gradients wait in buckets of this size to be exchanged
 LOGIT_BYTES = 8  # per logit while the loss is computed: 16-bit logits and gradient, an fp32 copy
-
-
-KEPT_ONCE_FROM = (3, 2, 1)  # ZeRO stage from which weights, gradients, optimizer states are
+SHARDED_FROM = (3, 2, 1)  # ZeRO stage from which weights, gradients, optimizer states are sharded
 
 
 @dataclass(frozen=True)
 class StageBytes:
-    """Arrays [candidates] of bytes on one chip of a stage."""
+    """Bytes on one chip of a stage by what they are for: arrays [candidates]."""
 
     weights: Floats
     gradients: Floats
@@ -43,10 +46,85 @@ class StageBytes:
     def total(self) -> Floats:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers + self.fragmentation
 
-    @property
-    def without_states(self) -> Floats:
-        """What must lie on the chip even when other chips hold its optimizer states."""
-        return self.total - (1 + FRAGMENTATION) * self.optimizer
+
+def stage_bytes(
+    kinds: Sequence[PieceKind],
+    held: HeldParameters,
+    stage: int,
+    shape: NetworkSpec,
+    configs: ParallelConfigs,
+    framework: Framework,
+    seq: int,
+) -> StageBytes:
+    """What a chip of one stage holds.
+
+    Args:
+        kinds: of the pieces that the stage computes.
+        held: parameters of these pieces.
+        stage: its number, from 0.
+        shape: the network.
+        configs: how it is laid out.
+        framework: that trains it.
+        seq: tokens in a sequence.
+    """
+    weights, gradients, optimizer = state_bytes(
+        held.dense / configs.tp, held.experts / (configs.tp * configs.ep), configs, framework
+    )
+    blocks = [block for _, block in kinds if block is not None]
+    losses = sum(what in ("head", "mtp") for what, _ in kinds)
+    activations = (
+        in_flight_bytes(blocks, stage, shape, configs, framework, seq)
+        + widest_working_bytes(shape, configs, seq)
+        + losses * logit_bytes(shape, configs, seq)
+    )
+    return StageBytes(weights, gradients, optimizer, activations, buffer_bytes(shape, configs, framework, seq))
+
+
+def fullest_bytes(
+    shape: NetworkSpec, configs: ParallelConfigs, seq: int, hardware: Hardware, framework: Framework, precision: str
+) -> Floats:
+    """[candidates] bytes on the fullest chip, stages cut as the framework does; all must share the same `pp`."""
+    pp = int(configs.pp[0])
+    pieces = network_pieces(shape, configs, seq, hardware, framework, precision)
+    if not framework.balanced_stages or pp == 1:
+        return _fullest(shape, configs, seq, framework, pieces, pieces.cut(pp, framework, 0))
+    cuts = [pieces.cut(pp, framework, index) for index in range(len(configs))]
+    return np.concatenate(
+        [_fullest(shape, configs[index], seq, framework, pieces, cut) for index, cut in enumerate(cuts)]
+    )
+
+
+def _fullest(
+    shape: NetworkSpec,
+    configs: ParallelConfigs,
+    seq: int,
+    framework: Framework,
+    pieces: NetworkPieces,
+    cut: list[slice],
+) -> Floats:
+    stages = zip(cut, pieces.held_by_stage(cut, shape), strict=True)
+    totals = [
+        stage_bytes(pieces.kinds[part], held, stage, shape, configs, framework, seq).total
+        for stage, (part, held) in enumerate(stages)
+    ]
+    return np.max(totals, axis=0)
+
+
+def in_flight_bytes(
+    blocks: Iterable[BlockSpec],
+    stage: int,
+    shape: NetworkSpec,
+    configs: ParallelConfigs,
+    framework: Framework,
+    seq: int,
+) -> Floats:
+    """Activations of these layers that stage number `stage` keeps for the micro-batches it has in flight."""
+    counts = Counter(blocks)
+    saved = sum(
+        (count * saved_bytes(block, shape, configs, framework, seq) for block, count in counts.items()),
+        start=np.zeros(len(configs)),
+    )
+    return saved * in_flight(configs, np.full(len(configs), stage))
 
 
 def saved_bytes(
@@ -68,13 +146,17 @@ def saved_bytes(
     return tokens * np.select(kinds, [everything, selective], VALUE_BYTES * hidden)
 
 
-def working_bytes(
-    block: BlockSpec, shape: NetworkSpec, configs: ParallelConfigs, framework: Framework, seq: int
-) -> Floats:
+def working_bytes(block: BlockSpec, configs: ParallelConfigs, seq: int) -> Floats:
     """What a layer needs while it runs (or runs again): the intermediate values of one micro-batch."""
     tokens = configs.micro_batch * seq / configs.cp
     widest = max(matmul.chosen * (matmul.inner + matmul.outer) for matmul in block.matmuls)
     return 2 * VALUE_BYTES * tokens * widest / configs.tp
+
+
+def widest_working_bytes(shape: NetworkSpec, configs: ParallelConfigs, seq: int) -> Floats:
+    """The same of the network's widest layer, for which every chip has room."""
+    blocks = {block for block, _ in shape.runs} | set(shape.mtp)
+    return np.max([working_bytes(block, configs, seq) for block in blocks], axis=0)
 
 
 def logit_bytes(shape: NetworkSpec, configs: ParallelConfigs, seq: int) -> Floats:
@@ -111,7 +193,7 @@ def at_home(states: tuple[Floats, Floats, Floats], configs: ParallelConfigs, fra
     if framework.zero_over == "group":
         return states[0] + states[1]
     return sum(
-        (np.where(configs.zero < stage, part, 0.0) for part, stage in zip(states, KEPT_ONCE_FROM, strict=True)),
+        (np.where(configs.zero < stage, part, 0.0) for part, stage in zip(states, SHARDED_FROM, strict=True)),
         start=np.zeros(len(configs)),
     )
 

@@ -68,6 +68,10 @@ class HeldParameters:
         )
 
 
+PieceKind = tuple[str, BlockSpec | None]
+"""What a piece is ("embedding", "layer", "mtp", "head"), and its layer if it has one."""
+
+
 @dataclass(frozen=True)
 class NetworkPieces:
     """The pieces that stages are made of, in order: embedding, layers, MTP modules, head. Seconds per micro-batch.
@@ -75,7 +79,7 @@ class NetworkPieces:
     `kinds[i]` is (what, block or None); equal kinds share their arrays. The last `together` pieces are never parted.
     """
 
-    kinds: tuple[tuple[str, BlockSpec | None], ...]
+    kinds: tuple[PieceKind, ...]
     seconds: tuple[LayerSeconds, ...]
     held: tuple["HeldParameters", ...]
     together: int
@@ -86,6 +90,13 @@ class NetworkPieces:
             return even_stages(self, pp)
         return balanced([float(piece.total[candidate]) for piece in self.seconds], pp, self.together)
 
+    def held_by_stage(self, cut: list[slice], shape: NetworkSpec) -> list[HeldParameters]:
+        """Parameters of each stage. On a single one, a tied head and the embedding are one table."""
+        held = [sum(self.held[part], start=HeldParameters(0.0, 0.0)) for part in cut]
+        if shape.tied and len(cut) == 1:
+            held[0] = held[0] + HeldParameters(-float(shape.head.parameters), 0.0)
+        return held
+
 
 def network_pieces(
     shape: NetworkSpec, configs: ParallelConfigs, seq: int, hardware: Hardware, framework: Framework, precision: str
@@ -94,7 +105,7 @@ def network_pieces(
     costed: dict[BlockSpec, LayerSeconds] = {
         block: layer_seconds(block, shape, configs, seq, hardware, framework, precision) for block, _ in shape.runs
     }
-    kinds: list[tuple[str, BlockSpec | None]] = [("embedding", None)]
+    kinds: list[PieceKind] = [("embedding", None)]
     seconds = [embedding_seconds(shape, configs, seq, hardware, framework)]
     held = [HeldParameters(float(shape.embedding_parameters), 0.0)]
     for block in shape.blocks:
@@ -157,10 +168,7 @@ def _of_stages(
     seq: int,
 ) -> StepSeconds:
     total = [summed(pieces.seconds[part]) for part in cut]
-    held = [sum(pieces.held[part], start=HeldParameters(0.0, 0.0)) for part in cut]
-    if shape.tied and len(cut) == 1:
-        held[0] = held[0] + HeldParameters(-float(shape.head.parameters), 0.0)
-    return combine(shape, configs, seq, hardware, framework, total, held)
+    return combine(shape, configs, seq, hardware, framework, total, pieces.held_by_stage(cut, shape))
 
 
 def combine(

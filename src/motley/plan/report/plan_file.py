@@ -10,17 +10,8 @@ import numpy as np
 
 from motley.fleet.inventory import Pool
 from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, ParallelConfigs
-from motley.plan.cost_model.memory import (
-    FRAGMENTATION,
-    KEPT_ONCE_FROM,
-    buffer_bytes,
-    in_flight,
-    logit_bytes,
-    saved_bytes,
-    state_bytes,
-    working_bytes,
-)
-from motley.plan.cost_model.step_time import HeldParameters, network_pieces, update_seconds
+from motley.plan.cost_model.memory import FRAGMENTATION, SHARDED_FROM, stage_bytes
+from motley.plan.cost_model.step_time import HeldParameters, NetworkPieces, PieceKind, network_pieces, update_seconds
 from motley.plan.read_plan import PLAN_VERSION
 from motley.plan.search.candidates import GroupMember
 from motley.plan.search.search import Searcher
@@ -222,7 +213,7 @@ def _stage(
     found: FoundPlan,
     chosen: ChosenGroup,
     options: GroupOptions,
-    costed: Sequence[Any],
+    costed: Sequence[NetworkPieces],
     held: HeldParameters,
     stage: int,
 ) -> dict[str, Any]:
@@ -245,7 +236,7 @@ def _stage(
         "experts_per_chip": routed // int(configs.ep[0]) if routed else 0,
         "seconds_per_micro_batch": seconds,
         "parameters_per_chip": float(np.squeeze(held.dense / configs.tp + held.experts / (configs.tp * configs.ep))),
-        "memory_bytes": memory_parts(found, chosen, options, member, configs, kinds, held, stage),
+        "memory_bytes": memory_parts(found, chosen, member, configs, kinds, held, stage),
         "memory_limit_bytes": member.hardware.memory_bytes,
     }
 
@@ -253,45 +244,22 @@ def _stage(
 def memory_parts(
     found: FoundPlan,
     chosen: ChosenGroup,
-    options: GroupOptions,
     member: GroupMember,
     configs: ParallelConfigs,
-    kinds: Sequence[Any],
+    kinds: Sequence[PieceKind],
     held: HeldParameters,
     stage: int,
 ) -> dict[str, float]:
     """Bytes on one chip of a stage by what they are for."""
-    workload, framework = found.workload, member.framework
-    states = state_bytes(held.dense / configs.tp, held.experts / (configs.tp * configs.ep), configs, framework)
-    if chosen.update is not None:
-        kept = (
-            part * np.where(configs.zero >= first, chosen.kept, 1.0)
-            for part, first in zip(states, KEPT_ONCE_FROM, strict=True)
-        )
-        weights, gradients, optimizer = kept
-    else:
-        weights, gradients, optimizer = states
-    elsewhere = _states(chosen) == SPREAD
-    flights = in_flight(configs, np.array([stage]))
-    blocks = [block for _, block in kinds if block is not None]
-    saved = sum(
-        (saved_bytes(block, workload.shape, configs, framework, workload.seq_len) for block in blocks),
-        start=np.zeros(1),
-    )
-    all_blocks = {block for block, _ in workload.shape.runs} | set(workload.shape.mtp)
-    working = max(
-        float(working_bytes(block, workload.shape, configs, framework, workload.seq_len)[0]) for block in all_blocks
-    )
-    heads = sum(1 for what, _ in kinds if what in ("head", "mtp"))
-    parts = {
-        "weights": float(weights[0]),
-        "gradients": float(gradients[0]),
-        "optimizer": 0.0 if elsewhere else float(optimizer[0]),
-        "activations": float((saved * flights)[0])
-        + working
-        + heads * float(logit_bytes(workload.shape, configs, workload.seq_len)[0]),
-        "buffers": float(buffer_bytes(workload.shape, configs, framework, workload.seq_len)[0]),
-    }
+    bytes_ = stage_bytes(kinds, held, stage, found.workload.shape, configs, member.framework, found.workload.seq_len)
+    states = {"weights": bytes_.weights, "gradients": bytes_.gradients, "optimizer": bytes_.optimizer}
+    if chosen.update is not None:  # sharded over the island: this group keeps its part
+        for (name, size), level in zip(states.items(), SHARDED_FROM, strict=True):
+            states[name] = size * np.where(configs.zero >= level, chosen.kept, 1.0)
+    elif _states(chosen) == SPREAD:
+        states["optimizer"] = np.zeros(1)
+    parts = {name: float(size[0]) for name, size in states.items()}
+    parts |= {"activations": float(bytes_.activations[0]), "buffers": float(bytes_.buffers[0])}
     parts["fragmentation"] = FRAGMENTATION * sum(parts.values())
     return parts
 

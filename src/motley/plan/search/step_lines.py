@@ -25,12 +25,13 @@ from motley.plan.cost_model.memory import (
     logit_bytes,
     saved_bytes,
     state_bytes,
-    working_bytes,
+    widest_working_bytes,
 )
 from motley.plan.cost_model.operators import VALUE_BYTES, LayerSeconds
 from motley.plan.cost_model.step_time import (
     HeldParameters,
     NetworkPieces,
+    PieceKind,
     bubble_seconds,
     exchange_seconds,
     sent_when,
@@ -38,7 +39,6 @@ from motley.plan.cost_model.step_time import (
     update_seconds,
     whole_update_seconds,
 )
-from motley.plan.network.spec import BlockSpec
 from motley.plan.search.candidates import GroupMember
 from motley.plan.search.cut_layers import PieceCosts, StageCuts
 from motley.plan.workload import Workload
@@ -295,7 +295,7 @@ def _spare_bytes(
 
 def piece_kinds(pieces: NetworkPieces) -> tuple[list[int], list[int]]:
     """(kind of each piece, first piece of each kind)."""
-    seen: dict[tuple[str, BlockSpec | None], int] = {}
+    seen: dict[PieceKind, int] = {}
     first = []
     for number, kind in enumerate(pieces.kinds):
         if kind not in seen:
@@ -312,10 +312,10 @@ def piece_costs(
     workload: Workload,
     own_states: bool,
 ) -> PieceCosts:
+    """The terms of `stage_bytes`, and seconds, of each kind of piece: what cutting the pipeline sums over stages."""
     shape, framework = workload.shape, member.framework
     seconds, held, apart, saved = [], [], [], []
     margin = 1 + FRAGMENTATION
-    working = np.zeros(len(configs))
     for number in first:
         what, block = pieces.kinds[number]
         part = pieces.held[number]
@@ -325,13 +325,13 @@ def piece_costs(
         apart.append(margin * (whole - home))
         if block is not None:
             kept = saved_bytes(block, shape, configs, framework, workload.seq_len)
-            working = np.maximum(working, working_bytes(block, shape, configs, framework, workload.seq_len))
         else:
             kept = np.zeros(len(configs))
         if what in ("head", "mtp"):  # logits live only while the loss is computed
             held[-1] = held[-1] + margin * logit_bytes(shape, configs, workload.seq_len)
         saved.append(margin * kept)
         seconds.append(pieces.seconds[number].total)
+    working = widest_working_bytes(shape, configs, workload.seq_len)
     constant = margin * (buffer_bytes(shape, configs, framework, workload.seq_len) + working)
     return PieceCosts(
         np.stack(seconds), np.stack(held), np.stack(apart), np.stack(saved), constant, member.hardware.memory_bytes

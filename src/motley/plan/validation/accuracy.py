@@ -14,7 +14,7 @@ import numpy as np
 
 from motley.errors import InputError
 from motley.plan.cost_model.configs import Floats, ParallelConfigs
-from motley.plan.cost_model.fullest import fullest_bytes
+from motley.plan.cost_model.memory import fullest_bytes
 from motley.plan.cost_model.step_time import step_seconds
 from motley.plan.validation.cases import Case, RefusedRow, read_cases, read_rows
 
