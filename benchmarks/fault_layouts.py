@@ -228,7 +228,7 @@ def plan(layout: str, workers: int) -> Mapping[str, Any]:
     else:
         first = team(whole, 2, ep=2, experts=[3, 1])
     teams = [first, *([team(whole, 1)] if workers == 3 else [])]
-    return {"teams": teams, "pools": [{"pool": "cores"}], "chips": workers, "step_seconds": 0.1, "inner_steps": None}
+    return {"groups": teams, "pools": [{"pool": "cores"}], "chips": workers, "step_seconds": 0.1, "inner_steps": None}
 
 
 def listener(pids: list[int], port: int) -> int | None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from motley.files import write_text
-from motley.plan.scaling_law import DENSE, SPARSE, Law
+from motley.plan.scaling_law import DENSE, SPARSE, LossLaw
 
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "motley", "axes.spines.top": False, "axes.spines.right": False,
@@ -67,7 +67,7 @@ def draw_laws(found: dict[str, Any], file: Path) -> None:
         for kind, colour in ((DENSE, ORDINARY), (SPARSE, OURS)):
             if kind not in found:  # no time for it
                 continue
-            law, runs = Law(**found[kind]["law"]), found[kind]["runs"]
+            law, runs = LossLaw(**found[kind]["law"]), found[kind]["runs"]
             for size in sorted({run["parameters"] for run in runs}):
                 own = sorted(run["tokens"] for run in runs if run["parameters"] == size)
                 lengths = [own[0] * (own[-1] / own[0]) ** (step / 40) for step in range(41)]

@@ -2,7 +2,7 @@
 
     python benchmarks/plan_accuracy.py --vtrain vtrain_single_node_a100.csv
 
-Two tables. vTrain's single-node rows: the engine `megatron` is fitted anew to a random 70 % of them and judged by the
+Two tables. vTrain's single-node rows: the framework `megatron` is fitted anew to a random 70 % of them and judged by the
 other 30 %, for several draws of the split; the shipped constants are judged by the rows they were not fitted to,
 and once without the corrections at measured sizes, and with all rows of one hidden size left out. Then every row of
 `calibration.csv` and of `chips.csv` (one small model on seven chips) under the shipped constants, misses included;
@@ -20,18 +20,18 @@ from typing import Any
 
 import numpy as np
 from budget import QUICK_SECONDS, Budget, kept
-from fit_engines import HERE, errors, fit_megatron, megatron_paper, split, under, unfitted
+from fit_frameworks import HERE, errors, fit_megatron, megatron_paper, split, under, unfitted
 
-from motley.plan.cost_model.framework import Engine, load_engine
+from motley.plan.cost_model.framework import Framework, load_framework
 from motley.plan.validation.accuracy import Case, evaluate_cases, predict, rank_correlation, read_cases
 
 SEEDS = 5
 QUICK_SHARE = 5  # one row of so many
 
 
-def judged(cases: list[Case], engine: Engine) -> dict[str, float]:
+def judged(cases: list[Case], framework: Framework) -> dict[str, float]:
     """Mean, worst-decile and worst error of `cases`, and the rank correlation within each model, averaged by rows."""
-    own = under(cases, engine)
+    own = under(cases, framework)
     off = np.sort(np.abs(errors(own)))
     predicted = predict(own)
     models: dict[str, list[int]] = {}
@@ -71,12 +71,12 @@ def found(arguments: argparse.Namespace) -> dict[str, Any]:
     draws = []
     for seed in range(1 if arguments.quick else SEEDS):
         train, test = split(len(vtrain), seed)
-        engine = fit_megatron([vtrain[i] for i in train], paper)
-        draws.append({"seed": seed, **judged([vtrain[i] for i in test], engine)})
-    held, engine = [vtrain[i] for i in split(len(vtrain))[1]], load_engine("megatron")
+        framework = fit_megatron([vtrain[i] for i in train], paper)
+        draws.append({"seed": seed, **judged([vtrain[i] for i in test], framework)})
+    held, framework = [vtrain[i] for i in split(len(vtrain))[1]], load_framework("megatron")
     others = {
-        "shipped constants": judged(held, engine),
-        "... without corrections": judged(held, replace(engine, measured=())),
+        "shipped constants": judged(held, framework),
+        "... without corrections": judged(held, replace(framework, measured=())),
     }
     for hidden in () if arguments.quick else sorted({case.shape.hidden_size for case in vtrain}):
         known = [case for case in vtrain if case.shape.hidden_size != hidden]
@@ -101,7 +101,7 @@ def told(result: dict[str, Any]) -> str:
         for row in rows["rows"]:
             lines.append(
                 f"  {row['relative_error']:+6.1%}  predicted {row['predicted_seconds']:8.3f} s, measured "
-                f"{row['measured_seconds']:8.3f} s  {row['engine']:18} {row['model']:13} {row['gpus']:5} x "
+                f"{row['measured_seconds']:8.3f} s  {row['framework']:18} {row['model']:13} {row['gpus']:5} x "
                 f"{row['chip']:15} {row['precision']}  {row['note'][:60]}"
             )
         lines.append(f"  mean {rows['mean_relative_error']:.2%}, worst {rows['worst_relative_error']:.1%}")

@@ -1,13 +1,13 @@
 """Predicted against measured step time of motley's own runtime on this machine, one process.
 
-    python benchmarks/plan_own_runtime.py          measure, predict with the constants in engines/motley-cpu*.yaml
+    python benchmarks/plan_own_runtime.py          measure, predict with the constants in frameworks/motley-cpu*.yaml
     python benchmarks/plan_own_runtime.py --fit    measure, fit constants to half of the cases, judge by the rest; then
                                                    fit them to all, and write those
 
 Every case is a shape and a batch: real steps of the training loop (forward, backward, clipping, optimizer) on random
 tokens; the median of five, the better of two rounds. Passes are measured and fitted apart from the update. Products
 are predicted from this machine's probe, not fitted.
-In bf16 motley runs kernels of its own (engine `motley-cpu`), in fp32 PyTorch's operators (`motley-cpu-plain`). A format
+In bf16 motley runs kernels of its own (framework `motley-cpu`), in fp32 PyTorch's operators (`motley-cpu-plain`). A format
 that the machine only emulates, which the probe finds out, has no cases and no fit.
 
 --quick ends within 50 seconds: shorter probes, every fifth case once, and of those as many as there is time for.
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 from budget import QUICK_SECONDS, Budget, kept
-from fit_engines import write
+from fit_frameworks import write
 from scipy.optimize import least_squares
 
 from motley.demo.trial import step_seconds as measured_step_seconds
@@ -30,8 +30,8 @@ from motley.fleet.inventory import parse_fleet
 from motley.fleet.probe import Machine, probe
 from motley.fleet.write import fleet_text
 from motley.model import SIZES, ModelConfig
-from motley.plan.cost_model.configs import Layouts
-from motley.plan.cost_model.framework import Engine, load_engine
+from motley.plan.cost_model.configs import ParallelConfigs
+from motley.plan.cost_model.framework import Framework, load_framework
 from motley.plan.cost_model.hardware import Hardware
 from motley.plan.cost_model.step_time import step_seconds
 from motley.plan.network.spec import deepseek
@@ -59,7 +59,7 @@ class Case:
     threads: int
 
     @property
-    def engine(self) -> str:
+    def framework(self) -> str:
         return "motley-cpu" if self.dtype == "bf16" else "motley-cpu-plain"
 
 
@@ -127,10 +127,10 @@ def measure(case: Case) -> tuple[float, float]:
     return measured_step_seconds(case.config, config, torch.device("cpu"), dtype, steps=5)
 
 
-def predict(case: Case, hardware: dict[int, Hardware], engine: Engine) -> tuple[float, float]:
+def predict(case: Case, hardware: dict[int, Hardware], framework: Framework) -> tuple[float, float]:
     """The same, predicted; `hardware` by the number of threads."""
-    engine = replace(engine, muon=case.optimizer == "muon")
-    layouts = Layouts.of(
+    framework = replace(framework, muon=case.optimizer == "muon")
+    configs = ParallelConfigs.of(
         tp=1,
         cp=1,
         ep=1,
@@ -144,7 +144,7 @@ def predict(case: Case, hardware: dict[int, Hardware], engine: Engine) -> tuple[
         zero=0,
     )
     shape = deepseek(case.config, case.name)
-    step = step_seconds(shape, layouts, case.seq_len, hardware[case.threads], engine, case.dtype)
+    step = step_seconds(shape, configs, case.seq_len, hardware[case.threads], framework, case.dtype)
     return float((step.total - step.optimizer)[0]), float(step.optimizer[0])
 
 
@@ -167,10 +167,10 @@ START = {
 }
 
 
-def fit(name: str, measured: list[tuple[Case, tuple[float, float]]], hardware: dict[int, Hardware]) -> Engine:
+def fit(name: str, measured: list[tuple[Case, tuple[float, float]]], hardware: dict[int, Hardware]) -> Framework:
     """Constants with which passes, and passes and update together, come out as measured."""
     base = replace(
-        load_engine("motley"),
+        load_framework("motley"),
         name=name,
         description=DESCRIPTIONS[name],
         overlap_power=1.0,
@@ -183,30 +183,30 @@ def fit(name: str, measured: list[tuple[Case, tuple[float, float]]], hardware: d
         expert_padding=32.0,
         expert_imbalance=1.0,
         state_bytes={"weight": 4, "gradient": 4, "optimizer": 8},
-        waiting=load_engine(name).waiting,  # from benchmarks/plan_uneven.py --fit
+        waiting=load_framework(name).waiting,  # from benchmarks/plan_uneven.py --fit
         fitted=("all cases of benchmarks/plan_own_runtime.py; products come from the machine's own probe",),
     )
     names = list(START)
     centre = np.log([value for value, _ in START.values()])
     spread = np.array([value for _, value in START.values()])
 
-    def engine_of(logs: np.ndarray) -> Engine:
+    def framework_of(logs: np.ndarray) -> Framework:
         values = dict(zip(names, np.exp(logs).tolist(), strict=True))
         rate = values.pop("matmul_efficiency")
         return replace(base, matmul_efficiency={"bf16": rate, "fp32": rate}, **values)
 
     def residuals(logs: np.ndarray) -> np.ndarray:
-        engine = engine_of(logs)
+        framework = framework_of(logs)
         misses = []
         for case, (passes, update) in measured:
-            own = predict(case, hardware, engine)
+            own = predict(case, hardware, framework)
             misses += [np.log(own[0] / passes), np.log(sum(own) / (passes + update))]
         return np.concatenate([np.array(misses) * 8, (logs - centre) / spread * 0.2])
 
-    return engine_of(least_squares(residuals, centre, max_nfev=80).x)
+    return framework_of(least_squares(residuals, centre, max_nfev=80).x)
 
 
-Measured = list[tuple[Case, tuple[float, float]]]
+MeasuredColumn = list[tuple[Case, tuple[float, float]]]
 
 
 def possible(machine: Machine, every: list[Case]) -> list[Case]:
@@ -215,7 +215,7 @@ def possible(machine: Machine, every: list[Case]) -> list[Case]:
     return [case for case in every if case.dtype in formats]
 
 
-def measured_cases(quick: bool, budget: Budget) -> tuple[Machine, dict[int, Hardware], Measured]:
+def measured_cases(quick: bool, budget: Budget) -> tuple[Machine, dict[int, Hardware], MeasuredColumn]:
     """(this machine with all its threads, its hardware by number of threads, cases with seconds of their parts)."""
     seconds = QUICK_PROBE_SECONDS if quick else PROBE_SECONDS
     threads_before = torch.get_num_threads()
@@ -249,20 +249,20 @@ def main() -> None:
     with kept(budget, "plan_own_runtime"):
         machine, hardware, measured = measured_cases(arguments.quick, budget)
     used = measured
-    engines = {name: load_engine(name) for name in DESCRIPTIONS}
+    frameworks = {name: load_framework(name) for name in DESCRIPTIONS}
     if arguments.fit:
         used = []
         for name in DESCRIPTIONS:
-            own = [(case, seconds) for case, seconds in measured if case.engine == name]
+            own = [(case, seconds) for case, seconds in measured if case.framework == name]
             if not own:
                 print(f"{name} stays as it is: this machine only emulates its format")
                 continue
             own = [own[i] for i in np.random.default_rng(0).permutation(len(own))]
-            engines[name] = fit(name, own[: len(own) // 2], hardware)
+            frameworks[name] = fit(name, own[: len(own) // 2], hardware)
             used += own[len(own) // 2 :]
             write(fit(name, own, hardware), WRITTEN)
         print(f"fitted to {len(measured) - len(used)} cases; the other {len(used)}:")
-    rows = [(case, sum(parts), sum(predict(case, hardware, engines[case.engine]))) for case, parts in used]
+    rows = [(case, sum(parts), sum(predict(case, hardware, frameworks[case.framework]))) for case, parts in used]
     errors = [predicted / seconds - 1 for _, seconds, predicted in rows]
     if arguments.json:
         print(

@@ -23,9 +23,9 @@ import numpy as np
 from budget import QUICK_SECONDS, Budget, kept
 
 from motley.fleet import Fleet, Pool
-from motley.plan.network.registry import find_shape
+from motley.plan.network.registry import find_network
 from motley.plan.search.search import Searcher
-from motley.plan.workload import Job
+from motley.plan.workload import Workload
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/plan"))
 
@@ -39,9 +39,9 @@ RANDOM_PLANS, QUICK_PLANS = 10_000, 300
 def search(types: int, chips: int) -> dict[str, Any]:
     """One search in this process. Seconds from a read fleet to a found plan; peak memory of the whole process."""
     pools = tuple(Pool(name=chip, chip=chip, nodes=chips // types // 8, chips_per_node=8) for chip in TYPES[:types])
-    job = Job(find_shape("v3"), 14.8e12, 4096, 15360, "deepseek")
+    workload = Workload(find_network("v3"), 14.8e12, 4096, 15360, "deepseek")
     start = time.perf_counter()
-    found = Searcher(Fleet(name=f"{types} types", pools=pools), job).best()
+    found = Searcher(Fleet(name=f"{types} types", pools=pools), workload).best()
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
@@ -68,8 +68,10 @@ def random_plans(count: int, budget: Budget) -> dict[str, Any]:
 
     pools = (("a", "A100", 2), ("b", "RTX-3090", 4), ("c", "V100", 8))
     fleet = Fleet(pools=tuple(Pool(name=name, chip=chip, chips_per_node=each) for name, chip, each in pools))
-    job = Job(find_shape("small"), 1e9, 1024, 64, "deepseek")  # runs every degree and schedule the reference draws
-    found = Searcher(fleet, job).best()
+    workload = Workload(
+        find_network("small"), 1e9, 1024, 64, "deepseek"
+    )  # runs every degree and schedule the reference draws
+    found = Searcher(fleet, workload).best()
     if found is None:
         raise SystemExit("the small fleet cannot hold the small model: the benchmark is broken")
     random = np.random.default_rng(11)
@@ -77,7 +79,7 @@ def random_plans(count: int, budget: Budget) -> dict[str, Any]:
     tried = 0
     while len(seconds) < count and (not seconds or budget.left() > 0):
         tried += 1
-        if (plan := random_plan_seconds(fleet, job, random)) is not None:
+        if (plan := random_plan_seconds(fleet, workload, random)) is not None:
             seconds.append(plan)
     return {
         "valid": len(seconds),

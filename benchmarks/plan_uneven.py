@@ -2,7 +2,7 @@
 
     python benchmarks/plan_uneven.py [--cases 1:2:4:1 1:8 ...] [--runs 3] [--steps 8] [--quick] [--json]
     python benchmarks/plan_uneven.py --fit         only measure how long workers of other speeds than those below wait
-                                                   for each other, and write it into engines/motley-cpu*.yaml
+                                                   for each other, and write it into frameworks/motley-cpu*.yaml
 
 A machine is measured once, as `motley fleet probe` does it, with one thread. A case is a fleet of such machines that
 are slowed down (`emulated:`), for which the planner makes a plan and says how long a step takes; then `motley pretrain
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import yaml
 from budget import QUICK_SECONDS, Budget, kept
-from fit_engines import write
+from fit_frameworks import write
 from plan_own_runtime import DESCRIPTIONS, WRITTEN
 from processes import TookTooLong, step_seconds
 
@@ -46,11 +46,11 @@ from motley.fleet.probe import probe
 from motley.fleet.write import fleet_text
 from motley.model import SIZES
 from motley.parallel.communicator import free_port
-from motley.plan.cost_model.framework import load_engine
-from motley.plan.network.spec import Shape, deepseek
+from motley.plan.cost_model.framework import load_framework
+from motley.plan.network.spec import NetworkSpec, deepseek
 from motley.plan.report.plan_file import spelled_out
 from motley.plan.search.search import Searcher
-from motley.plan.workload import Job
+from motley.plan.workload import Workload
 from motley.progress import Progress
 from motley.train.metrics import read_metrics
 
@@ -126,11 +126,11 @@ def fleet_of(case: Case, machine: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def plan_of(case: Case, fleet: Fleet, shape: Shape) -> dict[str, Any]:
-    searcher = Searcher(fleet, Job(shape, TOKENS, SEQ_LEN, case.rows))
+def plan_of(case: Case, fleet: Fleet, shape: NetworkSpec) -> dict[str, Any]:
+    searcher = Searcher(fleet, Workload(shape, TOKENS, SEQ_LEN, case.rows))
     if case.pipeline:
         whole = frozenset(pool.name for pool in fleet.pools)
-        piped = [options.take(np.flatnonzero(options.layouts[0].pp > 1)) for options in searcher.options[whole]]
+        piped = [options.take(np.flatnonzero(options.configs[0].pp > 1)) for options in searcher.options[whole]]
         searcher.options = {whole: tuple(options for options in piped if len(options))}
     found = searcher.best()
     if found is None:
@@ -181,7 +181,7 @@ def seconds_of(records: list[dict[str, Any]]) -> list[float]:
     return step_seconds(records)[FIRST_STEPS:]
 
 
-def planned(case: Case, machine: dict[str, Any], shape: Shape, folder: Path) -> dict[str, Any]:
+def planned(case: Case, machine: dict[str, Any], shape: NetworkSpec, folder: Path) -> dict[str, Any]:
     """The plan of a case; it and the fleet lie in `folder`."""
     text = fleet_of(case, machine)
     plan = plan_of(case, parse_fleet(text, case.name), shape)
@@ -190,7 +190,7 @@ def planned(case: Case, machine: dict[str, Any], shape: Shape, folder: Path) -> 
     return plan
 
 
-def waiting(machine: dict[str, Any], shape: Shape, data: Path, folder: Path) -> float:
+def waiting(machine: dict[str, Any], shape: NetworkSpec, data: Path, folder: Path) -> float:
     """By what share the worker that works the longest in a step exceeds their mean: median of steps, mean of crews."""
     found = []
     for case in WAITING:
@@ -202,7 +202,14 @@ def waiting(machine: dict[str, Any], shape: Shape, data: Path, folder: Path) -> 
 
 
 def judged(
-    case: Case, machine: dict[str, Any], shape: Shape, data: Path, folder: Path, runs: int, steps: int, budget: Budget
+    case: Case,
+    machine: dict[str, Any],
+    shape: NetworkSpec,
+    data: Path,
+    folder: Path,
+    runs: int,
+    steps: int,
+    budget: Budget,
 ) -> dict[str, Any]:
     """A case planned, and run so many times. Raises TookTooLong."""
     medians = []
@@ -219,9 +226,9 @@ def judged(
         "median_seconds": middle,
         "relative_error": plan["step_seconds"] / middle - 1,
         "split_seconds": plan["step_split_seconds"],
-        "teams": [
-            {name: team[name] for name in ("pools", "pp", "zero", "micro_batch", "sequences", "island")}
-            for team in plan["teams"]
+        "groups": [
+            {name: group[name] for name in ("pools", "pp", "zero", "micro_batch", "sequences", "island")}
+            for group in plan["groups"]
         ],
     }
 
@@ -243,7 +250,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="that count, of a run")
     parser.add_argument("--quick", action="store_true", help="one run of three steps")
-    parser.add_argument("--fit", action="store_true", help="measure and write `Engine.waiting` only")
+    parser.add_argument("--fit", action="store_true", help="measure and write `Framework.waiting` only")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     runs, steps = (1, 3) if arguments.quick else (arguments.runs, arguments.steps)
@@ -275,7 +282,7 @@ def measured(
         if arguments.fit:
             share = waiting(machine, shape, folder / "data", folder)
             for name in DESCRIPTIONS:
-                write(replace(load_engine(name), waiting=share), WRITTEN)
+                write(replace(load_framework(name), waiting=share), WRITTEN)
             print(f"waiting {share:.2%} of a step")
             return None
         found = []

@@ -31,7 +31,7 @@ from motley.files import write_json, write_text
 from motley.fleet.device import Format
 from motley.model import ModelConfig
 from motley.plan.network.flops import multiplying_parameters
-from motley.plan.scaling_law import DENSE, SPARSE, Law, Run, fitted
+from motley.plan.scaling_law import DENSE, SPARSE, FittedRun, LossLaw, fitted
 from motley.progress import note
 from motley.train.config import PretrainConfig
 from motley.train.metrics import read_metrics
@@ -85,7 +85,7 @@ def trained(folder: Path, data: Path, shape: ModelConfig, steps: int, rows: int,
     return [one for one in read_metrics(folder) if one["kind"] == "valid"][-1]["loss"]
 
 
-def judged(runs: list[Run]) -> tuple[float, int]:
+def judged(runs: list[FittedRun]) -> tuple[float, int]:
     """(mean relative error of a law on the quarter of runs with the most compute, unseen by it; their number)"""
     ordered = sorted(runs, key=lambda run: run.flops)
     kept = len(runs) - len(runs) // 4
@@ -107,7 +107,7 @@ def measured(
             for tokens in lengths:
                 steps = tokens // (rows * SEQ_LEN)
                 loss = trained(folder / f"{kind}-{width}-{tokens}", data, shape, steps, rows, precision)
-                runs.append(Run(multiplying_parameters(shape), steps * rows * SEQ_LEN, loss))
+                runs.append(FittedRun(multiplying_parameters(shape), steps * rows * SEQ_LEN, loss))
                 note(f"{kind:6} {width:4} wide, {runs[-1].parameters:,} parameters, {tokens:,} tokens: {loss:.4f}")
         sizes = [run.parameters / 1e6 for run in runs]
         longest = max(run.tokens for run in runs) / 1e6
@@ -121,7 +121,7 @@ def measured(
 def told(found: dict[str, Any]) -> str:
     lines = []
     for kind, one in found.items():
-        law = Law(**one["law"])
+        law = LossLaw(**one["law"])
         lines += [
             f"{kind}: loss = {law.floor:.3f} + {law.a:.4g} / N^{law.alpha:.3f} + {law.b:.4g} / D^{law.beta:.3f}, "
             f"{law.runs} runs, off by {law.error:.2%}; fitted without the {one['ahead_runs']} largest, off by "

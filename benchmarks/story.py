@@ -19,11 +19,11 @@ from budget import QUICK_SECONDS, Budget, kept
 
 from motley.errors import InputError
 from motley.fleet import Fleet, Pool, load_fleet
-from motley.plan.network.registry import find_shape
+from motley.plan.network.registry import find_network
 from motley.plan.report.plan_file import compared, spelled_out
 from motley.plan.search.objective import best_plan
 from motley.plan.search.search import Searcher
-from motley.plan.workload import Job
+from motley.plan.workload import Workload
 
 FLEETS = Path(__file__).parents[1] / "examples/fleets"
 RUNS = (  # fleet, fp8
@@ -35,21 +35,21 @@ RUNS = (  # fleet, fp8
     ("three-sites", False),
     ("lab", False),
 )
-ENGINES = ("deepseek", "motley")
+FRAMEWORKS = ("deepseek", "motley")
 TOKENS, SEQ_LEN, BATCH = 14.8e12, 4096, 15_360  # V3 report, 4.2
 LESSER = ("H100-80GB-SXM", "H20-96GB", "L40S-48GB", "RTX-4090", "A30-24GB", "A40-48GB", "L20-48GB", "V100-32GB-SXM")
 QUICK_LESSER = ("A40-48GB", "V100-32GB-SXM")
 ADDED = 1024
 
 
-def job(fp8: bool, engine: str) -> Job:
-    return Job(find_shape("v3"), TOKENS, SEQ_LEN, BATCH, engine, fp8)
+def workload(fp8: bool, framework: str) -> Workload:
+    return Workload(find_network("v3"), TOKENS, SEQ_LEN, BATCH, framework, fp8)
 
 
-def fleet_row(name: str, fp8: bool, engine: str) -> dict[str, Any]:
+def fleet_row(name: str, fp8: bool, framework: str) -> dict[str, Any]:
     fleet = load_fleet(FLEETS / f"{name}.yaml")
-    searcher = Searcher(fleet, job(fp8, engine))
-    row: dict[str, Any] = {"fleet": fleet.name, "engine": engine, "precision": "fp8" if fp8 else "16 bit"}
+    searcher = Searcher(fleet, workload(fp8, framework))
+    row: dict[str, Any] = {"fleet": fleet.name, "framework": framework, "precision": "fp8" if fp8 else "16 bit"}
     try:
         chosen, found = best_plan(searcher, "time", None)
     except InputError as refused:
@@ -71,7 +71,7 @@ def beside_a100(chip: str | None) -> dict[str, Any]:
     if chip:
         pools.append(Pool(name=chip, chip=chip, nodes=ADDED // 8, chips_per_node=8))
     fleet = Fleet(name=chip or "2000 A100", pools=tuple(pools))
-    searcher = Searcher(fleet, job(False, ENGINES[0]))
+    searcher = Searcher(fleet, workload(False, FRAMEWORKS[0]))
     _, found = best_plan(searcher, "time", None)
     plan = spelled_out(found) | compared(searcher, found)
     used = sum(pool["chips"] for pool in plan["pools"] if pool["pool"] == chip)
@@ -97,17 +97,17 @@ def main() -> None:
     with kept(budget, "story"):
         base = beside_a100(None)
         lesser = [beside_a100(chip) for chip in budget.each(QUICK_LESSER if arguments.quick else LESSER)]
-        runs = [(name, fp8, engine) for name, fp8 in RUNS for engine in ENGINES]
+        runs = [(name, fp8, framework) for name, fp8 in RUNS for framework in FRAMEWORKS]
         fleets = [fleet_row(*run) for run in budget.each(runs, least=1)]
     if arguments.json:
         print(json.dumps({"fleets": fleets, "a100_alone": base, "beside_a100": lesser}))
         return
     print(
-        "| Fleet | Engine, format | Chips used | Days | Chip-hours | Price | Energy | Mixed efficiency | Even split |"
+        "| Fleet | Framework, format | Chips used | Days | Chip-hours | Price | Energy | Mixed efficiency | Even split |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for row in fleets:
-        name = f"| {row['fleet']} | {row['engine']}, {row['precision']} "
+        name = f"| {row['fleet']} | {row['framework']}, {row['precision']} "
         if "refused" in row:
             print(f"{name}| | | | | | | {row['refused']} |")
             continue

@@ -40,7 +40,7 @@ def test_own_runtime_is_not_measured_in_a_format_that_is_emulated() -> None:
     every = plan_own_runtime.cases(2)
     assert {case.dtype for case in plan_own_runtime.possible(machine("fp32"), every)} == {"fp32"}
     assert plan_own_runtime.possible(machine("fp32", "bf16"), every) == every
-    assert {case.engine for case in every} == set(plan_own_runtime.DESCRIPTIONS)
+    assert {case.framework for case in every} == set(plan_own_runtime.DESCRIPTIONS)
 
 
 def test_unequal_workers_keep_whole_rows_in_a_quick_look() -> None:

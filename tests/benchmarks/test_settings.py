@@ -17,7 +17,7 @@ SCRIPTS = [
     if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in ast.parse(file.read_text()).body)
 ]
 NEEDED = {
-    "fit_engines": ["--vtrain", "rows.csv"],
+    "fit_frameworks": ["--vtrain", "rows.csv"],
     "islands": ["loss"],
     "narrow": ["moments"],
     "plan_accuracy": ["--vtrain", "rows.csv"],

@@ -69,13 +69,13 @@ def test_with_a_plan_each_rank_emulates_the_chip_that_the_plan_gave_it(fleet: st
         {"dp": 1, "stages": [{"pool": "small"}, {"pool": "big"}]},
         {"dp": 1, "stages": [{"pool": "small"}]},
     ]
-    roles = roles_of(fleet, 3, {"pools": pools, "teams": groups})
+    roles = roles_of(fleet, 3, {"pools": pools, "groups": groups})
     assert [(role.pool, role.chip) for role in roles] == [("small", 0), ("big", 0), ("small", 1)]
     with pytest.raises(InputError, match="the plan is for 3 ranks, but 4 were started"):
-        roles_of(fleet, 4, {"pools": pools, "teams": groups})
+        roles_of(fleet, 4, {"pools": pools, "groups": groups})
     groups[0]["dp"] = 2
     with pytest.raises(InputError, match=r"2 ranks in pool big, .* has 1 such chips; make the plan with --fleet"):
-        roles_of(fleet, 5, {"pools": pools, "teams": groups})
+        roles_of(fleet, 5, {"pools": pools, "groups": groups})
 
 
 def test_another_number_of_ranks_than_chips_is_refused(fleet: str):

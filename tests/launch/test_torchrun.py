@@ -20,7 +20,7 @@ from tiny_models import SHAPE
 
 from motley.cli import main
 from motley.errors import InputError
-from motley.launch.torchrun import LaunchConfig, Seat, groups_of, hosts_of, launch, seats_of, torchrun_words
+from motley.launch.torchrun import LaunchConfig, Slot, hosts_of, launch, nodes_of, slots_of, torchrun_words
 from motley.parallel.layout import from_plan, place_of
 
 
@@ -71,7 +71,7 @@ def test_torchrun_numbers_the_ranks_as_the_runtime_reads_the_plan(seed: int):
     host_of = {rank: node.host for node in nodes for rank in node.ranks}
     for rank, (chip,) in started.items():
         place = place_of(layout, rank)
-        planned = plan["teams"][place.team_number]["stages"][place.stage]["pool"]
+        planned = plan["groups"][place.team_number]["stages"][place.stage]["pool"]
         assert host_of[rank] in hosts[planned]
         assert int(chip) < next(pool["chips_per_node"] for pool in plan["pools"] if pool["pool"] == planned)
     assert len({(host_of[rank], chip) for rank, (chip,) in started.items()}) == layout.workers  # one rank a chip
@@ -158,10 +158,10 @@ def test_what_does_not_fit_the_plan_is_one_sentence(
 def test_a_plan_this_runtime_cannot_run_or_no_plan_at_all_is_refused(tmp_path: Path):
     split = json.loads(json.dumps(TWO))
     split["pools"][0]["chips"] = 8  # as with tensor parallelism 2
-    with pytest.raises(InputError, match="make the plan with --engine motley"):
+    with pytest.raises(InputError, match="make the plan with --framework motley"):
         slots_of(split, {"a": ["x", "y"], "b": ["z"]})
     del split["pools"][0]["nodes"]
-    for wrong in ([], {"teams": []}, split):
+    for wrong in ([], {"groups": []}, split):
         (tmp_path / "other.json").write_text(json.dumps(wrong))
         with pytest.raises(InputError, match="is no plan as `motley plan --out` writes it"):
             launch(LaunchConfig(tmp_path / "other.json"))

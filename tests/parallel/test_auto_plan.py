@@ -58,7 +58,7 @@ def test_seats_go_to_workers_of_the_pool_that_the_plan_meant() -> None:
     chips = [CHIP, dataclasses.replace(CHIP, memory=4e9), CHIP]
     plan = {
         "pools": [{"pool": "pool1"}, {"pool": "pool0"}],
-        "teams": [
+        "groups": [
             {"dp": 1, "stages": [{"pool": "pool1"}]},
             {"dp": 1, "stages": [{"pool": "pool0"}, {"pool": "pool0"}]},
         ],

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from commands import STEPS, children, command, losses, torchrun, until
 from spawned_ranks import free_port, on_ranks
 
+from motley.apportion import apportion
 from motley.errors import CommunicationError, InputError
 from motley.parallel import build as start
 from motley.parallel import communicator as crew_module
 from motley.parallel.communicator import Communicator, join
 from motley.parallel.layout import islands_side_by_side
 from motley.parallel.load_balance import LoadBalancer
-from motley.plan.search.pool_packing import apportion
 
 
 @pytest.mark.slow(60)

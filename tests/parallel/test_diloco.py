@@ -282,14 +282,14 @@ def test_workers_are_split_into_islands_in_a_row(text: str, workers: int, expect
 
 def test_islands_of_a_plan_are_crews_of_the_workers_that_the_plan_numbers_team_by_team():
     plan = plan_of({"near": (1, 3), "far": (1, 4)}, [(["near"], 3, [12]), (["far"] * 2, 1, [5, 7]), (["far"], 2, [12])])
-    for group, island in zip(plan["teams"], (0, 1, 1), strict=True):
+    for group, island in zip(plan["groups"], (0, 1, 1), strict=True):
         group["island"] = island
     near, far = islands_of_plan(plan, PLANNED)
     assert (near.ranks, far.ranks) == ((0, 1, 2), (3, 4, 5, 6))
     assert [group.replicas for group in far.layout.groups] == [((0, 1),), ((2,), (3,))]
     assert (near.speed, far.speed) == (3.0, 3.0)
     with pytest.raises(InputError, match="this is no plan"):
-        islands_of_plan({"teams": [{}]}, PLANNED)
+        islands_of_plan({"groups": [{}]}, PLANNED)
 
 
 @pytest.mark.parametrize(("text", "workers"), [("3", 2), ("2:2", 3), ("two", 2), ("0", 2), ("1:0", 1), ("", 1)])

@@ -186,7 +186,7 @@ def test_workers_share_what_was_asked_for_and_live_ones_nothing():
 
     assert [zero(), zero(zero=0), zero(zero=3), zero(live=True), zero(live=True, zero=0)] == [1, 0, 3, 0, 0]
     with pytest.raises(InputError, match=r"^--zero 2 beside --plan: the plan says itself what workers share"):
-        motley.parallel.build.islands_for(PretrainConfig(zero=2), shape, Communicator(0, 2), {"teams": []})
+        motley.parallel.build.islands_for(PretrainConfig(zero=2), shape, Communicator(0, 2), {"groups": []})
 
 
 @pytest.mark.usefixtures("handlers")

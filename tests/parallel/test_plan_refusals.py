@@ -27,7 +27,7 @@ def plan() -> dict[str, Any]:
         "stages": stages, "dp": 1, "ep": 1, "recompute": "none", "micro_batch": 2, "sequences": 4,
         "precision": {"big": "bf16", "small": "fp16"},
     }  # fmt: skip
-    return {"teams": [group], "step_seconds": 1.0}
+    return {"groups": [group], "step_seconds": 1.0}
 
 
 def test_the_plan_that_the_others_are_made_of_is_run():
@@ -38,7 +38,7 @@ def test_the_plan_that_the_others_are_made_of_is_run():
 
 def test_a_plan_may_spread_experts_unevenly_over_a_teams_lanes():
     values = plan()
-    (group,) = values["teams"]
+    (group,) = values["groups"]
     group.update(dp=2, ep=2)
     held = DEEP.n_routed_experts or 0
     assert from_plan(values, DEEP).groups[0].experts == (held // 2, held // 2)
@@ -55,7 +55,7 @@ def test_a_plan_may_spread_experts_unevenly_over_a_teams_lanes():
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_plan_shares_gradients_and_weights_too_among_workers_that_hold_the_whole_model(zero: int):
     values = plan()
-    (group,) = values["teams"]
+    (group,) = values["groups"]
     whole = group["stages"][1] | {"layers": [0, 3]}
     group.update(pools=["small"], tp={"small": 1}, precision={"small": "bf16"}, stages=[whole], zero=zero, dp=2)
     layout = from_plan(values, DEEP)
@@ -65,14 +65,14 @@ def test_a_plan_shares_gradients_and_weights_too_among_workers_that_hold_the_who
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda p: p["teams"][0].update(cp=2), "splits big and small by tensor or context parallelism"),
-        (lambda p: p["teams"][0]["tp"].update(small=2), "splits big and small by tensor or context parallelism"),
-        (lambda p: p["teams"][0].update(schedule="dualpipe"), "runs big and small as dualpipe"),
-        (lambda p: p["teams"][0]["stages"][0].update(mtp=True), "MTP module of big and small on another stage"),
-        (lambda p: p["teams"][0]["stages"][1].update(layers=[2, 4]), r"layers \[2, 3\], the model has 4"),
-        (lambda p: p["teams"][0].pop("dp"), "this is no plan as `motley plan --out` writes it: KeyError"),
-        (lambda p: p["teams"][0]["precision"].update(small="int3"), "int3"),
-        (lambda p: p["teams"][0].update(zero=2), "ZeRO 2 is for workers that each compute with the whole model"),
+        (lambda p: p["groups"][0].update(cp=2), "splits big and small by tensor or context parallelism"),
+        (lambda p: p["groups"][0]["tp"].update(small=2), "splits big and small by tensor or context parallelism"),
+        (lambda p: p["groups"][0].update(schedule="dualpipe"), "runs big and small as dualpipe"),
+        (lambda p: p["groups"][0]["stages"][0].update(mtp=True), "MTP module of big and small on another stage"),
+        (lambda p: p["groups"][0]["stages"][1].update(layers=[2, 4]), r"layers \[2, 3\], the model has 4"),
+        (lambda p: p["groups"][0].pop("dp"), "this is no plan as `motley plan --out` writes it: KeyError"),
+        (lambda p: p["groups"][0]["precision"].update(small="int3"), "int3"),
+        (lambda p: p["groups"][0].update(zero=2), "ZeRO 2 is for workers that each compute with the whole model"),
         (lambda p: p.update(groups=[3]), "this is no plan as `motley plan --out` writes it: TypeError"),
     ],
 )

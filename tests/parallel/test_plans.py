@@ -47,7 +47,7 @@ def assert_laid_out_as_planned(plan: dict[str, Any], config: ModelConfig) -> Non
     numbers = list(dict.fromkeys(group["island"] for group in plan["teams"]))
     assert len(islands) == len(numbers) == (2 if plan["inner_steps"] else 1)
     for number, island in zip(numbers, islands, strict=True):
-        groups, layout = [group for group in plan["teams"] if group["island"] == number], island.layout
+        groups, layout = [group for group in plan["groups"] if group["island"] == number], island.layout
         layout.check(config, len(island.ranks))
         assert {layout.zero} == {group["zero"] for group in groups}
         assert layout.zero or len(island.ranks) == 1
@@ -68,7 +68,7 @@ def assert_laid_out_as_planned(plan: dict[str, Any], config: ModelConfig) -> Non
         check_formats(formats, layout)
         for rank, limit in enumerate(limits):
             assert held_bytes(config, layout, rank, "muon").total <= limit
-    assert sum(group["sequences"] for group in plan["teams"]) == plan["global_batch"]
+    assert sum(group["sequences"] for group in plan["groups"]) == plan["global_batch"]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -111,7 +111,7 @@ def test_a_plan_for_a_pretended_fleet_is_played_by_the_workers_that_it_names(
     file, plan = plan_file(tmp_path, PRETEND)
     out = tmp_path / "run"
     said = pretrain(command(out, data, shape, precision="fp32", plan=file, emulate=fleet, emulate_by="wait"))
-    for rank, group in enumerate(plan["teams"]):
+    for rank, group in enumerate(plan["groups"]):
         assert f"rank {rank} emulates chip 0 of pool {group['pools'][0]}" in said
     assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
 

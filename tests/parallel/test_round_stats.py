@@ -157,7 +157,7 @@ def test_islands_know_of_all_workers_after_each_round_by_one_message():
 @pytest.mark.slow(30)
 def test_a_launched_fleet_tells_of_every_worker_of_two_islands(data: Path, shape: Path, tmp_path: Path):
     plan = plan_of({"near": (1, 2), "far": (1, 1)}, [(["near"], 2, [2]), (["far"], 1, [2])])
-    for island, group in enumerate(plan["teams"]):
+    for island, group in enumerate(plan["groups"]):
         group["island"] = island
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     chosen = {"precision": "fp32", "steps": 15, "sync_every": 5, "checkpoint_every": 15, "valid_every": 15}

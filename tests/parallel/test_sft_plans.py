@@ -82,7 +82,7 @@ def test_uneven_rows_of_a_plan_learn_what_one_process_learns_also_after_one_was_
     base: Path, conversations: Path, tmp_path: Path
 ) -> None:
     file, plan = plan_file(tmp_path, PRETEND, ModelConfig.from_hf(read_json(base / "config.json")))
-    rows = [group["sequences"] for group in plan["teams"]]
+    rows = [group["sequences"] for group in plan["groups"]]
     assert rows[0] != rows[1], "the plan is uneven"
     file.write_text(json.dumps(plan | {"model": "no network that is known", "global_batch": 8}))
     alone, out = tmp_path / "alone", tmp_path / "run"

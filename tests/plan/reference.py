@@ -10,8 +10,9 @@ from itertools import combinations, product
 
 import numpy as np
 
+from motley.apportion import apportion
 from motley.fleet import Fleet, Pool
-from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Layouts
+from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, ParallelConfigs
 from motley.plan.cost_model.memory import (
     FRAGMENTATION,
     buffer_bytes,
@@ -22,17 +23,23 @@ from motley.plan.cost_model.memory import (
     working_bytes,
 )
 from motley.plan.cost_model.operators import VALUE_BYTES
-from motley.plan.cost_model.step_time import Held, bubble_seconds, exchange_seconds, items, tied_seconds, update_seconds
-from motley.plan.search.candidates import Member, members_of
-from motley.plan.search.pool_packing import apportion
-from motley.plan.workload import Job
+from motley.plan.cost_model.step_time import (
+    HeldParameters,
+    bubble_seconds,
+    exchange_seconds,
+    network_pieces,
+    tied_seconds,
+    update_seconds,
+)
+from motley.plan.search.candidates import GroupMember, members_of
+from motley.plan.workload import Workload
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One way for a team to run: everything explicit. `cuts` are the stages' pieces as (first, last + 1)."""
+    """One way for a group to run: everything explicit. `cuts` are the stages' pieces as (first, last + 1)."""
 
-    members: tuple[Member, ...]
+    members: tuple[GroupMember, ...]
     tp: tuple[int, ...]
     stages: tuple[int, ...]
     cuts: tuple[tuple[int, int], ...]
@@ -43,8 +50,8 @@ class Pipeline:
     schedule: int
     zero: int
 
-    def layouts(self, member: int) -> Layouts:
-        return Layouts.of(
+    def configs(self, member: int) -> ParallelConfigs:
+        return ParallelConfigs.of(
             tp=self.tp[member],
             cp=1,
             ep=self.ep,
@@ -83,50 +90,51 @@ class Line:
         return fixed + running + once - self.hidden * min(once, running)
 
 
-def line(pipeline: Pipeline, job: Job) -> Line | None:
+def line(pipeline: Pipeline, workload: Workload) -> Line | None:
     """What a pipeline costs, or None where a chip's memory would overflow."""
-    members, shape = pipeline.members, job.shape
+    members, shape = pipeline.members, workload.shape
     pp = sum(pipeline.stages)
     costed = [
-        items(shape, pipeline.layouts(i), job.seq_len, m.hardware, m.engine, m.precision) for i, m in enumerate(members)
+        network_pieces(shape, pipeline.configs(i), workload.seq_len, m.hardware, m.framework, m.precision)
+        for i, m in enumerate(members)
     ]
     fixed, border = 0.0, 0.0
     totals, onces, eaches, updates, crosses, each_crosses = [], [], [], [], [], []
     stages, chips = [], [0] * len(members)
     for number, (first, last) in enumerate(pipeline.cuts):
         index = pipeline.member_of(number)
-        member, layouts, pieces = members[index], pipeline.layouts(index), costed[index]
+        member, configs, pieces = members[index], pipeline.configs(index), costed[index]
         seconds = pieces.seconds[first]
         held = pieces.held[first]
         for piece in range(first + 1, last):
             seconds, held = seconds + pieces.seconds[piece], held + pieces.held[piece]
-        if _memory(pipeline, job, number, index, pieces.kinds[first:last], held) > member.hardware.memory_bytes:
+        if _memory(pipeline, workload, number, index, pieces.kinds[first:last], held) > member.hardware.memory_bytes:
             return None
         stages.append(seconds)
         total = float(seconds.total[0])
-        one, every = exchange_seconds(held, layouts, member.hardware, member.engine)
+        one, every = exchange_seconds(held, configs, member.hardware, member.framework)
         onces.append(float(one[0]))
         eaches.append(
             float(every[0])
-            - member.engine.hidden_shards * min(float(every[0]), max(total - float(seconds.hidden[0]), 0.0))
+            - member.framework.hidden_shards * min(float(every[0]), max(total - float(seconds.hidden[0]), 0.0))
         )
-        updates.append(float(update_seconds(held, layouts, member.hardware, member.engine)[0]))
+        updates.append(float(update_seconds(held, configs, member.hardware, member.framework)[0]))
         totals.append(total)
         chips[index] += pipeline.tp[index] * pipeline.dp
         if number + 1 < pp:
             ends = [(index, index != pipeline.member_of(number + 1))]
             if ends[0][1]:
                 ends.append((pipeline.member_of(number + 1), True))
-            message = max(_message(pipeline, job, end, far) for end, far in ends)
+            message = max(_message(pipeline, workload, end, far) for end, far in ends)
             fixed += 2 * message
             border = max(border, message)
-        network = member.hardware.network_per_chip * member.engine.network_efficiency
+        network = member.hardware.network_per_chip * member.framework.network_efficiency
         own = (held.dense / pipeline.tp[index] + held.experts / (pipeline.tp[index] * pipeline.ep)) / pipeline.dp
         gradient, weight = (
             size * own / network + 2 * member.hardware.latency
-            for size in (member.engine.gradient_bytes, member.engine.weight_bytes)
+            for size in (member.framework.gradient_bytes, member.framework.weight_bytes)
         )
-        if member.engine.zero_over == "team":
+        if member.framework.zero_over == "group":
             crosses.append(2 * gradient)
             each_crosses.append(0.0)
         else:  # what is kept once travels once a step, or from its stage on with every micro-batch
@@ -136,13 +144,13 @@ def line(pipeline: Pipeline, job: Job) -> Line | None:
         _busiest(pipeline, values) for values in (totals, onces, eaches, updates, crosses, each_crosses)
     )
     nodes = max(1.0, *(count / m.hardware.chips_per_node for count, m in zip(chips, members, strict=True)))
-    slow = max(slowest * (1 + max(m.engine.skew for m in members) * float(np.log2(nodes))) + each, border)
-    layouts = pipeline.layouts(0)
-    fixed += float(bubble_seconds(layouts, stages)[0]) + update + max(m.engine.step_seconds for m in members)
+    slow = max(slowest * (1 + max(m.framework.skew for m in members) * float(np.log2(nodes))) + each, border)
+    configs = pipeline.configs(0)
+    fixed += float(bubble_seconds(configs, stages)[0]) + update + max(m.framework.step_seconds for m in members)
     fixed += max(
-        float(tied_seconds(shape, pipeline.layouts(i), m.hardware, m.engine)[0]) for i, m in enumerate(members)
+        float(tied_seconds(shape, pipeline.configs(i), m.hardware, m.framework)[0]) for i, m in enumerate(members)
     )
-    return Line(fixed, slow, once, max(m.engine.hidden_gradients for m in members), cross, cross_each, each, update)
+    return Line(fixed, slow, once, max(m.framework.hidden_gradients for m in members), cross, cross_each, each, update)
 
 
 def _busiest(pipeline: Pipeline, values: list[float]) -> float:
@@ -153,7 +161,7 @@ def _busiest(pipeline: Pipeline, values: list[float]) -> float:
 
 
 def micro_batches(pipeline: Pipeline, sequences: int) -> int:
-    """Of each copy when the team takes so many sequences."""
+    """Of each copy when the group takes so many sequences."""
     return max(-(-sequences // (pipeline.dp * pipeline.micro_batch)), least(pipeline))
 
 
@@ -163,47 +171,49 @@ def least(pipeline: Pipeline) -> int:
     return 1 if pp == 1 else {"1f1b": 1, "zero_bubble": pp, "dualpipe": 2 * pp}[SCHEDULES[pipeline.schedule]]
 
 
-def _message(pipeline: Pipeline, job: Job, member: int, far: bool) -> float:
-    layouts, own = pipeline.layouts(member), pipeline.members[member]
-    size = layouts.micro_batch * job.seq_len * job.shape.hidden_size * VALUE_BYTES / layouts.tp
+def _message(pipeline: Pipeline, workload: Workload, member: int, far: bool) -> float:
+    configs, own = pipeline.configs(member), pipeline.members[member]
+    size = configs.micro_batch * workload.seq_len * workload.shape.hidden_size * VALUE_BYTES / configs.tp
     leaves = far or pipeline.tp[member] * pipeline.dp >= own.hardware.chips_per_node
-    return float(own.hardware.send(size, np.array([leaves]), own.engine)[0])
+    return float(own.hardware.send(size, np.array([leaves]), own.framework)[0])
 
 
-def _memory(pipeline: Pipeline, job: Job, stage: int, index: int, kinds: Sequence[tuple], held: Held) -> float:
-    layouts, engine, shape = pipeline.layouts(index), pipeline.members[index].engine, job.shape
+def _memory(
+    pipeline: Pipeline, workload: Workload, stage: int, index: int, kinds: Sequence[tuple], held: HeldParameters
+) -> float:
+    configs, framework, shape = pipeline.configs(index), pipeline.members[index].framework, workload.shape
     states = sum(
         float(np.squeeze(part))
-        for part in state_bytes(held.dense / layouts.tp, held.experts / (layouts.tp * layouts.ep), layouts, engine)
+        for part in state_bytes(held.dense / configs.tp, held.experts / (configs.tp * configs.ep), configs, framework)
     )
-    flights = float(in_flight(layouts, np.array([stage]))[0])
-    kept = sum(float(saved_bytes(block, shape, layouts, engine, job.seq_len)[0]) for _, block in kinds if block)
+    flights = float(in_flight(configs, np.array([stage]))[0])
+    kept = sum(float(saved_bytes(block, shape, configs, framework, workload.seq_len)[0]) for _, block in kinds if block)
     blocks = {block for block, _ in shape.runs} | set(shape.mtp)
-    working = max(float(working_bytes(block, shape, layouts, engine, job.seq_len)[0]) for block in blocks)
+    working = max(float(working_bytes(block, configs, workload.seq_len)[0]) for block in blocks)
     heads = sum(1 for what, _ in kinds if what in ("head", "mtp"))
-    logits = heads * float(logit_bytes(shape, layouts, job.seq_len)[0])
-    buffers = float(buffer_bytes(shape, layouts, engine, job.seq_len)[0])
+    logits = heads * float(logit_bytes(shape, configs, workload.seq_len)[0])
+    buffers = float(buffer_bytes(shape, configs, framework, workload.seq_len)[0])
     return (1 + FRAGMENTATION) * (states + kept * flights + working + logits + buffers)
 
 
-def _last_cut(members: Sequence[Member], pieces: int, job: Job) -> int:
+def _last_cut(members: Sequence[GroupMember], pieces: int, workload: Workload) -> int:
     """The last piece at which a stage may begin: the head, or the first of the MTP modules that stay with it."""
-    return pieces - 1 - len(job.shape.mtp) * any(member.engine.mtp_with_head for member in members)
+    return pieces - 1 - len(workload.shape.mtp) * any(member.framework.mtp_with_head for member in members)
 
 
-def every_pipeline(pools: Sequence[Pool], job: Job, micro_batches: Sequence[int]) -> Iterator[Pipeline]:
-    """All pipelines of a team: every degree, number of stages and copies, and every way to cut the layers."""
-    members = members_of(pools, job)
-    heads = job.shape.blocks[0].heads
-    pieces = job.shape.num_layers + len(job.shape.mtp) + 2
-    last = _last_cut(members, pieces, job)
-    experts = [ep for ep in (1, 2, 4, 8) if (job.shape.experts or 1) % ep == 0]
+def every_pipeline(pools: Sequence[Pool], workload: Workload, micro_batches: Sequence[int]) -> Iterator[Pipeline]:
+    """All pipelines of a group: every degree, number of stages and copies, and every way to cut the layers."""
+    members = members_of(pools, workload)
+    heads = workload.shape.blocks[0].heads
+    pieces = workload.shape.num_layers + len(workload.shape.mtp) + 2
+    last = _last_cut(members, pieces, workload)
+    experts = [ep for ep in (1, 2, 4, 8) if (workload.shape.experts or 1) % ep == 0]
     for tp in product(*[[t for t in (1, 2, 4, 8) if t <= m.pool.per_node and heads % t == 0] for m in members]):
-        groups = [m.pool.nodes * (m.pool.per_node // t) for m, t in zip(members, tp, strict=True)]
-        for dp in range(1, min(groups) + 1):
-            for stages in product(*[range(1, group // dp + 1) for group in groups]):
+        slots = [m.pool.nodes * (m.pool.per_node // t) for m, t in zip(members, tp, strict=True)]
+        for dp in range(1, min(slots) + 1):
+            for stages in product(*[range(1, slot // dp + 1) for slot in slots]):
                 pp = sum(stages)
-                if pp > job.shape.num_layers:
+                if pp > workload.shape.num_layers:
                     continue
                 for bounds in combinations(range(1, last + 1), pp - 1):
                     cuts = tuple(zip((0, *bounds), (*bounds, pieces), strict=True))
@@ -216,26 +226,28 @@ def every_pipeline(pools: Sequence[Pool], job: Job, micro_batches: Sequence[int]
                             yield Pipeline(members, tp, stages, cuts, dp, ep, micro, recompute, schedule, zero)
 
 
-def random_pipeline(pools: list[Pool], job: Job, random: np.random.Generator) -> Pipeline | None:
-    """Any valid pipeline of a team: random degrees, random cuts."""
-    members = members_of(pools, job)
-    most = [min(m.pool.per_node, m.engine.most_tensor) for m in members]
+def random_pipeline(pools: list[Pool], workload: Workload, random: np.random.Generator) -> Pipeline | None:
+    """Any valid pipeline of a group: random degrees, random cuts."""
+    members = members_of(pools, workload)
+    most = [min(m.pool.per_node, m.framework.most_tensor) for m in members]
     tp = tuple(int(random.choice([t for t in (1, 2, 4, 8) if t <= limit])) for limit in most)
-    groups = [m.pool.nodes * (m.pool.per_node // t) for m, t in zip(members, tp, strict=True)]
-    dp = int(random.integers(1, min(groups) + 1))
-    stages = tuple(int(random.integers(1, group // dp + 1)) for group in groups)
-    pieces = job.shape.num_layers + len(job.shape.mtp) + 2
+    slots = [m.pool.nodes * (m.pool.per_node // t) for m, t in zip(members, tp, strict=True)]
+    dp = int(random.integers(1, min(slots) + 1))
+    stages = tuple(int(random.integers(1, slot // dp + 1)) for slot in slots)
+    pieces = workload.shape.num_layers + len(workload.shape.mtp) + 2
     pp = sum(stages)
-    if pp > job.shape.num_layers:
+    if pp > workload.shape.num_layers:
         return None
-    bounds = sorted(random.choice(np.arange(1, _last_cut(members, pieces, job) + 1), pp - 1, replace=False).tolist())
+    bounds = sorted(
+        random.choice(np.arange(1, _last_cut(members, pieces, workload) + 1), pp - 1, replace=False).tolist()
+    )
     cuts = tuple(zip((0, *bounds), (*bounds, pieces), strict=True))
-    experts = [ep for ep in (1, 2, 4, 8) if (job.shape.experts or 1) % ep == 0 and dp % ep == 0]
+    experts = [ep for ep in (1, 2, 4, 8) if (workload.shape.experts or 1) % ep == 0 and dp % ep == 0]
     schedule = int(random.integers(0, 3 if pp % 2 == 0 and len(members) == 1 else 2)) if pp > 1 else 0
-    over_island = members[0].engine.zero_over == "island"
+    over_island = members[0].framework.zero_over == "island"
     zero = int(random.choice((1, 1, 2, 3))) if over_island else int(random.choice((0, 1, 3))) if dp > 1 else 0
     micro = int(random.choice((1, 2, 4)))
-    if micro * dp > job.global_batch:
+    if micro * dp > workload.global_batch:
         return None
     recompute = int(random.integers(0, 3))
     ep = int(random.choice(experts))
@@ -254,42 +266,49 @@ def _run_by_motley(pipeline: Pipeline) -> bool:
     )
 
 
-def update_rate(pipeline: Pipeline, job: Job) -> float:
+def update_rate(pipeline: Pipeline, workload: Workload) -> float:
     """Updates of the whole model a second that all chips of a pipeline's copies together could do."""
     rate = 0.0
     for index, (member, stages) in enumerate(zip(pipeline.members, pipeline.stages, strict=True)):
-        own = items(job.shape, pipeline.layouts(index), job.seq_len, member.hardware, member.engine, member.precision)
-        held = Held(0.0, 0.0)
+        own = network_pieces(
+            workload.shape,
+            pipeline.configs(index),
+            workload.seq_len,
+            member.hardware,
+            member.framework,
+            member.precision,
+        )
+        held = HeldParameters(0.0, 0.0)
         for piece in own.held:
             held = held + piece
-        one = Layouts.of(
+        one = ParallelConfigs.of(
             tp=1, cp=1, ep=1, dp=1, pp=1, micro_batch=1, micro_batches=1, recompute=0, schedule=0, chunks=1, zero=0
         )
-        seconds = float(np.squeeze(update_seconds(held, one, member.hardware, member.engine)))
+        seconds = float(np.squeeze(update_seconds(held, one, member.hardware, member.framework)))
         rate += pipeline.tp[index] * stages * pipeline.dp / seconds
     return rate
 
 
-def random_plan_seconds(fleet: Fleet, job: Job, random: np.random.Generator) -> float | None:
-    """Step time of a random plan: pools in random teams, a random pipeline each, shares in proportion to speed."""
-    teams: list[list[Pool]] = []
+def random_plan_seconds(fleet: Fleet, workload: Workload, random: np.random.Generator) -> float | None:
+    """Step time of a random plan: pools in random groups, a random pipeline each, shares in proportion to speed."""
+    groups: list[list[Pool]] = []
     for pool in random.permutation(np.array(fleet.pools, dtype=object)):
-        if teams and random.random() < 0.3 and len(teams[-1]) < 2:
-            teams[-1].append(pool)
+        if groups and random.random() < 0.3 and len(groups[-1]) < 2:
+            groups[-1].append(pool)
         elif random.random() < 0.85:
-            teams.append([pool])
-    pipelines = [random_pipeline(team, job, random) for team in teams]
-    lines = [(p, costs) for p in pipelines if p is not None and (costs := line(p, job)) is not None]
+            groups.append([pool])
+    pipelines = [random_pipeline(group, workload, random) for group in groups]
+    lines = [(p, costs) for p in pipelines if p is not None and (costs := line(p, workload)) is not None]
     if not lines:
         return None
-    over_island = lines[0][0].members[0].engine.zero_over == "island"
+    over_island = lines[0][0].members[0].framework.zero_over == "island"
     if over_island:
         lines = [(p, costs) for p, costs in lines if p.zero == lines[0][0].zero]
     speeds = [int(1e6 * p.dp * p.micro_batch / costs.slow) + 1 for p, costs in lines]
-    shares = apportion(job.global_batch, speeds)
+    shares = apportion(workload.global_batch, speeds)
     worked = [(p, costs, micro_batches(p, share)) for (p, costs), share in zip(lines, shares, strict=True) if share]
     crossing = len(worked) > 1
-    update = 1 / sum(update_rate(p, job) for p, _, _ in worked) if over_island and crossing else None
+    update = 1 / sum(update_rate(p, workload) for p, _, _ in worked) if over_island and crossing else None
     turns = max(micro for _, _, micro in worked)  # all exchange with every micro-batch of any
     waits = [(turns - micro) * (costs.each + costs.cross_each) * over_island for _, costs, micro in worked]
     return max(

@@ -10,9 +10,9 @@ import scipy.stats
 from motley.errors import InputError
 from motley.model import SIZES
 from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES
-from motley.plan.cost_model.framework import load_engine
+from motley.plan.cost_model.framework import load_framework
 from motley.plan.network.flops import parameters
-from motley.plan.network.registry import find_shape
+from motley.plan.network.registry import find_network
 from motley.plan.report.text import evaluate_text
 from motley.plan.validation.accuracy import evaluate_cases, predict, rank_correlation
 from motley.plan.validation.cases import Case, read_cases
@@ -76,7 +76,7 @@ def test_columns_that_mean_nothing_here_are_named(tmp_path: Path):
 
 
 def test_the_optional_columns_count(tmp_path: Path):
-    extra = ",chip,model,vocabulary,recompute,precision,engine,schedule"
+    extra = ",chip,model,vocabulary,recompute,precision,framework,schedule"
 
     def seconds(*values: str) -> float:
         path = cases(tmp_path, HEADER + extra, ROW + "," + ",".join(values))
@@ -108,7 +108,7 @@ WRONG = [
     (HEADER, ROW + ",7", "12 cells under 11 column names"),
     (HEADER + ",world size", ROW + ",7", "line 2: two columns mean gpus; they say 8 and 7"),
     (HEADER + ",chip", ROW + ",A1000", "line 2: .*A1000.*A100"),
-    (HEADER + ",engine", ROW + ",slowspeed", "line 2: there is no engine 'slowspeed'; there are motley"),
+    (HEADER + ",framework", ROW + ",slowspeed", "line 2: there is no framework 'slowspeed'; there are motley"),
     (HEADER + ",precision", ROW + ",fp8", r"line 2: .* does not compute in fp8; possible: "),
     (HEADER + ",precision", ROW + ",int4", "line 2: precision is 'int4'; write one of bf16"),
     (HEADER + ",recompute", ROW + ",some", "line 2: recompute is 'some'; write one of none"),
@@ -235,7 +235,7 @@ def only(folder: Path, header: str, row: str) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("header", "row", "engine", "precision", "schedule", "zero"),
+    ("header", "row", "framework", "precision", "schedule", "zero"),
     [
         ("model,chip,pp", "DeepSeek-V3,H800,16", "deepseek", "fp8", "dualpipe", 1),
         ("model,chip,pp", "DeepSeek-V3,H800,1", "deepseek", "fp8", "1f1b", 1),
@@ -243,28 +243,35 @@ def only(folder: Path, header: str, row: str) -> Case:
         ("model,chip,pp", "DeepSeek-V2,H800,16", "deepseek", "bf16", "zero_bubble", 1),
         ("model,chip,pp", "Llama-2-7B,A100,2", "megatron-core", "bf16", "1f1b", 1),
         ("model,chip,zero", "Llama-2-7B,A100,3", "torchtitan", "bf16", "1f1b", 3),
-        ("model,chip,engine", "GPT-3 13B,A100,", "megatron", "bf16", "1f1b", 0),
-        ("model,chip,engine", "GPT-3 13B,H100,", "megatron-core", "bf16", "1f1b", 1),
-        ("model,chip,engine", "GPT-3 13B,V100,", "megatron", "fp16", "1f1b", 0),
-        ("model,chip,engine", "GPT-3 13B,H100,Megatron-LM", "megatron-core", "bf16", "1f1b", 1),
-        ("model,chip,engine", "GPT-3 13B,H100,megatron", "megatron", "bf16", "1f1b", 0),
-        ("model,chip,engine", "GPT-3 13B,A100,Megatron Core v0.9", "megatron-core", "bf16", "1f1b", 1),
-        ("model,chip,engine", "GPT-3 13B,A100,DeepSpeed 0.14", load_engine("deepspeed").name, "bf16", "1f1b", None),
-        ("model,chip,engine", "GPT-3 13B,A100,NeMo", "megatron-core", "bf16", "1f1b", 1),
-        ("model,chip,engine", "Llama-3-8B,A100,FSDP", "torchtitan-eager", "bf16", "1f1b", 3),
-        ("model,chip,engine", "Llama-3-8B,A100,our runtime", "motley", "bf16", "1f1b", 1),
-        ("model,chip,engine", "nano,desktop-core,motley", "motley-cpu", "bf16", "1f1b", None),
+        ("model,chip,framework", "GPT-3 13B,A100,", "megatron", "bf16", "1f1b", 0),
+        ("model,chip,framework", "GPT-3 13B,H100,", "megatron-core", "bf16", "1f1b", 1),
+        ("model,chip,framework", "GPT-3 13B,V100,", "megatron", "fp16", "1f1b", 0),
+        ("model,chip,framework", "GPT-3 13B,H100,Megatron-LM", "megatron-core", "bf16", "1f1b", 1),
+        ("model,chip,framework", "GPT-3 13B,H100,megatron", "megatron", "bf16", "1f1b", 0),
+        ("model,chip,framework", "GPT-3 13B,A100,Megatron Core v0.9", "megatron-core", "bf16", "1f1b", 1),
+        (
+            "model,chip,framework",
+            "GPT-3 13B,A100,DeepSpeed 0.14",
+            load_framework("deepspeed").name,
+            "bf16",
+            "1f1b",
+            None,
+        ),
+        ("model,chip,framework", "GPT-3 13B,A100,NeMo", "megatron-core", "bf16", "1f1b", 1),
+        ("model,chip,framework", "Llama-3-8B,A100,FSDP", "torchtitan-eager", "bf16", "1f1b", 3),
+        ("model,chip,framework", "Llama-3-8B,A100,our runtime", "motley", "bf16", "1f1b", 1),
+        ("model,chip,framework", "nano,desktop-core,motley", "motley-cpu", "bf16", "1f1b", None),
         ("model,chip,precision", "nano,desktop-core,fp32", "motley-cpu-plain", "fp32", "1f1b", None),
         ("model,chip,precision", "Llama-3-8B,V100-SXM2-32GB,mixed", "megatron-core", "fp16", "1f1b", 1),
         ("model,chip,precision", "Llama-3-8B,NVIDIA A100-SXM4-80GB,bf16-mixed", "megatron-core", "bf16", "1f1b", 1),
     ],
 )
 def test_what_a_row_leaves_out_follows_from_model_and_chip(
-    tmp_path: Path, header: str, row: str, engine: str, precision: str, schedule: str, zero: int | None
+    tmp_path: Path, header: str, row: str, framework: str, precision: str, schedule: str, zero: int | None
 ):
     case = only(tmp_path, header, row)
-    assert (case.engine.name, case.precision, SCHEDULES[case.layout["schedule"]]) == (engine, precision, schedule)
-    assert case.layout["zero"] == (case.engine.zero if zero is None else zero)
+    assert (case.framework.name, case.precision, SCHEDULES[case.layout["schedule"]]) == (framework, precision, schedule)
+    assert case.layout["zero"] == (case.framework.zero if zero is None else zero)
 
 
 @pytest.mark.parametrize(
@@ -279,9 +286,9 @@ def test_sizes_in_columns_go_before_those_of_the_named_model(tmp_path: Path):
     sizes = "vocabulary,kv heads,intermediate size,layers"
     shape = only(tmp_path, "model," + sizes, "llama-7b,256000,8,22016,16").shape
     assert shape.config == replace(
-        find_shape("llama-7b").config, vocabulary=256000, kv_heads=8, intermediate_size=22016, layers=16
+        find_network("llama-7b").config, vocabulary=256000, kv_heads=8, intermediate_size=22016, layers=16
     )
-    assert only(tmp_path, "model," + sizes, "llama-7b,,,,").shape == find_shape("llama-7b")
+    assert only(tmp_path, "model," + sizes, "llama-7b,,,,").shape == find_network("llama-7b")
     assert only(tmp_path, "model,heads", "llama-7b,64").shape.blocks[0].kv_numbers == 2 * 4096  # each has its own still
     resized = only(tmp_path, "model,layers,experts,expert size", "v3,8,64,1024").shape.config
     assert resized == replace(SIZES["v3"], num_hidden_layers=8, n_routed_experts=64, moe_intermediate_size=1024)
@@ -310,7 +317,7 @@ def test_the_family_of_a_shape_given_by_sizes_follows_a_rule(tmp_path: Path, col
 def test_experts_may_be_given_by_columns(tmp_path: Path):
     columns = "hidden size,heads,kv heads,layers,experts,experts per token,expert size,context,vocabulary"
     (case,) = read_cases(cases(tmp_path, "gpus,gbs,mbs," + columns, "8,8,1,4096,32,8,32,8,2,14336,32768,32000"))
-    assert parameters(case.shape) == parameters(find_shape("Mixtral 8x7B"))
+    assert parameters(case.shape) == parameters(find_network("Mixtral 8x7B"))
 
 
 def test_memory_is_told_and_whether_it_fits(tmp_path: Path):

@@ -11,8 +11,8 @@ from motley.plan import (
     forward_flops_per_token,
     kv_cache_bytes_per_token,
     mtp_parameters,
+    network_parts,
     parameters,
-    parts,
     training_flops_per_token,
 )
 
@@ -117,7 +117,7 @@ def test_a_tied_head_is_held_once_and_multiplies_all_the_same():
 def test_an_mtp_module_pays_for_its_block_and_for_the_shared_head():
     config = without_mtp(SIZES["nano"])
     with_one = dataclasses.replace(config, num_nextn_predict_layers=1)
-    extra = parts(with_one, 512)[-1]
+    extra = network_parts(with_one, 512)[-1]
     assert extra.name == "MTP module 1"
     assert extra.forward_flops > 2 * config.vocab_size * config.hidden_size
     assert parameters(with_one) == parameters(config)

@@ -5,8 +5,8 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from motley.plan.cost_model.balance import balanced
-from motley.plan.search.cut_layers import Pieces, place
+from motley.plan.cost_model.stage_balance import balanced
+from motley.plan.search.cut_layers import PieceCosts, place
 
 
 def every_cut(pieces: int, stages: int):
@@ -36,7 +36,7 @@ def test_two_kinds_of_chips_share_a_pipeline_as_well_as_any_cut_within_memory(se
     random = np.random.default_rng(seed)
     pieces, kinds = 8, [0, 1, 1, 2, 1, 2, 2, 3]
     pools = [
-        Pieces(
+        PieceCosts(
             seconds=random.uniform(0.5, 2, (4, 1)) * speed,
             held=random.uniform(1, 3, (4, 1)),
             apart=np.zeros((4, 1)),

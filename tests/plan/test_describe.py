@@ -6,7 +6,7 @@ from motley.errors import InputError
 from motley.model import SIZES
 from motley.plan.command import DescribeConfig, describe
 from motley.plan.network.describe import describe_model
-from motley.plan.network.registry import find_shape
+from motley.plan.network.registry import find_network
 from motley.plan.network.spec import deepseek
 
 
@@ -15,21 +15,21 @@ from motley.plan.network.spec import deepseek
     [("v3", 671.03, 250), ("v2", 235.74, 155), ("v2-lite", 15.71, None)],  # V3 report; arXiv 2505.09343, table 2
 )
 def test_published_parameters_and_flops(name: str, billions: float, gigaflops: float | None):
-    told = describe_model(find_shape(name), 4096)
+    told = describe_model(find_network(name), 4096)
     assert round(told["parameters"] / 1e9, 2) == billions
     if gigaflops:
         assert told["training_flops_per_token"] / 1e9 == pytest.approx(gigaflops, rel=0.01)
 
 
 def test_cache_and_mtp_module_of_v3():
-    told = describe_model(find_shape("v3"), 4096)
+    told = describe_model(find_network("v3"), 4096)
     assert told["kv_cache_bytes_per_token"] == 70272  # arXiv 2505.09343, table 1
     assert told["mtp_parameters"] / 1e9 == pytest.approx(11.5, rel=0.01)  # README_WEIGHTS of DeepSeek-V3
     assert told["active_parameters"] / 1e9 == pytest.approx(37.55, abs=0.01)
 
 
 def test_the_rows_of_the_bill_add_up():
-    told = describe_model(find_shape("moonlight"), 4096)
+    told = describe_model(find_network("moonlight"), 4096)
     main = [part for part in told["parts"] if not part["name"].startswith("MTP")]
     assert sum(part["parameters"] for part in main) == told["parameters"]
     assert sum(part["active"] for part in main) == told["active_parameters"]
@@ -40,7 +40,7 @@ def test_the_rows_of_the_bill_add_up():
 
 def test_a_sizes_name_and_its_configuration_are_the_same_model():
     assert (
-        describe_model(find_shape("nano"), 512)["parameters"]
+        describe_model(find_network("nano"), 512)["parameters"]
         == describe_model(deepseek(SIZES["nano"]), 512)["parameters"]
     )
 

@@ -6,12 +6,12 @@ from itertools import pairwise
 import pytest
 
 from motley.plan.cost_model.configs import Schedule
-from motley.plan.cost_model.pipeline_trace import Work, timeline
+from motley.plan.cost_model.pipeline_trace import TracedWork, timeline
 
 EACH = {"1f1b": "FB", "zero_bubble": "FBW", "dualpipe": "FBW"}
 
 
-def length(rows: list[list[Work]]) -> float:
+def length(rows: list[list[TracedWork]]) -> float:
     return max(work.end for row in rows for work in row)
 
 

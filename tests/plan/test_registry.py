@@ -10,7 +10,7 @@ import transformers
 from motley.errors import InputError
 from motley.plan.network.flops import parameters
 from motley.plan.network.hf import from_hf
-from motley.plan.network.registry import find_shape, known_shapes, model_table
+from motley.plan.network.registry import find_network, known_networks, model_table
 
 CONFIGS = {
     "llama": transformers.LlamaConfig(
@@ -59,7 +59,7 @@ def test_a_config_json_is_counted_as_transformers_counts_it(name: str, tmp_path:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     counted = sum(p.numel() for p in model.parameters())
-    assert parameters(find_shape(str(tmp_path))) == counted
+    assert parameters(find_network(str(tmp_path))) == counted
 
 
 def test_opt_is_counted_with_the_two_positions_it_never_uses():
@@ -96,7 +96,7 @@ def published() -> dict[str, float]:
 @pytest.mark.parametrize(("name", "billions"), published().items())
 def test_published_shapes_have_their_published_size(name: str, billions: float):
     """Within 2 %, or where papers print two digits, to those."""
-    counted = parameters(known_shapes()[name]) / 1e9
+    counted = parameters(known_networks()[name]) / 1e9
     assert counted == pytest.approx(billions, rel=0.02) or round(counted, 1) == billions
 
 
@@ -118,23 +118,23 @@ def test_published_shapes_have_their_published_size(name: str, billions: float):
     ],
 )  # fmt: skip
 def test_a_model_is_found_by_its_usual_names(said: str, meant: str):
-    assert find_shape(said) is known_shapes()[meant]
+    assert find_network(said) is known_networks()[meant]
 
 
 def test_no_two_networks_share_a_name():
-    spelled = [*known_shapes(), *(other for own in model_table()["also called"].values() for other in own)]
-    assert all(find_shape(name).name == name for name in known_shapes())
-    assert len({find_shape(name).name for name in spelled}) == len(known_shapes())
-    assert set(model_table()["also called"]) <= set(known_shapes())
+    spelled = [*known_networks(), *(other for own in model_table()["also called"].values() for other in own)]
+    assert all(find_network(name).name == name for name in known_networks())
+    assert len({find_network(name).name for name in spelled}) == len(known_networks())
+    assert set(model_table()["also called"]) <= set(known_networks())
     for name, others in model_table()["also called"].items():
-        assert {find_shape(other).name for other in others} == {name}
+        assert {find_network(other).name for other in others} == {name}
 
 
 def test_a_file_goes_before_a_name_that_is_only_like_a_known_one(tmp_path: Path):
     (tmp_path / "Llama-2-7B").mkdir()
     CONFIGS["llama"].save_pretrained(tmp_path / "Llama-2-7B")
-    assert find_shape("Llama-2-7B", tmp_path).hidden_size == 96
-    assert find_shape("llama-2-7b", tmp_path).hidden_size == 4096
+    assert find_network("Llama-2-7B", tmp_path).hidden_size == 96
+    assert find_network("llama-2-7b", tmp_path).hidden_size == 4096
 
 
 @pytest.mark.parametrize(
@@ -155,19 +155,19 @@ def test_a_file_goes_before_a_name_that_is_only_like_a_known_one(tmp_path: Path)
 def test_a_bad_config_json_is_refused_with_file_and_field(tmp_path: Path, changed: dict[str, object], said: str):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"].to_dict() | changed))
     with pytest.raises(InputError, match=said) as caught:
-        find_shape(str(tmp_path))
+        find_network(str(tmp_path))
     assert tmp_path.name in str(caught.value)
 
 
 def test_a_name_that_is_no_model_is_answered_with_those_near(tmp_path: Path):
     with pytest.raises(InputError, match=r"there is no model 'v33'; nearest of \d+ known ones: .*v3.* config.json"):
-        find_shape("v33")
+        find_network("v33")
     with pytest.raises(InputError, match=r"is a folder without a config\.json"):
-        find_shape(str(tmp_path))
+        find_network(str(tmp_path))
     (tmp_path / "config.json").write_text("[1, 2]")
     with pytest.raises(InputError, match="it holds list, not an object"):
-        find_shape(str(tmp_path))
+        find_network(str(tmp_path))
     bad = {"model_type": "gpt2", "n_embd": 50, "n_layer": 2, "n_head": 4, "vocab_size": 10}
     (tmp_path / "config.json").write_text(json.dumps(bad))
     with pytest.raises(InputError, match="hidden size 50 cannot be cut into 4 equal attention heads"):
-        find_shape(str(tmp_path))
+        find_network(str(tmp_path))

@@ -13,17 +13,17 @@ from motley.model import SIZES
 from motley.plan.command import PlanConfig, plan, plan_summary
 from motley.plan.network.flops import active_parameters, multiplying_parameters
 from motley.plan.network.spec import deepseek
-from motley.plan.scaling_law import DENSE, SPARSE, Law, Run, expected_loss, fitted, load_laws
+from motley.plan.scaling_law import DENSE, SPARSE, FittedRun, LossLaw, expected_loss, fitted, load_laws
 
-TRUE = Law(1.7, 400.0, 0.34, 410.0, 0.28, 0, 0.0, 0.0, "")
+TRUE = LossLaw(1.7, 400.0, 0.34, 410.0, 0.28, 0, 0.0, 0.0, "")
 SIZES_OF_RUNS = (2e5, 5e5, 1e6, 2e6)
 LENGTHS = (5e5, 1e6, 2e6, 4e6)
 
 
-def runs(noise: float = 0.0) -> list[Run]:
+def runs(noise: float = 0.0) -> list[FittedRun]:
     chance = np.random.default_rng(0)
     return [
-        Run(size, length, TRUE.loss(size, length) * (1 + noise * chance.standard_normal()))
+        FittedRun(size, length, TRUE.loss(size, length) * (1 + noise * chance.standard_normal()))
         for size in SIZES_OF_RUNS
         for length in LENGTHS
     ]

@@ -9,14 +9,14 @@ from motley.errors import InputError
 from motley.plan.report.simulation_html import simulation_page
 from motley.plan.simulation.simulate import (
     LOSSES,
-    Part,
+    SimulatedGroup,
+    SimulatedPool,
     SimulateSettings,
-    Team,
     best_interval,
     expected_goodput,
     replay,
     simulate_plan,
-    teams_of,
+    simulated_groups,
 )
 
 DAY = 86400.0
@@ -34,7 +34,7 @@ def plan(days: float = 30, hours: float = 50_000.0, nodes: int = 256, availabili
                 "flops_share": 1.0, "availability": availability, "memory_limit_bytes": 80e9,
             }
         ],
-        "teams": [
+        "groups": [
             {
                 "pools": ["a"], "chips": {"a": chips}, "share": 1.0, "dp": chips // 16, "cp": 1, "ep": 1, "zero": 1,
                 "stages": [{"chips": chips, "memory_bytes": {"weights": 2e9, "gradients": 2e9, "optimizer": 1e8}}],
@@ -43,12 +43,12 @@ def plan(days: float = 30, hours: float = 50_000.0, nodes: int = 256, availabili
     }  # fmt: skip
 
 
-def team(copies: int, *parts: Part, state_bytes: float = 0.0) -> Team:
-    return Team(1.0, copies, state_bytes, parts)
+def group(copies: int, *parts: SimulatedPool, state_bytes: float = 0.0) -> SimulatedGroup:
+    return SimulatedGroup(1.0, copies, state_bytes, parts)
 
 
-def part(chips: int, copies: int, work: float = 1.0, per_node: int = 8, memory_bytes: float = 80e9) -> Part:
-    return Part("a", chips, chips // copies, -(-chips // per_node), per_node, 1e5, 1.0, work, memory_bytes)
+def part(chips: int, copies: int, work: float = 1.0, per_node: int = 8, memory_bytes: float = 80e9) -> SimulatedPool:
+    return SimulatedPool("a", chips, chips // copies, -(-chips // per_node), per_node, 1e5, 1.0, work, memory_bytes)
 
 
 def test_goodput_with_spares_is_what_young_and_daly_expect():
@@ -79,9 +79,9 @@ def test_youngs_formula():
 
 def test_lost_seconds_and_useful_ones_make_up_the_whole_run():
     settings = SimulateSettings(repair_hours=48, replan_seconds=120)
-    teams = teams_of(plan(hours=20_000, availability=0.95))
+    groups = simulated_groups(plan(hours=20_000, availability=0.95))
     for seed in range(5):
-        run = replay(teams, 20 * DAY, 2000, settings, np.random.default_rng(seed))
+        run = replay(groups, 20 * DAY, 2000, settings, np.random.default_rng(seed))
         assert run["goodput"] + sum(run["lost"].values()) == pytest.approx(1, abs=1e-9)
         assert set(run["lost"]) == set(LOSSES)
         assert all(share > 0 for share in run["lost"].values())
@@ -94,7 +94,7 @@ def test_lost_seconds_and_useful_ones_make_up_the_whole_run():
 
 def test_without_failures_nothing_is_lost():
     settings = SimulateSettings(stragglers_per_failure=0, checkpoint_interval_seconds=1e12)
-    run = replay(teams_of(plan(hours=1e15)), 10 * DAY, float("inf"), settings, np.random.default_rng(0))
+    run = replay(simulated_groups(plan(hours=1e15)), 10 * DAY, float("inf"), settings, np.random.default_rng(0))
     assert (run["goodput"], run["failures"], run["days"]) == (1.0, 0, 10)
 
 
@@ -118,8 +118,8 @@ def test_more_failures_longer_repairs_and_slower_stragglers_cost_more():
     assert simulate_plan(plan(), SimulateSettings(runs=20, spare_share=0.05))["goodput"] > base
 
 
-def test_a_team_that_loses_a_node_goes_on_with_the_copies_that_are_left():
-    many = team(40, part(640, 40))  # a copy is two nodes
+def test_a_group_that_loses_a_node_goes_on_with_the_copies_that_are_left():
+    many = group(40, part(640, 40))  # a copy is two nodes
     assert many.speed([640], 0, CALM) == 1
     assert many.speed([632], 0, CALM) == pytest.approx(39 / 40)
     assert many.speed([624], 0, CALM) == pytest.approx(39 / 40)  # formed again of what is left
@@ -127,17 +127,17 @@ def test_a_team_that_loses_a_node_goes_on_with_the_copies_that_are_left():
     assert many.speed([0], 3, CALM) == 0
 
 
-def test_a_team_without_a_whole_copy_works_on_with_what_is_left_if_the_state_fits():
-    alone = team(1, part(16, 1), state_bytes=600e9)
+def test_a_group_without_a_whole_copy_works_on_with_what_is_left_if_the_state_fits():
+    alone = group(1, part(16, 1), state_bytes=600e9)
     assert alone.speed([16], 0, CALM) == 1
     assert alone.speed([8], 0, CALM) == pytest.approx(0.9 / 2)
     assert alone.speed([8], 1, CALM) == pytest.approx(0.9 / 2 * 0.7)
-    assert team(1, part(16, 1), state_bytes=700e9).speed([8], 0, CALM) == 0  # 8 x 80 GB cannot hold it
+    assert group(1, part(16, 1), state_bytes=700e9).speed([8], 0, CALM) == 0  # 8 x 80 GB cannot hold it
 
 
-def test_pools_of_one_team_fail_together():
+def test_pools_of_one_group_fail_together():
     """A copy needs both pools: with half of the one, half of the copies work, or all is cut anew."""
-    mixed = team(4, part(16, 4, work=0.8, per_node=4), part(8, 4, work=0.2, per_node=2))
+    mixed = group(4, part(16, 4, work=0.8, per_node=4), part(8, 4, work=0.2, per_node=2))
     assert mixed.speed([8, 8], 0, CALM) == pytest.approx(0.9 * (0.8 / 2 + 0.2))
     assert mixed.speed([16, 4], 0, CALM) == pytest.approx(0.9 * (0.8 + 0.2 / 2))
     assert mixed.speed([16, 0], 0, CALM) == pytest.approx(0.9 * 0.8)
@@ -149,7 +149,7 @@ def test_losing_more_is_never_faster():
     for _ in range(300):
         copies = int(random.choice([1, 2, 4]))
         parts = [part(copies * int(random.integers(1, 9)), copies, work) for work in (0.3, 0.7)]
-        some = team(copies, *parts, state_bytes=random.uniform(0, 80e9 * sum(p.chips for p in parts)))
+        some = group(copies, *parts, state_bytes=random.uniform(0, 80e9 * sum(p.chips for p in parts)))
         fewer = [int(random.integers(0, p.chips + 1)) for p in parts]
         more = [int(random.integers(count, p.chips + 1)) for count, p in zip(fewer, parts, strict=True)]
         slow = int(random.integers(0, 3))
@@ -158,20 +158,20 @@ def test_losing_more_is_never_faster():
 
 def test_the_state_is_that_of_the_smallest_set_of_chips_that_holds_every_expert():
     values = plan()
-    values["teams"][0] |= {"ep": 4}
+    values["groups"][0] |= {"ep": 4}
     chips, copies = 2048, 128
-    assert teams_of(values)[0].state_bytes == pytest.approx(chips * (4e9 * 4 / copies + 1e8))
-    values["teams"][0] |= {"zero": 3}  # all is sharded: the team holds it once
-    assert teams_of(values)[0].state_bytes == pytest.approx(chips * 4.1e9)
+    assert simulated_groups(values)[0].state_bytes == pytest.approx(chips * (4e9 * 4 / copies + 1e8))
+    values["groups"][0] |= {"zero": 3}  # all is sharded: the group holds it once
+    assert simulated_groups(values)[0].state_bytes == pytest.approx(chips * 4.1e9)
 
 
-def test_a_team_of_one_copy_does_not_stand_still_through_a_repair():
+def test_a_group_of_one_copy_does_not_stand_still_through_a_repair():
     """Two nodes hold the only copy. A repair of ten days costs about half of the speed while it lasts, not all."""
     values = plan(days=200, hours=16 * 24 * 40, nodes=2)
     slow_repair = SimulateSettings(stragglers_per_failure=0, repair_hours=240, runs=20)
-    values["teams"][0]["stages"][0]["memory_bytes"] = {"weights": 0, "gradients": 0, "optimizer": 30e9}
+    values["groups"][0]["stages"][0]["memory_bytes"] = {"weights": 0, "gradients": 0, "optimizer": 30e9}
     working = simulate_plan(values, slow_repair)
-    values["teams"][0]["stages"][0]["memory_bytes"]["optimizer"] = 60e9
+    values["groups"][0]["stages"][0]["memory_bytes"]["optimizer"] = 60e9
     standing = simulate_plan(values, slow_repair)
     key = "missing and slow chips"
     assert working["lost_share"][key] == pytest.approx(0.55 * 10 / 50, rel=0.15)  # 40 days between failures, 10 away
@@ -206,7 +206,7 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], said: s
         SimulateSettings(**change)
 
 
-@pytest.mark.parametrize("broken", [{}, {"pools": [], "teams": []}, {"pools": [{"chips": 8}], "teams": []}])
+@pytest.mark.parametrize("broken", [{}, {"pools": [], "groups": []}, {"pools": [{"chips": 8}], "groups": []}])
 def test_a_file_that_is_no_plan_is_refused(broken: dict[str, Any]):
     with pytest.raises(InputError, match=r"this is no plan|uses no chips"):
         simulate_plan(broken, SimulateSettings())

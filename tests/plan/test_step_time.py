@@ -9,13 +9,13 @@ import pytest
 from motley.errors import InputError
 from motley.fleet import find_chip
 from motley.parallel.pipeline.runner import order
-from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Layouts
-from motley.plan.cost_model.framework import ENGINES, engine_from, load_engine
+from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, ParallelConfigs
+from motley.plan.cost_model.framework import FRAMEWORKS, framework_from, load_framework
 from motley.plan.cost_model.hardware import Hardware
 from motley.plan.cost_model.memory import in_flight, saved_bytes, state_bytes
 from motley.plan.cost_model.operators import LayerSeconds, layer_seconds
-from motley.plan.cost_model.step_time import bubble_seconds, items, step_seconds
-from motley.plan.network.registry import find_shape
+from motley.plan.cost_model.step_time import bubble_seconds, network_pieces, step_seconds
+from motley.plan.network.registry import find_network
 
 A100 = Hardware.of_chip(find_chip("A100-80GB-SXM"))
 H800 = Hardware.of_chip(find_chip("H800"))
@@ -25,8 +25,8 @@ PLAIN = {
 }  # fmt: skip
 
 
-def layouts(**changes: object) -> Layouts:
-    return Layouts.of(**{**PLAIN, **changes})
+def configs(**changes: object) -> ParallelConfigs:
+    return ParallelConfigs.of(**{**PLAIN, **changes})
 
 
 def stages(count: int, forward: float, backward: float, weight: float) -> list[LayerSeconds]:
@@ -40,7 +40,7 @@ def test_bubbles_are_those_of_the_papers(pp: int):
     equal = stages(pp, forward, backward, weight)
 
     def bubble(schedule: str, chunks: int = 1) -> float:
-        asked = layouts(pp=pp, micro_batches=4 * pp, schedule=SCHEDULES.index(schedule), chunks=chunks)
+        asked = configs(pp=pp, micro_batches=4 * pp, schedule=SCHEDULES.index(schedule), chunks=chunks)
         return float(bubble_seconds(asked, equal)[0])
 
     both = forward + backward
@@ -73,7 +73,7 @@ def test_the_zero_bubble_of_unequal_stages_is_what_the_runtimes_order_leaves():
             count, scale = chance.choice((pp, 2 * pp, 4 * pp)), [chance.uniform(1, 2) for _ in range(pp)]
             each = [(size, size * chance.uniform(0.9, 1.2), size * chance.uniform(0.5, 0.9)) for size in scale]
             rows = [stages(1, f, b + w, w)[0] for f, b, w in each]
-            asked = layouts(pp=pp, micro_batches=count, schedule=SCHEDULES.index("zero_bubble"))
+            asked = configs(pp=pp, micro_batches=count, schedule=SCHEDULES.index("zero_bubble"))
             formula = float(bubble_seconds(asked, rows)[0]) + count * max(map(sum, each))
             exact = played(each, count)
             assert formula <= exact * (1 + 1e-9)
@@ -81,63 +81,63 @@ def test_the_zero_bubble_of_unequal_stages_is_what_the_runtimes_order_leaves():
 
 
 def test_one_stage_has_no_bubble():
-    assert bubble_seconds(layouts(), stages(1, 1.0, 2.0, 1.0)).tolist() == [0.0]
+    assert bubble_seconds(configs(), stages(1, 1.0, 2.0, 1.0)).tolist() == [0.0]
 
 
 def test_activations_in_flight_follow_the_schedule():
-    first = layouts(pp=8, schedule=[0, 1, 2])
+    first = configs(pp=8, schedule=[0, 1, 2])
     assert in_flight(first, np.array([0])).tolist() == [8, 8, 9]  # ZB-H1: pp, DualPipe: pp + 1
     assert in_flight(first, np.array([7])).tolist() == [1, 8, 9]
 
 
 def test_megatrons_activation_formula_comes_out():
     """34 sbh + 5 a s^2 b bytes a layer without parallelism, 2 sbh with full recomputation (arXiv 2205.05198)."""
-    shape, engine = find_shape("gpt-22b"), replace(load_engine("megatron"), attention_efficiency=0.0)
+    shape, framework = find_network("gpt-22b"), replace(load_framework("megatron"), attention_efficiency=0.0)
     s, b, h, a = 2048, 4, 6144, 64
-    asked = layouts(micro_batch=b, recompute=[RECOMPUTES.index("none"), RECOMPUTES.index("full")])
-    kept = saved_bytes(shape.blocks[0], shape, asked, engine, s)
+    asked = configs(micro_batch=b, recompute=[RECOMPUTES.index("none"), RECOMPUTES.index("full")])
+    kept = saved_bytes(shape.blocks[0], shape, asked, framework, s)
     assert kept[0] == pytest.approx(34 * s * b * h + 5 * a * s * s * b, rel=0.06)
     assert kept[1] == 2 * s * b * h
 
 
 def test_zero_shards_states_then_gradients_then_weights():
-    engine = load_engine("megatron")
+    framework = load_framework("megatron")
     dense, experts = np.array([8e6]), np.array([16e6])
-    rows = [state_bytes(dense, experts, layouts(dp=8, ep=4, zero=level), engine) for level in range(4)]
+    rows = [state_bytes(dense, experts, configs(dp=8, ep=4, zero=level), framework) for level in range(4)]
     everything = 24e6
     sharded = 8e6 / 8 + 16e6 / 2  # a share of experts has dp / ep copies
     for level, (weights, gradients, optimizer) in enumerate(rows):
         held = [sharded if level >= cut else everything for cut in (3, 2, 1)]
-        sizes = [engine.state_bytes[name] for name in ("weight", "gradient", "optimizer")]
+        sizes = [framework.state_bytes[name] for name in ("weight", "gradient", "optimizer")]
         assert [weights[0], gradients[0], optimizer[0]] == pytest.approx(np.multiply(held, sizes).tolist())
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_no_engine_computes_faster_than_the_chip(engine: str):
-    hardware = H800 if engine == "deepseek" else A100
-    shape, own = find_shape("llama-7b"), load_engine(engine)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_no_framework_computes_faster_than_the_chip(framework: str):
+    hardware = H800 if framework == "deepseek" else A100
+    shape, own = find_network("llama-7b"), load_framework(framework)
     precision = next(name for name in ("bf16", "fp32") if name in own.matmul_efficiency and name in hardware.flops)
-    step = step_seconds(shape, layouts(micro_batches=4), 2048, hardware, own, precision)
+    step = step_seconds(shape, configs(micro_batches=4), 2048, hardware, own, precision)
     flops = 3 * sum(block.forward_flops(2048) for block in shape.blocks) * 4 * 2048
     assert float(step.total[0]) > flops / hardware.flops[precision]
 
 
 def test_the_parts_of_a_step_add_up_and_none_is_negative():
-    shape, engine = find_shape("v3"), load_engine("deepseek")
-    asked = layouts(
+    shape, framework = find_network("v3"), load_framework("deepseek")
+    asked = configs(
         pp=16, dp=128, ep=64, micro_batches=np.array([60, 120]), schedule=SCHEDULES.index("dualpipe"), zero=1
     )
-    step = step_seconds(shape, asked, 4096, H800, engine, "fp8")
+    step = step_seconds(shape, asked, 4096, H800, framework, "fp8")
     parts = [step.compute, step.communication, step.bubble, step.optimizer]
     assert all((part >= 0).all() for part in parts)
     assert np.sum(parts, axis=0) == pytest.approx(step.total)
     assert step.total[1] > 1.8 * step.total[0]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_stages_keep_mtp_modules_with_the_head_where_the_engine_does(engine: str):
-    shape, own, hardware = find_shape("v3"), load_engine(engine), H800 if engine == "deepseek" else A100
-    pieces = items(shape, layouts(pp=16), 4096, hardware, own, "bf16")
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_stages_keep_mtp_modules_with_the_head_where_the_framework_does(framework: str):
+    shape, own, hardware = find_network("v3"), load_framework(framework), H800 if framework == "deepseek" else A100
+    pieces = network_pieces(shape, configs(pp=16), 4096, hardware, own, "bf16")
     cut = pieces.cut(16, own, 0)
     last = [what for what, _ in pieces.kinds[cut[-1]]]
     assert last[-1] == "head"
@@ -148,15 +148,15 @@ def test_stages_keep_mtp_modules_with_the_head_where_the_engine_does(engine: str
 
 def test_a_layer_is_its_products_in_the_limit_of_a_perfect_chip():
     """Without overheads, and with links and memory out of the way, time is FLOPs over rate: summed here naively."""
-    engine = replace(
-        load_engine("megatron-core"), matmul_efficiency={"bf16": 1.0}, half_rows=0.0, half_inner=0.0, half_outer=0.0,
+    framework = replace(
+        load_framework("megatron-core"), matmul_efficiency={"bf16": 1.0}, half_rows=0.0, half_inner=0.0, half_outer=0.0,
         kernel_seconds=0.0, attention_efficiency=1.0, attention_backward=2.0, score_bytes=0.0, stream_passes=0.0,
         host_forward_seconds=0.0, host_backward_seconds=0.0, expert_padding=0.0, expert_seconds=0.0, measured=(),
     )  # fmt: skip
     hardware = replace(A100, flops={"bf16": 1e12}, memory_bandwidth=1e18)
-    shape = find_shape("v2-lite")
+    shape = find_network("v2-lite")
     block = shape.blocks[1]
-    cost = layer_seconds(block, shape, layouts(micro_batch=2), 512, hardware, engine, "bf16")
+    cost = layer_seconds(block, shape, configs(micro_batch=2), 512, hardware, framework, "bf16")
     tokens, flops = 2 * 512, 0.0
     for matmul in block.matmuls:
         flops += 2.0 * tokens * matmul.chosen * matmul.inner * matmul.outer
@@ -167,23 +167,23 @@ def test_a_layer_is_its_products_in_the_limit_of_a_perfect_chip():
 
 
 def test_tensor_parallel_sums_cost_what_a_ring_costs():
-    engine = load_engine("megatron")
+    framework = load_framework("megatron")
     hardware = replace(A100, link=100e9, pair=100e9)
     sent = np.array([1e9])
     degree = np.array([4])
-    seconds = hardware.all_reduce(degree, degree, sent, replace(engine, collective_seconds=0.0))
-    assert seconds[0] == pytest.approx(2 * 3 / 4 * 1e9 / (100e9 * engine.link_efficiency))
+    seconds = hardware.all_reduce(degree, degree, sent, replace(framework, collective_seconds=0.0))
+    assert seconds[0] == pytest.approx(2 * 3 / 4 * 1e9 / (100e9 * framework.link_efficiency))
 
 
-def test_every_engine_says_where_its_constants_come_from():
-    for name in ENGINES:
-        engine = load_engine(name)
-        assert engine.name == name
-        assert engine.description
-        assert engine.fitted
-        assert set(engine.state_bytes) == {"weight", "gradient", "optimizer"}
+def test_every_framework_says_where_its_constants_come_from():
+    for name in FRAMEWORKS:
+        framework = load_framework(name)
+        assert framework.name == name
+        assert framework.description
+        assert framework.fitted
+        assert set(framework.state_bytes) == {"weight", "gradient", "optimizer"}
 
 
-def test_an_engine_file_with_a_field_too_many_is_refused():
+def test_an_framework_file_with_a_field_too_many_is_refused():
     with pytest.raises(InputError, match="fields missing or unknown"):
-        engine_from({"name": "x", "colour": "red"})
+        framework_from({"name": "x", "colour": "red"})

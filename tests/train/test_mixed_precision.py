@@ -382,7 +382,7 @@ def test_a_plan_file_gives_every_stage_the_format_of_its_pool() -> None:
             for pool, layers, head in (("new", [0, 2], False), ("old", [3, 3], True))
         ],
     }  # fmt: skip
-    plan = {"teams": [group], "step_seconds": 1.0}
+    plan = {"groups": [group], "step_seconds": 1.0}
     assert from_plan(plan, DEEP).groups[0].formats == ("bf16", "fp16")
     group["precision"]["old"] = "tf32"
     with pytest.raises(InputError, match="the plan computes in tf32 on new and old"):

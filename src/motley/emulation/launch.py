@@ -21,12 +21,12 @@ import tyro
 from motley.emulation.netns import DEVICE, Cable, SlowLinks, endpoints_of
 from motley.emulation.roles import LINKS, Role, roles_of
 from motley.errors import InputError
-from motley.files import read_json
 from motley.fleet.inventory import load_fleet
 from motley.fleet.units import size_text
 from motley.launch.torchrun import Slot, TorchrunNode, job_words, run_with_restarts, tied_to_stdin
 from motley.parallel.communicator import free_port
 from motley.parallel.layout import ranks_of_pools
+from motley.plan.read_plan import read_plan
 from motley.progress import note
 
 ADDED = ("--plan", "--emulate", "--emulate-links")
@@ -90,7 +90,7 @@ def roles_asked(config: EmulatedLaunchConfig) -> list[Role]:
     fleet = load_fleet(config.fleet)
     if config.plan is None:
         return roles_of(str(config.fleet), fleet.chips, None)
-    plan = read_json(config.plan)
+    plan = read_plan(config.plan)
     try:
         size = sum(map(len, ranks_of_pools(plan).values()))
         return roles_of(str(config.fleet), size, plan)

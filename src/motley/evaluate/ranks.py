@@ -14,12 +14,12 @@ from motley.fleet.units import rate_text, size_text
 from motley.page import Html, element, figure, in_percent
 from motley.parallel.telemetry.step_stats import SETTLED
 from motley.parallel.telemetry.step_timer import WAITS, WORK, Span
-from motley.plan.cost_model.pipeline_trace import Kind, Work
+from motley.plan.cost_model.pipeline_trace import TracedWork, WorkKind
 from motley.plan.report.step_html import BOX, work_boxes
 from motley.plan.report.text import seconds_text
 from motley.svg import LEFT, WIDTH, Axes, fits, legend, line, path, rect, svg, text
 
-PASSES: Mapping[str, Kind] = {"forward": "F", "backward": "B", "weights": "W"}
+PASSES: Mapping[str, WorkKind] = {"forward": "F", "backward": "B", "weights": "W"}
 WAITED_FOR = {
     "neighbour": "a neighbour in the pipeline",
     "experts": "tokens of experts",
@@ -209,7 +209,7 @@ def _row(
     stage: int,
 ) -> Iterator[Html]:
     row = rows[number]
-    works = [Work(PASSES[s.kind], stage, s.micro_batch, s.start, s.end) for s in row if s.kind in PASSES]
+    works = [TracedWork(PASSES[s.kind], stage, s.micro_batch, s.start, s.end) for s in row if s.kind in PASSES]
     yield from work_boxes(works, axes, y, [colour] * (stage + 1))
     for span in row:
         first, width = axes.across(span.start), axes.across(span.end) - axes.across(span.start)

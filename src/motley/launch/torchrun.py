@@ -28,8 +28,8 @@ from typing import Annotated, Any
 import tyro
 
 from motley.errors import InputError
-from motley.files import read_json
 from motley.parallel.layout import ranks_of_pools
+from motley.plan.read_plan import read_plan
 from motley.progress import note
 
 STAGES_OF_TRAINING = ("pretrain", "sft")
@@ -124,7 +124,7 @@ def launch(config: LaunchConfig) -> dict[str, Any]:
 
     Raises InputError for hosts that do not fit the plan, and when a command failed.
     """
-    plan = read_json(config.plan)
+    plan = read_plan(config.plan)
     try:
         nodes = nodes_of(slots_of(plan, hosts_of(plan, config.hosts)))
     except (KeyError, TypeError) as error:
@@ -215,7 +215,7 @@ def slots_of(plan: Mapping[str, Any], hosts: Mapping[str, Sequence[str]]) -> lis
         if len(ranks) != entry["chips"]:
             raise InputError(
                 f"the plan gives {pool} {entry['chips']} chips but {len(ranks)} ranks (tensor or context "
-                "parallelism, which this runtime does not have); make the plan with --engine motley"
+                "parallelism, which this runtime does not have); make the plan with --framework motley"
             )
         even = len(ranks) % entry["chips_per_node"] == 0  # else some chips of every node stay idle
         each = entry["chips_per_node"] if even else math.ceil(len(ranks) / entry["nodes"])

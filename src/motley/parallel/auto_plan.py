@@ -30,7 +30,7 @@ from motley.plan.network.spec import deepseek
 from motley.plan.report.html import write_plan
 from motley.plan.report.plan_file import compared, spelled_out
 from motley.plan.search.search import Searcher
-from motley.plan.workload import Job
+from motley.plan.workload import Workload
 from motley.progress import note
 from motley.train.config import TrainingConfig
 
@@ -123,7 +123,7 @@ def planned_from_probe(
             shape, side_by_side(1, shape.num_hidden_layers, 1), 0, config.optimizer, moments=config.moments
         )
         each = kept.optimizer / (kept.weights / NUMBER_BYTES)
-        job = Job(deepseek(shape, "model"), tokens, config.seq_len, config.batch_rows, optimizer_bytes=each)
+        job = Workload(deepseek(shape, "model"), tokens, config.seq_len, config.batch_rows, optimizer_bytes=each)
         searcher = Searcher(parse_fleet(text, "these workers"), job, all_chips=True)
         found = searcher.best()
         if found is None:
@@ -142,7 +142,7 @@ def planned_from_probe(
     if comm.leads:
         said = "; ".join(
             f"{' then '.join(stage['pool'] for stage in group['stages'])} take {group['sequences']} rows"
-            for group in plan["teams"]
+            for group in plan["groups"]
         )
         note(f"the plan, {folder / PLAN_FILE}: {said}; about {plan['step_seconds']:.3g} s a step")
     return folder / PLAN_FILE, seated(islands_of_plan(plan, shape), seats(plan, chips))

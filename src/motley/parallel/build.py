@@ -15,7 +15,6 @@ import torch
 
 from motley import __version__
 from motley.errors import InputError
-from motley.files import read_json
 from motley.fleet.device import Format, choose_device
 from motley.fleet.inventory import Emulated
 from motley.fleet.probe import GLANCE_SECONDS, Machine, glance, most_seconds
@@ -35,6 +34,7 @@ from motley.parallel.memory_fit import (
 from motley.parallel.number_formats import asked_format, number_formats
 from motley.parallel.rank import Ranks
 from motley.plan.network.registry import trainable
+from motley.plan.read_plan import read_plan
 from motley.progress import note
 from motley.train.chip_kind import kind_of_chip
 from motley.train.config import TrainingConfig
@@ -82,10 +82,7 @@ def plan_of(config: TrainingConfig) -> dict[str, Any] | None:
     """The plan that the settings name, if any. Raises InputError for a file that is none."""
     if config.plan is None:
         return None
-    values = read_json(config.plan)
-    if not isinstance(values, dict) or not {"teams", "pools"} <= set(values):
-        raise InputError(f"{config.plan} is no plan as `motley plan --out` writes it")
-    return values
+    return read_plan(config.plan)
 
 
 PLANNED = {"model": "model", "seq_len": "seq_len", "batch_rows": "global_batch"}

@@ -245,13 +245,13 @@ def islands_of_plan(plan: Mapping[str, Any], config: ModelConfig) -> list[Island
     """The islands of a plan file, mostly one; as `from_plan`."""
     with _reading():
         found, rank = {}, 0
-        for group in plan["teams"]:
+        for group in plan["groups"]:
             workers = group["dp"] * len(group["stages"])
             found.setdefault(group["island"], []).append((group, range(rank, rank + workers)))
             rank += workers
         islands = []
         for members in found.values():
-            layout = from_plan({**plan, "teams": [group for group, _ in members]}, config)
+            layout = from_plan({**plan, "groups": [group for group, _ in members]}, config)
             ranks = tuple(rank for _, own in members for rank in own)
             islands.append(IslandLayout(ranks, layout, float(sum(group["sequences"] for group, _ in members))))
         return islands
@@ -270,7 +270,7 @@ def ranks_of_pools(plan: Mapping[str, Any]) -> dict[str, list[int]]:
     """Which ranks, in the order of `from_plan`, work on the first, second, ... chip of each pool."""
     ranks: dict[str, list[int]] = {entry["pool"]: [] for entry in plan["pools"]}
     workers = 0
-    for group in plan["teams"]:
+    for group in plan["groups"]:
         stages, copies = group["stages"], group["dp"]
         for number, stage in enumerate(stages):
             ranks[stage["pool"]] += [workers + copy * len(stages) + number for copy in range(copies)]
@@ -292,17 +292,17 @@ def _reading() -> Iterator[None]:
 def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
     groups, rates, rank = [], [], 0
     memory: list[float] = []
-    zero = max(int(entry["zero"]) for entry in plan["teams"])
-    for entry in plan["teams"]:
+    zero = max(int(entry["zero"]) for entry in plan["groups"])
+    for entry in plan["groups"]:
         pools = " and ".join(entry["pools"])
         if max(entry["tp"].values()) > 1 or entry["cp"] > 1:
             raise InputError(
                 f"the plan splits {pools} by tensor or context parallelism, which this runtime does not have; "
-                "make the plan with --engine motley"
+                "make the plan with --framework motley"
             )
         if entry["schedule"] not in ("1f1b", "zero_bubble"):
             raise InputError(f"the plan runs {pools} as {entry['schedule']}; this runtime has 1f1b and zero_bubble")
-        if entry["island"] != plan["teams"][0]["island"]:
+        if entry["island"] != plan["groups"][0]["island"]:
             raise InputError("the plan has several islands: each has a layout of its own")
         layers = tuple(
             stage["layers"][1] - stage["layers"][0] + 1 if stage["layers"] else 0 for stage in entry["stages"]

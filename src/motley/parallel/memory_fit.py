@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 
 from motley.errors import InputError
@@ -22,12 +21,12 @@ from motley.parallel.buckets import AT_ONCE, MESSAGE_BYTES
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Coordinates, IslandLayout, Layout, coordinates_of, island_of
 from motley.parallel.zero.partition import bytes_kept_anyway, bytes_kept_once, cut_shards, held_bytes
-from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Layouts
-from motley.plan.cost_model.framework import load_engine
-from motley.plan.cost_model.memory import in_flight, saved_bytes
+from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, ParallelConfigs
+from motley.plan.cost_model.framework import load_framework
+from motley.plan.cost_model.memory import in_flight_bytes
 from motley.plan.cost_model.operators import VALUE_BYTES
-from motley.plan.network.flops import parts
-from motley.plan.network.spec import shape_of
+from motley.plan.network.flops import network_parts
+from motley.plan.network.spec import network_of
 from motley.train.allocator import memory_bytes
 from motley.train.config import TrainingConfig
 from motley.train.optimizer import NUMBERS_AT_ONCE, OptimizerName
@@ -44,7 +43,7 @@ STATES = {"muon": 1, "adamw": 2}  # tensors of a parameter's size (Muon leaves A
 
 def gathered_bytes(config: ModelConfig, optimizer: OptimizerName) -> int:
     """Of the whole state at a worker that writes a checkpoint: weights and optimizer state, all in fp32 there."""
-    return sum(part.parameters for part in parts(config, 0)) * (1 + STATES[optimizer]) * FP32_BYTES
+    return sum(part.parameters for part in network_parts(config, 0)) * (1 + STATES[optimizer]) * FP32_BYTES
 
 
 # ------------------------------------------------------------------------------------------ a crew
@@ -134,7 +133,7 @@ def in_passing_bytes(shape: ModelConfig, zero: int, workers: int) -> float:
 
     A checkpoint needs none of its own: it sends one message at a time (gather.py), when none of these is there.
     """
-    whole = sum(part.parameters for part in parts(shape, 0)) * FP32_BYTES
+    whole = sum(part.parameters for part in network_parts(shape, 0)) * FP32_BYTES
     travelling = whole / shape.num_hidden_layers if zero == 3 else whole
     messages = min(AT_ONCE * MESSAGE_BYTES, travelling) if workers > 1 else 0
     return messages + UPDATE_COPIES * min(NUMBERS_AT_ONCE * FP32_BYTES, whole)
@@ -142,17 +141,16 @@ def in_passing_bytes(shape: ModelConfig, zero: int, workers: int) -> float:
 
 def row_bytes(shape: ModelConfig, place: Coordinates, seq_len: int, number_bytes: int, recompute: bool) -> float:
     """Activations that a worker holds for one row of each micro-batch that its schedule has in flight."""
-    plain, engine = shape_of(shape, "model", ""), load_engine("motley-cpu")
+    plain, engine = network_of(shape, "model", ""), load_framework("motley-cpu")
     blocks = [block for block, count in plain.runs for _ in range(count)]
     own = [blocks[layer] for layer in place.group.stage_layers(place.stage)] + list(plain.mtp if place.last else ())
     how = RECOMPUTES.index("full" if recompute or place.group.recompute else "none")
-    one = Layouts.of(
+    one = ParallelConfigs.of(
         tp=1, cp=1, ep=1, dp=1, pp=place.group.stages, micro_batch=1, micro_batches=1, recompute=how,
         schedule=SCHEDULES.index(place.group.schedule), chunks=1, zero=0,
     )  # fmt: skip
-    saved = sum(float(saved_bytes(block, plain, one, engine, seq_len)[0]) for block in own)
-    flights = float(in_flight(one, np.array([place.stage]))[0])
-    return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES * flights)
+    saved = float(in_flight_bytes(own, place.stage, plain, one, engine, seq_len)[0])
+    return max(1.0, SPARE * saved * number_bytes / VALUE_BYTES)
 
 
 def held_and_row(

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import tyro
 
 from motley.errors import InputError
-from motley.files import read_json, write_text
+from motley.files import write_text
 from motley.fleet.inventory import load_fleet
-from motley.plan.cost_model.framework import ALIASES, ENGINES
+from motley.plan.cost_model.framework import ALIASES, FRAMEWORKS
 from motley.plan.network.describe import describe_model
-from motley.plan.network.registry import find_shape
-from motley.plan.network.spec import Shape
+from motley.plan.network.registry import find_network
+from motley.plan.network.spec import NetworkSpec
+from motley.plan.read_plan import read_plan
 from motley.plan.report.html import write_plan
 from motley.plan.report.plan_file import compared, spelled_out
 from motley.plan.report.simulation_html import simulation_page
@@ -23,7 +24,7 @@ from motley.plan.search.objective import Objective, best_plan
 from motley.plan.search.search import Searcher
 from motley.plan.simulation.simulate import SimulateSettings, simulate_plan
 from motley.plan.validation.accuracy import evaluate_cases
-from motley.plan.workload import Job, default_batch
+from motley.plan.workload import Workload, default_batch
 from motley.progress import Progress, note
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -48,8 +49,10 @@ class PlanConfig:
     """time; cost; chips (the fewest, under a deadline)."""
     deadline_days: float | None = None
     """The longest it may take, failures not counted."""
-    engine: str = "motley"
-    """Whose efficiencies to assume: motley, or one of the published systems."""
+    framework: str = "motley"
+    """Training framework whose efficiencies to assume: motley, or one of the published ones."""
+    engine: str | None = None
+    """Old name of --framework."""
     fp8: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compute products in fp8 on chips that can."""
     losses: Path | None = None
@@ -58,7 +61,9 @@ class PlanConfig:
     """The plan file to write; its picture goes beside it as HTML."""
 
     def __post_init__(self) -> None:
-        _engine(self.engine)
+        for option, name in (("--framework", self.framework), ("--engine", self.engine or self.framework)):
+            if ALIASES.get(name, name) not in FRAMEWORKS:
+                raise InputError(f"{option} is {name!r}; there are {', '.join(FRAMEWORKS)}")
         for name in ("seq_len", "global_batch", "deadline_days"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -96,7 +101,11 @@ class SimulateConfig(SimulateSettings):
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
-    shape = find_shape(config.model)
+    framework = config.framework
+    if config.engine is not None:
+        note("--engine is called --framework now")
+        framework = config.engine
+    shape = find_network(config.model)
     fleet = load_fleet(config.fleet)
     laws = load_laws(config.losses)
     tokens = parse_tokens(config.tokens)
@@ -107,9 +116,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
             f"--tokens {config.tokens} are fewer than one step of {batch:,} sequences of {seq_len:,} tokens; "
             f"give more tokens or a smaller --global-batch"
         )
-    job = Job(shape, tokens, seq_len, batch, ALIASES.get(config.engine, config.engine), config.fp8)
-    with Progress("costing teams", total=None, unit="teams") as bar:
-        searcher = Searcher(fleet, job, lambda team: bar.advance(1, team=team))
+    workload = Workload(shape, tokens, seq_len, batch, ALIASES.get(framework, framework), config.fp8)
+    with Progress("costing groups", total=None, unit="groups") as bar:
+        searcher = Searcher(fleet, workload, lambda group: bar.advance(1, group=group))
     deadline = None if config.deadline_days is None else 86400 * config.deadline_days
     chosen, found = best_plan(searcher, config.objective, deadline)
     result = spelled_out(found)
@@ -125,7 +134,7 @@ def plan_summary(result: dict[str, Any]) -> str:
 
 
 def describe(config: DescribeConfig) -> dict[str, Any]:
-    shape = find_shape(config.model)
+    shape = find_network(config.model)
     return describe_model(shape, _within_context(config.seq_len, shape))
 
 
@@ -145,11 +154,8 @@ def evaluate_summary(result: dict[str, Any]) -> str:
 
 
 def simulate(config: SimulateConfig) -> dict[str, Any]:
-    values = read_json(config.plan)
-    if not isinstance(values, dict):
-        raise InputError(f"{config.plan} is no plan as `motley plan --out` writes it")
     settings = SimulateSettings(**{item.name: getattr(config, item.name) for item in fields(SimulateSettings)})
-    result = simulate_plan(values, settings)
+    result = simulate_plan(read_plan(config.plan), settings)
     page = config.out or config.plan.with_name(f"{config.plan.stem}-simulated.html")
     write_text(page, simulation_page(result))
     return {**result, "page": str(page)}
@@ -172,13 +178,8 @@ def parse_tokens(text: str) -> float:
     return tokens
 
 
-def _within_context(seq_len: int | None, shape: Shape) -> int:
+def _within_context(seq_len: int | None, shape: NetworkSpec) -> int:
     """The length asked for, or what training usually takes; refused where the model cannot see so far."""
     if seq_len is not None and seq_len > shape.max_context:
         raise InputError(f"--seq-len {seq_len} is longer than the context of {shape.name}, {shape.max_context}")
     return seq_len or min(4096, shape.max_context)
-
-
-def _engine(name: str) -> None:
-    if ALIASES.get(name, name) not in ENGINES:
-        raise InputError(f"--engine is {name!r}; there are {', '.join(ENGINES)}")

@@ -18,7 +18,7 @@ import yaml
 
 from motley.errors import InputError
 from motley.plan.network.flops import multiplying_parameters
-from motley.plan.network.spec import Shape
+from motley.plan.network.spec import NetworkSpec
 
 MOST_BEYOND = 1000.0  # times the compute of a law's largest run, up to which it is asked
 POWERS = (0.02, 1.5)  # among which exponents are looked for
@@ -27,7 +27,7 @@ SPARSE, DENSE = "sparse", "dense"
 
 
 @dataclass(frozen=True)
-class Run:
+class FittedRun:
     """One finished run: parameters that multiply a token, tokens, held-out loss in nats per token."""
 
     parameters: float
@@ -40,7 +40,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Law:
+class LossLaw:
     """The loss by parameters and tokens.
 
     Attributes:
@@ -72,7 +72,7 @@ class Law:
         return parameters, flops / 6 / parameters
 
 
-def fitted(runs: Sequence[Run], about: str) -> Law:
+def fitted(runs: Sequence[FittedRun], about: str) -> LossLaw:
     """The law with the least squares of relative errors: exponents by a grid that closes in, factors by linear algebra.
 
     Raises InputError where runs are too few, or alike, to tell its five numbers.
@@ -105,10 +105,10 @@ def fitted(runs: Sequence[Run], about: str) -> Law:
         low, high = middle - 2 * step, middle + 2 * step
     error, (floor, a, b) = solved(best[1], best[2])
     largest = max(run.flops for run in runs)
-    return Law(float(floor), float(a), best[1], float(b), best[2], len(runs), largest, float(np.sqrt(error)), about)
+    return LossLaw(float(floor), float(a), best[1], float(b), best[2], len(runs), largest, float(np.sqrt(error)), about)
 
 
-def load_laws(file: Path | None = None) -> dict[str, Law]:
+def load_laws(file: Path | None = None) -> dict[str, LossLaw]:
     """Laws by kind of model, from a file, or those that motley has. Raises InputError for a file that holds none."""
     text = files("motley.plan").joinpath("losses.yaml").read_text("utf-8") if file is None else _read(file)
     try:
@@ -122,10 +122,10 @@ def load_laws(file: Path | None = None) -> dict[str, Law]:
     return laws
 
 
-def _law(values: Mapping[str, Any]) -> Law:
+def _law(values: Mapping[str, Any]) -> LossLaw:
     """Raises KeyError, TypeError or ValueError for values that are none of a law."""
     numbers = {name: float(value) for name, value in values.items() if name != "about"}
-    law = Law(**{**numbers, "runs": int(numbers["runs"]), "about": str(values["about"])})  # pyright: ignore[reportArgumentType]
+    law = LossLaw(**{**numbers, "runs": int(numbers["runs"]), "about": str(values["about"])})  # pyright: ignore[reportArgumentType]
     if not all(0 < getattr(law, name) < np.inf for name in ("a", "alpha", "b", "beta", "largest_flops")):
         raise ValueError("factors, powers and largest_flops must be above 0")
     return law
@@ -138,7 +138,7 @@ def _read(file: Path) -> str:
         raise InputError(f"--losses {file} cannot be read: {error}") from None
 
 
-def expected_loss(laws: Mapping[str, Law], shape: Shape, tokens: float) -> dict[str, Any] | None:
+def expected_loss(laws: Mapping[str, LossLaw], shape: NetworkSpec, tokens: float) -> dict[str, Any] | None:
     """What a model is expected to come to after so many tokens; None where there is no law of its kind.
 
     Too far beyond the law's runs the loss is None, and only how far is known.

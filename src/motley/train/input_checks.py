@@ -20,7 +20,7 @@ from motley.files import read_json
 from motley.fleet.probe import device_memory, host_memory, in_gigabytes
 from motley.model import ModelConfig
 from motley.model.find import find_model
-from motley.plan.network.flops import parts
+from motley.plan.network.flops import network_parts
 from motley.train.optimizer import MOMENTS, Moments, OptimizerName
 
 FP32_BYTES = 4
@@ -57,7 +57,7 @@ def check_length(config: ModelConfig, seq_len: int) -> None:
 def state_bytes(config: ModelConfig, optimizer: OptimizerName, moments: Moments = "fp32") -> int:
     """The least that training holds: weights, gradients and optimizer state; activations come on top."""
     each = 2 * FP32_BYTES + STATES[optimizer] * MOMENTS[moments].itemsize
-    return sum(part.parameters for part in parts(config, 0)) * each
+    return sum(part.parameters for part in network_parts(config, 0)) * each
 
 
 def check_memory(

@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Layouts:
+class ParallelConfigs:
     """Candidates side by side; every field is an array [candidates] of whole numbers.
 
     Attributes:
@@ -53,8 +53,8 @@ class Layouts:
     def __len__(self) -> int:
         return len(self.tp)
 
-    def __getitem__(self, index: object) -> "Layouts":
-        return Layouts(*(np.atleast_1d(getattr(self, field.name)[index]) for field in fields(self)))
+    def __getitem__(self, index: object) -> "ParallelConfigs":
+        return ParallelConfigs(*(np.atleast_1d(getattr(self, field.name)[index]) for field in fields(self)))
 
     @property
     def replica(self) -> Ints:

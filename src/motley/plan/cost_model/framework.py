@@ -1,7 +1,7 @@
 """What a training system makes of a chip: efficiencies, overheads and habits, as data with their provenance.
 
-Published systems differ by a factor of two to three on the same chips, so the numbers belong to the engine, not to the
-chip. Each file in `frameworks/` holds one engine; `fitted` says on which measurements, by which command.
+Published systems differ by a factor of two to three on the same chips, so the numbers belong to the framework, not
+to the chip. Each file in `frameworks/` holds one; `fitted` says on which measurements, by which command.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -17,7 +17,7 @@ from motley.plan.cost_model.configs import Floats, Ints
 
 NEAR_OCTAVES = 0.35
 FADE = 0.02
-ENGINES = (
+FRAMEWORKS = (
     "motley",
     "motley-cpu",
     "motley-cpu-plain",
@@ -50,7 +50,7 @@ HOST_SECONDS = (
 
 
 @dataclass(frozen=True)
-class Engine:
+class Framework:
     """Constants of the cost model for one training system.
 
     Attributes:
@@ -86,10 +86,10 @@ class Engine:
         muon_efficiency: how fast those are, against products of layers of the same size.
         optimizer_seconds, step_seconds: fixed costs: per layer of the optimizer, per step.
         skew: share of a step lost in waiting for the slowest rank, per doubling of the nodes.
-        waiting: share of a step that teams, however many, wait for each other: rows follow speeds that jitter.
+        waiting: share of a step that groups, however many, wait for each other: rows follow speeds that jitter.
         most_tensor, most_context: largest degrees of tensor and context parallelism it can run.
         most_zero: highest ZeRO stage it has.
-        zero_over: among whom ZeRO shares: equal chips of a "team", or all of an "island", by speed within memory. Over
+        zero_over: among whom ZeRO shares: equal chips of a "group", or all of an "island", by speed within memory. Over
             an island stages 2 and 3 are for chips that each compute with the whole model.
         schedules: of pipelines that it can run: 1f1b, interleaved (1f1b of several chunks), zero_bubble, dualpipe.
         mtp_with_head: whether MTP modules stay on the last stage, with the head that they share.
@@ -146,7 +146,7 @@ class Engine:
     most_tensor: int
     most_context: int
     most_zero: int
-    zero_over: Literal["team", "island"]
+    zero_over: Literal["group", "island"]
     schedules: tuple[str, ...]
     mtp_with_head: bool
     balanced_stages: bool
@@ -163,7 +163,7 @@ class Engine:
         kinds = ("optimizer", "gradient", "weight")
         return sum(self.state_bytes[kind] for kind in (kinds[:zero] if self.zero_over == "island" else kinds[:1]))
 
-    def at_speed(self, speed: float) -> "Engine":
+    def at_speed(self, speed: float) -> "Framework":
         """The same on chips that are slowed down to a share of their speed, with whatever the host does for them."""
         return replace(self, **{name: getattr(self, name) / speed for name in HOST_SECONDS})
 
@@ -183,19 +183,19 @@ class Engine:
 
 
 @cache
-def load_engine(name: str) -> Engine:
+def load_framework(name: str) -> Framework:
     """Read `frameworks/NAME.yaml`. Raises InputError for a name that is none."""
     name = ALIASES.get(name, name)
-    if name not in ENGINES:
-        raise InputError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
-    return engine_from(
+    if name not in FRAMEWORKS:
+        raise InputError(f"there is no framework {name!r}; there are {', '.join(FRAMEWORKS)}")
+    return framework_from(
         yaml.safe_load(files("motley.plan.cost_model").joinpath(f"frameworks/{name}.yaml").read_text("utf-8"))
     )
 
 
-def engine_from(values: dict[str, Any]) -> Engine:
-    names = {field.name for field in fields(Engine)}
+def framework_from(values: dict[str, Any]) -> Framework:
+    names = {field.name for field in fields(Framework)}
     if set(values) != names:
-        raise InputError(f"engine {values.get('name')}: fields missing or unknown: {sorted(names ^ set(values))}")
+        raise InputError(f"framework {values.get('name')}: fields missing or unknown: {sorted(names ^ set(values))}")
     lists = {name: tuple(values[name]) for name in ("fitted", "expert_bytes", "schedules", "recomputes")}
-    return Engine(**{**values, **lists, "measured": tuple(tuple(point) for point in values["measured"])})
+    return Framework(**{**values, **lists, "measured": tuple(tuple(point) for point in values["measured"])})

@@ -12,7 +12,7 @@ import numpy as np
 from motley.fleet.chips import GIGA, Chip
 from motley.fleet.inventory import LATENCY, Pool
 from motley.plan.cost_model.configs import Floats, Ints
-from motley.plan.cost_model.framework import Engine
+from motley.plan.cost_model.framework import Framework
 
 CONTEXT_BYTES = 1.5 * 2**30  # of an accelerator: driver context, libraries, communicators
 PRECISION_ORDER = ("bf16", "fp16", "fp32")
@@ -31,7 +31,7 @@ class Hardware:
         network: bytes/s per direction and NODE to other nodes.
         latency: seconds of the network, one way.
         peak: FLOP/s per number format that shares of the peak are stated of (the sheet's, or the best measured).
-        curves: per number format, measured (groups, rows, inner, columns, FLOP/s); empty: the engine's curves hold.
+        curves: per number format, measured (matrices, rows, inner, columns, FLOP/s); empty: the framework's hold.
     """
 
     chip: str
@@ -99,7 +99,7 @@ class Hardware:
         )
 
     def curve_factor(
-        self, precision: str, groups: float, rows: Floats, inner: Floats | float, outer: Floats | float
+        self, precision: str, matrices: float, rows: Floats, inner: Floats | float, outer: Floats | float
     ) -> Floats | None:
         """Share of `flops` that products of this size reach, from measured ones nearby; None where none were measured.
 
@@ -112,7 +112,7 @@ class Hardware:
         asked = np.stack(
             [np.log2(np.maximum(np.broadcast_to(x, rows.shape), 1.0)) for x in (rows, inner, outer)], axis=-1
         )
-        distance = ((asked[..., None, :] - known) ** 2).sum(axis=-1) + ((points[:, 0] > 1) != (groups > 1)) * 1.0
+        distance = ((asked[..., None, :] - known) ** 2).sum(axis=-1) + ((points[:, 0] > 1) != (matrices > 1)) * 1.0
         weight = 1 / (0.05 + distance) ** 2
         share = np.log2(points[:, 4] / self.flops[precision])
         return 2 ** ((weight * share).sum(axis=-1) / weight.sum(axis=-1))
@@ -128,43 +128,45 @@ class Hardware:
         """
         return np.minimum(degree, np.maximum(self.chips_per_node // np.maximum(inside, 1), 1))
 
-    def all_reduce(self, degree: Ints, span: Ints, sent: Floats, engine: Engine) -> Floats:
+    def all_reduce(self, degree: Ints, span: Ints, sent: Floats, framework: Framework) -> Floats:
         """Seconds to sum `sent` bytes over `degree` ranks that together span `span` chips."""
-        return 2 * self.all_gather(degree, span, sent, engine)
+        return 2 * self.all_gather(degree, span, sent, framework)
 
-    def all_gather(self, degree: Ints, span: Ints, whole: Floats, engine: Engine) -> Floats:
+    def all_gather(self, degree: Ints, span: Ints, whole: Floats, framework: Framework) -> Floats:
         """Seconds until every rank has `whole` bytes, of which each held one part (a reduce-scatter costs the same)."""
         local = self.in_node(degree, span // np.maximum(degree, 1))
         nodes = np.maximum(degree // local, 1)
         link = np.where(span == 2, self.pair, self.link)
-        inside = (local - 1) / local * whole / (link * engine.link_efficiency)
-        share = self.network_per_chip * local * engine.network_efficiency
+        inside = (local - 1) / local * whole / (link * framework.link_efficiency)
+        share = self.network_per_chip * local * framework.network_efficiency
         between = (nodes - 1) / nodes * whole / share
-        latency = (local - 1) * engine.collective_seconds / 2
-        far = np.log2(np.maximum(nodes, 1)) * (engine.network_seconds + self.latency) / 2
+        latency = (local - 1) * framework.collective_seconds / 2
+        far = np.log2(np.maximum(nodes, 1)) * (framework.network_seconds + self.latency) / 2
         return np.where(nodes > 1, inside / np.maximum(nodes, 1) + between, inside) + latency + far
 
-    def all_to_all(self, degree: Ints, stride: Ints, sent: Floats, copies: Ints, groups: int, engine: Engine) -> Floats:
+    def all_to_all(
+        self, degree: Ints, stride: Ints, sent: Floats, copies: Ints, most_nodes: int, framework: Framework
+    ) -> Floats:
         """Seconds until each rank has sent `sent` bytes times the `copies` that its tokens need, to ranks of its group.
 
-        Over the network a token goes to a node once (to at most `groups` nodes if that is above 0).
+        Over the network a token goes to a node once (to at most `most_nodes` nodes if that is above 0).
         """
         local = self.in_node(degree, stride)
         nodes = np.maximum(degree // local, 1)
         # Expected nodes hit by `copies` even draws, its own node not counted.
         hit = nodes * (1 - (1 - 1 / nodes) ** copies)
-        if groups:
-            hit = np.minimum(hit, groups)
-        over_network = sent * hit * (nodes - 1) / nodes / (self.network_per_chip * engine.network_efficiency)
-        inside = sent * copies * (local - 1) / local / (self.link * engine.link_efficiency)
+        if most_nodes:
+            hit = np.minimum(hit, most_nodes)
+        over_network = sent * hit * (nodes - 1) / nodes / (self.network_per_chip * framework.network_efficiency)
+        inside = sent * copies * (local - 1) / local / (self.link * framework.link_efficiency)
         messages = 4 * (
-            np.log2(np.maximum(degree, 1)) * engine.collective_seconds
-            + (nodes > 1) * (engine.network_seconds + self.latency)
+            np.log2(np.maximum(degree, 1)) * framework.collective_seconds
+            + (nodes > 1) * (framework.network_seconds + self.latency)
         )
         return np.maximum(over_network, inside) + messages
 
-    def send(self, sent: Floats, outside: object, engine: Engine) -> Floats:
+    def send(self, sent: Floats, outside: object, framework: Framework) -> Floats:
         """Seconds of one message to a neighbour; `outside` (array of truth values) says whether it leaves the node."""
-        inside = sent / (self.link * engine.link_efficiency)
-        over = sent / (self.network_per_chip * engine.network_efficiency) + self.latency
-        return engine.message_seconds + np.where(np.asarray(outside), over, inside)
+        inside = sent / (self.link * framework.link_efficiency)
+        over = sent / (self.network_per_chip * framework.network_efficiency) + self.latency
+        return framework.message_seconds + np.where(np.asarray(outside), over, inside)

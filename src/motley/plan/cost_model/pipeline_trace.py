@@ -15,21 +15,23 @@ from typing import Literal
 
 from motley.plan.cost_model.configs import Schedule
 
-Kind = Literal["F", "B", "W"]
+WorkKind = Literal["F", "B", "W"]
 
 
 @dataclass(frozen=True)
-class Work:
+class TracedWork:
     """One box: `kind` of work on a micro-batch of a stage, from `start` to `end` seconds."""
 
-    kind: Kind
+    kind: WorkKind
     stage: int
     micro_batch: int
     start: float
     end: float
 
 
-def timeline(seconds: Sequence[tuple[float, float, float]], micro_batches: int, schedule: Schedule) -> list[list[Work]]:
+def timeline(
+    seconds: Sequence[tuple[float, float, float]], micro_batches: int, schedule: Schedule
+) -> list[list[TracedWork]]:
     """What every chip of one copy does in a step.
 
     Args:
@@ -39,17 +41,19 @@ def timeline(seconds: Sequence[tuple[float, float, float]], micro_batches: int, 
     """
     pp, split = len(seconds), schedule != "1f1b"
     half = (micro_batches + 1) // 2 if schedule == "dualpipe" else micro_batches  # from here on from the other end
-    done: list[list[Work]] = [[] for _ in range(pp)]
-    ready: list[dict[tuple[Kind, int], list[int]]] = [{} for _ in range(pp)]  # of a chip: (kind, stage) → micro-batches
+    done: list[list[TracedWork]] = [[] for _ in range(pp)]
+    ready: list[dict[tuple[WorkKind, int], list[int]]] = [
+        {} for _ in range(pp)
+    ]  # of a chip: (kind, stage) → micro-batches
     flying: dict[tuple[int, bool], int] = {}  # (stage, from the other end) → micro-batches
     busy = [False] * pp
-    ends: list[tuple[float, int, Kind, int, int]] = []  # (end, chip, kind, micro-batch, stage)
+    ends: list[tuple[float, int, WorkKind, int, int]] = []  # (end, chip, kind, micro-batch, stage)
 
-    def add(kind: Kind, micro: int, stage: int) -> None:
+    def add(kind: WorkKind, micro: int, stage: int) -> None:
         chip = pp - 1 - stage if micro >= half else stage
         heapq.heappush(ready[chip].setdefault((kind, stage), []), micro)
 
-    def urgency(choice: tuple[Kind, int]) -> tuple[int, int]:
+    def urgency(choice: tuple[WorkKind, int]) -> tuple[int, int]:
         """Backward before forward before W, late stages before early ones: both bring micro-batches to their end."""
         return "BFW".index(choice[0]), -choice[1]
 
@@ -70,7 +74,7 @@ def timeline(seconds: Sequence[tuple[float, float, float]], micro_batches: int, 
             forward, inputs, weights = seconds[stage]
             takes = {"F": forward, "B": inputs if split else inputs + weights, "W": weights}[kind]
             busy[chip] = True
-            done[chip].append(Work(kind, stage, micro, now, now + takes))
+            done[chip].append(TracedWork(kind, stage, micro, now, now + takes))
             heapq.heappush(ends, (now + takes, chip, kind, micro, stage))
             return
 

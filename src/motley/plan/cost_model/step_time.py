@@ -11,9 +11,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from motley.plan.cost_model.balance import balanced
-from motley.plan.cost_model.configs import SCHEDULES, Floats, Ints, Layouts
-from motley.plan.cost_model.framework import Engine
+from motley.plan.cost_model.configs import SCHEDULES, Floats, Ints, ParallelConfigs
+from motley.plan.cost_model.framework import Framework
 from motley.plan.cost_model.hardware import Hardware
 from motley.plan.cost_model.operators import (
     VALUE_BYTES,
@@ -25,7 +24,8 @@ from motley.plan.cost_model.operators import (
     muon_seconds,
     summed,
 )
-from motley.plan.network.spec import Block, Shape
+from motley.plan.cost_model.stage_balance import balanced
+from motley.plan.network.spec import BlockSpec, NetworkSpec
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StepSeconds:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldParameters:
     """What a piece, or a stage of them, holds before any parallelism, in dense parts and in routed experts.
 
     `muon` seconds: orthogonalising its updates on one chip. Numbers, or arrays of candidates.
@@ -54,68 +54,83 @@ class Held:
     dense_muon: Floats | float = 0.0
     expert_muon: Floats | float = 0.0
 
-    def __add__(self, other: "Held") -> "Held":
-        return Held(
+    def __add__(self, other: "HeldParameters") -> "HeldParameters":
+        return HeldParameters(
             self.dense + other.dense,
             self.experts + other.experts,
             self.dense_muon + other.dense_muon,
             self.expert_muon + other.expert_muon,
         )
 
-    def __mul__(self, factor: Floats | float) -> "Held":
-        return Held(self.dense * factor, self.experts * factor, self.dense_muon * factor, self.expert_muon * factor)
+    def __mul__(self, factor: Floats | float) -> "HeldParameters":
+        return HeldParameters(
+            self.dense * factor, self.experts * factor, self.dense_muon * factor, self.expert_muon * factor
+        )
+
+
+PieceKind = tuple[str, BlockSpec | None]
+"""What a piece is ("embedding", "layer", "mtp", "head"), and its layer if it has one."""
 
 
 @dataclass(frozen=True)
-class Items:
+class NetworkPieces:
     """The pieces that stages are made of, in order: embedding, layers, MTP modules, head. Seconds per micro-batch.
 
     `kinds[i]` is (what, block or None); equal kinds share their arrays. The last `together` pieces are never parted.
     """
 
-    kinds: tuple[tuple[str, Block | None], ...]
+    kinds: tuple[PieceKind, ...]
     seconds: tuple[LayerSeconds, ...]
-    held: tuple["Held", ...]
+    held: tuple["HeldParameters", ...]
     together: int
 
-    def cut(self, pp: int, engine: Engine, candidate: int) -> list[slice]:
-        """The stages into which an engine cuts them for a candidate."""
-        if not engine.balanced_stages or pp == 1:
+    def cut(self, pp: int, framework: Framework, candidate: int) -> list[slice]:
+        """The stages into which a framework cuts them for a candidate."""
+        if not framework.balanced_stages or pp == 1:
             return even_stages(self, pp)
         return balanced([float(piece.total[candidate]) for piece in self.seconds], pp, self.together)
 
+    def held_by_stage(self, cut: list[slice], shape: NetworkSpec) -> list[HeldParameters]:
+        """Parameters of each stage. On a single one, a tied head and the embedding are one table."""
+        held = [sum(self.held[part], start=HeldParameters(0.0, 0.0)) for part in cut]
+        if shape.tied and len(cut) == 1:
+            held[0] = held[0] + HeldParameters(-float(shape.head.parameters), 0.0)
+        return held
 
-def items(shape: Shape, layouts: Layouts, seq: int, hardware: Hardware, engine: Engine, precision: str) -> Items:
+
+def network_pieces(
+    shape: NetworkSpec, configs: ParallelConfigs, seq: int, hardware: Hardware, framework: Framework, precision: str
+) -> NetworkPieces:
     """Cost every piece of the network once per kind."""
-    costed: dict[Block, LayerSeconds] = {
-        block: layer_seconds(block, shape, layouts, seq, hardware, engine, precision) for block, _ in shape.runs
+    costed: dict[BlockSpec, LayerSeconds] = {
+        block: layer_seconds(block, shape, configs, seq, hardware, framework, precision) for block, _ in shape.runs
     }
-    kinds: list[tuple[str, Block | None]] = [("embedding", None)]
-    seconds = [embedding_seconds(shape, layouts, seq, hardware, engine)]
-    held = [Held(float(shape.embedding_parameters), 0.0)]
+    kinds: list[PieceKind] = [("embedding", None)]
+    seconds = [embedding_seconds(shape, configs, seq, hardware, framework)]
+    held = [HeldParameters(float(shape.embedding_parameters), 0.0)]
     for block in shape.blocks:
         kinds.append(("layer", block))
         seconds.append(costed[block])
-        held.append(_held(block, hardware, engine, precision))
+        held.append(_held_parameters(block, hardware, framework, precision))
     for block in shape.mtp:
         kinds.append(("mtp", block))
-        seconds.append(mtp_seconds(block, shape, layouts, seq, hardware, engine, precision))
+        seconds.append(mtp_seconds(block, shape, configs, seq, hardware, framework, precision))
         around = shape.mtp_projection().parameters + 3 * shape.hidden_size
-        held.append(_held(block, hardware, engine, precision) + Held(float(around), 0.0))
+        held.append(_held_parameters(block, hardware, framework, precision) + HeldParameters(float(around), 0.0))
     kinds.append(("head", None))
-    seconds.append(head_seconds(shape, layouts, seq, hardware, engine, precision))
+    seconds.append(head_seconds(shape, configs, seq, hardware, framework, precision))
     # A tied head is the embedding's table: the last stage keeps a copy of it when the first is another one.
-    held.append(Held(float(shape.head.parameters) + shape.final_norm, 0.0))
-    together = 1 + len(shape.mtp) if engine.mtp_with_head else 1
-    return Items(tuple(kinds), tuple(seconds), tuple(held), together)
+    held.append(HeldParameters(float(shape.head.parameters) + shape.final_norm, 0.0))
+    together = 1 + len(shape.mtp) if framework.mtp_with_head else 1
+    return NetworkPieces(tuple(kinds), tuple(seconds), tuple(held), together)
 
 
-def _held(block: Block, hardware: Hardware, engine: Engine, precision: str) -> Held:
+def _held_parameters(block: BlockSpec, hardware: Hardware, framework: Framework, precision: str) -> HeldParameters:
     experts = float(block.expert_parameters)
-    return Held(block.parameters - experts, experts, *muon_seconds(block, hardware, engine, precision))
+    return HeldParameters(block.parameters - experts, experts, *muon_seconds(block, hardware, framework, precision))
 
 
-def even_stages(pieces: Items, pp: int) -> list[slice]:
+def even_stages(pieces: NetworkPieces, pp: int) -> list[slice]:
     """Megatron's split: equal numbers of layers (the first stages take what is left over); ends ride along."""
     layers = sum(1 for what, _ in pieces.kinds if what == "layer")
     base, extra = divmod(layers, pp)
@@ -125,47 +140,50 @@ def even_stages(pieces: Items, pp: int) -> list[slice]:
 
 
 def step_seconds(
-    shape: Shape, layouts: Layouts, seq: int, hardware: Hardware, engine: Engine, precision: str
+    shape: NetworkSpec, configs: ParallelConfigs, seq: int, hardware: Hardware, framework: Framework, precision: str
 ) -> StepSeconds:
-    """Steps of layouts, cut into stages as the engine does. All layouts must share the same `pp`."""
-    pp = int(layouts.pp[0])
-    if not (layouts.pp == pp).all():
+    """Steps of layouts, cut into stages as the framework does. All layouts must share the same `pp`."""
+    pp = int(configs.pp[0])
+    if not (configs.pp == pp).all():
         raise ValueError("step_seconds takes layouts of one pipeline depth at a time")
-    pieces = items(shape, layouts, seq, hardware, engine, precision)
-    if not engine.balanced_stages or pp == 1:
-        return _of_stages(shape, layouts, hardware, engine, pieces, pieces.cut(pp, engine, 0), seq)
+    pieces = network_pieces(shape, configs, seq, hardware, framework, precision)
+    if not framework.balanced_stages or pp == 1:
+        return _of_stages(shape, configs, hardware, framework, pieces, pieces.cut(pp, framework, 0), seq)
     rows = []
-    for index in range(len(layouts)):
-        cut = pieces.cut(pp, engine, index)
+    for index in range(len(configs)):
+        cut = pieces.cut(pp, framework, index)
         own = replace(pieces, seconds=tuple(piece.at(index) for piece in pieces.seconds))
-        rows.append(_of_stages(shape, layouts[index], hardware, engine, own, cut, seq))
+        rows.append(_of_stages(shape, configs[index], hardware, framework, own, cut, seq))
     names = ("compute", "communication", "bubble", "optimizer")
     return StepSeconds(*(np.concatenate([getattr(row, name) for row in rows]) for name in names))
 
 
 def _of_stages(
-    shape: Shape, layouts: Layouts, hardware: Hardware, engine: Engine, pieces: Items, cut: list[slice], seq: int
+    shape: NetworkSpec,
+    configs: ParallelConfigs,
+    hardware: Hardware,
+    framework: Framework,
+    pieces: NetworkPieces,
+    cut: list[slice],
+    seq: int,
 ) -> StepSeconds:
     total = [summed(pieces.seconds[part]) for part in cut]
-    held = [sum(pieces.held[part], start=Held(0.0, 0.0)) for part in cut]
-    if shape.tied and len(cut) == 1:
-        held[0] = held[0] + Held(-float(shape.head.parameters), 0.0)
-    return combine(shape, layouts, seq, hardware, engine, total, held)
+    return combine(shape, configs, seq, hardware, framework, total, pieces.held_by_stage(cut, shape))
 
 
 def combine(
-    shape: Shape,
-    layouts: Layouts,
+    shape: NetworkSpec,
+    configs: ParallelConfigs,
     seq: int,
     hardware: Hardware,
-    engine: Engine,
+    framework: Framework,
     stages: list[LayerSeconds],
-    held: list[Held],
+    held: list[HeldParameters],
 ) -> StepSeconds:
     """From seconds per micro-batch and stage to the whole step."""
-    pp, m = len(stages), layouts.micro_batches.astype(np.float64)
-    tokens = layouts.micro_batch * seq / layouts.cp
-    if pp > 1 and (layouts.schedule == SCHEDULES.index("dualpipe")).all():
+    pp, m = len(stages), configs.micro_batches.astype(np.float64)
+    tokens = configs.micro_batch * seq / configs.cp
+    if pp > 1 and (configs.schedule == SCHEDULES.index("dualpipe")).all():
         # A chip holds stages i and p-1-i, and works on both directions in turn.
         stages = [(stage + twin) * 0.5 for stage, twin in zip(stages, reversed(stages), strict=True)]
         held = [(own + twin) * 0.5 for own, twin in zip(held, reversed(held), strict=True)]
@@ -174,30 +192,30 @@ def combine(
     compute = m * (busiest.forward + busiest.backward)
     exposed = m * busiest.communication
     uneven = m * slowest - compute - exposed
-    hop = np.zeros(len(layouts))
+    hop = np.zeros(len(configs))
     if pp > 1:
-        message = tokens * shape.hidden_size * VALUE_BYTES / layouts.tp
-        one = hardware.send(message, _stages_leave_node(layouts, hardware), engine)
+        message = tokens * shape.hidden_size * VALUE_BYTES / configs.tp
+        one = hardware.send(message, _stages_leave_node(configs, hardware), framework)
         hop = 2 * (pp - 1) * one
         slowest = np.maximum(slowest, one)  # messages run beside computing, unless the link is slower than that
     free = slowest - np.max([stage.hidden for stage in stages], axis=0)
-    gradients = gradient_seconds(shape, layouts, hardware, engine, held, m * slowest, np.maximum(free, 0.0))
-    nodes = np.maximum(layouts.chips / hardware.chips_per_node, 1)
-    waiting = (compute + exposed) * engine.skew * np.log2(nodes)
+    gradients = gradient_seconds(shape, configs, hardware, framework, held, m * slowest, np.maximum(free, 0.0))
+    nodes = np.maximum(configs.chips / hardware.chips_per_node, 1)
+    waiting = (compute + exposed) * framework.skew * np.log2(nodes)
     return StepSeconds(
         compute,
         exposed + hop + gradients + waiting,
-        bubble_seconds(layouts, stages) + np.maximum(uneven, 0),
-        optimizer_seconds(shape, layouts, hardware, engine, held),
+        bubble_seconds(configs, stages) + np.maximum(uneven, 0),
+        optimizer_seconds(shape, configs, hardware, framework, held),
     )
 
 
-def _stages_leave_node(layouts: Layouts, hardware: Hardware) -> NDArray[np.bool_]:
+def _stages_leave_node(configs: ParallelConfigs, hardware: Hardware) -> NDArray[np.bool_]:
     """Whether neighbouring stages sit on different nodes: pipelines are the outermost dimension."""
-    return layouts.tp * layouts.cp * layouts.dp >= hardware.chips_per_node
+    return configs.tp * configs.cp * configs.dp >= hardware.chips_per_node
 
 
-def bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
+def bubble_seconds(configs: ParallelConfigs, stages: list[LayerSeconds]) -> Floats:
     """Idle seconds that a schedule leaves in the pipeline.
 
     1F1B: (p-1)(F+B), cut by interleaved chunks; zero bubble: `zero_bubble_seconds`; DualPipe: (p/2-1)(F&B+B-3W), with
@@ -205,7 +223,7 @@ def bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
     """
     pp = len(stages)
     if pp == 1:
-        return np.zeros(len(layouts))
+        return np.zeros(len(configs))
     mean = summed(stages) * (1 / pp)
     slowest = np.max([stage.total for stage in stages], axis=0)
     through = np.sum([stage.total for stage in stages], axis=0)
@@ -213,13 +231,13 @@ def bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
     weight = np.minimum(mean.weight, mean.total / 3)
     both, backward = mean.total, mean.backward + mean.communication / 2
     dual = np.maximum((pp / 2 - 1) * (both + backward - 3 * weight), 0.0)
-    once = layouts.schedule == SCHEDULES.index("1f1b")
-    zero = layouts.schedule == SCHEDULES.index("zero_bubble")
-    unequal = zero_bubble_seconds(layouts, stages) if zero.any() else dual
-    return np.select([once, zero], [whole / layouts.chunks, unequal], dual)
+    once = configs.schedule == SCHEDULES.index("1f1b")
+    zero = configs.schedule == SCHEDULES.index("zero_bubble")
+    unequal = zero_bubble_seconds(configs, stages) if zero.any() else dual
+    return np.select([once, zero], [whole / configs.chunks, unequal], dual)
 
 
-def zero_bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
+def zero_bubble_seconds(configs: ParallelConfigs, stages: list[LayerSeconds]) -> Floats:
     """Idle seconds of unequal stages under ZB-H1, with at least as many micro-batches as stages.
 
     Of the paths through each stage s, with F, B, W its forward pass and the gradients of inputs and of weights:
@@ -236,7 +254,7 @@ def zero_bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
     forward = np.stack([stage.forward + stage.communication / 3 for stage in stages])
     inputs = total - forward - weight
     number = np.arange(pp)[:, None]
-    behind, m = pp - 1 - number, np.maximum(layouts.micro_batches, pp)
+    behind, m = pp - 1 - number, np.maximum(configs.micro_batches, pp)
 
     def earlier(values: Floats) -> Floats:
         """Of each stage: the sum over those before it."""
@@ -251,11 +269,11 @@ def zero_bubble_seconds(layouts: Layouts, stages: list[LayerSeconds]) -> Floats:
 
 
 def gradient_seconds(
-    shape: Shape,
-    layouts: Layouts,
+    shape: NetworkSpec,
+    configs: ParallelConfigs,
     hardware: Hardware,
-    engine: Engine,
-    held: list[Held],
+    framework: Framework,
+    held: list[HeldParameters],
     behind: Floats,
     free: Floats,
 ) -> Floats:
@@ -264,21 +282,23 @@ def gradient_seconds(
     It hides behind `behind`, the seconds of computing in the step; what ZeRO-3 gathers for each micro-batch only
     behind `free`, those of one micro-batch that hide nothing else yet.
     """
-    once = np.zeros(len(layouts))
-    each = np.zeros(len(layouts))
+    once = np.zeros(len(configs))
+    each = np.zeros(len(configs))
     for stage in held:
-        one, every = exchange_seconds(stage, layouts, hardware, engine)
+        one, every = exchange_seconds(stage, configs, hardware, framework)
         once, each = np.maximum(once, one), np.maximum(each, every)
-    sharded = layouts.micro_batches * (each - engine.hidden_shards * np.minimum(each, free))
+    sharded = configs.micro_batches * (each - framework.hidden_shards * np.minimum(each, free))
     return (
         sharded
         + once
-        - engine.hidden_gradients * np.minimum(once, behind)
-        + tied_seconds(shape, layouts, hardware, engine)
+        - framework.hidden_gradients * np.minimum(once, behind)
+        + tied_seconds(shape, configs, hardware, framework)
     )
 
 
-def exchange_seconds(held: Held, layouts: Layouts, hardware: Hardware, engine: Engine) -> tuple[Floats, Floats]:
+def exchange_seconds(
+    held: HeldParameters, configs: ParallelConfigs, hardware: Hardware, framework: Framework
+) -> tuple[Floats, Floats]:
     """Seconds (once a step, with every micro-batch) to exchange what a stage with so many parameters has to.
 
     Once: gradients are summed over the group. ZeRO-3 instead gathers weights for the forward and for the backward pass
@@ -286,26 +306,26 @@ def exchange_seconds(held: Held, layouts: Layouts, hardware: Hardware, engine: E
     each lies on a mirrored chip too, with which its part of the sum is summed. Where islands share, gradients go to
     owners (from ZeRO 2 on with every micro-batch), and weights come back once, or with ZeRO 3 twice a micro-batch.
     """
-    span = layouts.tp * layouts.cp * layouts.dp
-    group = layouts.dp * layouts.cp
-    copies = np.maximum(group // layouts.ep, 1)
-    own, routed = held.dense / layouts.tp, held.experts / (layouts.tp * layouts.ep)
-    size = engine.gradient_bytes
-    if engine.zero_over == "island":
+    span = configs.tp * configs.cp * configs.dp
+    group = configs.dp * configs.cp
+    copies = np.maximum(group // configs.ep, 1)
+    own, routed = held.dense / configs.tp, held.experts / (configs.tp * configs.ep)
+    size = framework.gradient_bytes
+    if framework.zero_over == "island":
 
         def one_way(bytes_each: float) -> Floats:
-            dense = np.where(group > 1, hardware.all_gather(group, span, own * bytes_each, engine), 0.0)
-            return dense + np.where(copies > 1, hardware.all_gather(copies, span, routed * bytes_each, engine), 0.0)
+            dense = np.where(group > 1, hardware.all_gather(group, span, own * bytes_each, framework), 0.0)
+            return dense + np.where(copies > 1, hardware.all_gather(copies, span, routed * bytes_each, framework), 0.0)
 
-        return sent_when(layouts.zero, one_way(size), one_way(engine.weight_bytes))
-    once = np.where(group > 1, hardware.all_reduce(group, span, own * size, engine), 0.0)
-    once = once + np.where(copies > 1, hardware.all_reduce(copies, span, routed * size, engine), 0.0)
-    whole = (own + routed) * engine.weight_bytes
-    each = np.where(group > 1, 3 * hardware.all_gather(group, span, whole, engine), 0.0)
-    sharded = layouts.zero == 3
-    dual = layouts.schedule == SCHEDULES.index("dualpipe")
+        return sent_when(configs.zero, one_way(size), one_way(framework.weight_bytes))
+    once = np.where(group > 1, hardware.all_reduce(group, span, own * size, framework), 0.0)
+    once = once + np.where(copies > 1, hardware.all_reduce(copies, span, routed * size, framework), 0.0)
+    whole = (own + routed) * framework.weight_bytes
+    each = np.where(group > 1, 3 * hardware.all_gather(group, span, whole, framework), 0.0)
+    sharded = configs.zero == 3
+    dual = configs.schedule == SCHEDULES.index("dualpipe")
     mirrored = 2 * (own / group + routed / copies) * size
-    pair = np.where(dual, hardware.all_reduce(*_two_ends(layouts, hardware), mirrored, engine), 0.0)
+    pair = np.where(dual, hardware.all_reduce(*_two_ends(configs, hardware), mirrored, framework), 0.0)
     return np.where(sharded, 0.0, np.where(dual, 2.0, 1.0) * once) + pair, np.where(sharded, each, 0.0)
 
 
@@ -315,43 +335,45 @@ def sent_when(zero: Ints, gradients: Floats, weights: Floats) -> tuple[Floats, F
     return once, np.where(zero >= 2, gradients, 0.0) + np.where(zero >= 3, 2 * weights, 0.0)
 
 
-def _two_ends(layouts: Layouts, hardware: Hardware) -> tuple[Ints, Ints]:
+def _two_ends(configs: ParallelConfigs, hardware: Hardware) -> tuple[Ints, Ints]:
     """(degree, span) of a group of two chips at opposite stages of a pipeline."""
-    two = np.full(len(layouts), 2)
-    return two, np.where(layouts.chips > hardware.chips_per_node, 2 * hardware.chips_per_node, 2)
+    two = np.full(len(configs), 2)
+    return two, np.where(configs.chips > hardware.chips_per_node, 2 * hardware.chips_per_node, 2)
 
 
-def tied_seconds(shape: Shape, layouts: Layouts, hardware: Hardware, engine: Engine) -> Floats:
+def tied_seconds(shape: NetworkSpec, configs: ParallelConfigs, hardware: Hardware, framework: Framework) -> Floats:
     """A tied table lies on the first and the last stage, whose gradients are summed."""
     if not shape.tied:
-        return np.zeros(len(layouts))
-    table = shape.head.parameters / layouts.tp * engine.gradient_bytes
-    return np.where(layouts.pp > 1, hardware.all_reduce(*_two_ends(layouts, hardware), table, engine), 0.0)
+        return np.zeros(len(configs))
+    table = shape.head.parameters / configs.tp * framework.gradient_bytes
+    return np.where(configs.pp > 1, hardware.all_reduce(*_two_ends(configs, hardware), table, framework), 0.0)
 
 
-def optimizer_seconds(shape: Shape, layouts: Layouts, hardware: Hardware, engine: Engine, held: list[Held]) -> Floats:
+def optimizer_seconds(
+    shape: NetworkSpec, configs: ParallelConfigs, hardware: Hardware, framework: Framework, held: list[HeldParameters]
+) -> Floats:
     """Of the busiest stage, with what every step costs besides."""
-    slowest = np.max([update_seconds(stage, layouts, hardware, engine) for stage in held], axis=0)
-    return slowest + engine.optimizer_seconds * shape.num_layers / layouts.pp + engine.step_seconds
+    slowest = np.max([update_seconds(stage, configs, hardware, framework) for stage in held], axis=0)
+    return slowest + framework.optimizer_seconds * shape.num_layers / configs.pp + framework.step_seconds
 
 
-def update_seconds(held: Held, layouts: Layouts, hardware: Hardware, engine: Engine) -> Floats:
+def update_seconds(held: HeldParameters, configs: ParallelConfigs, hardware: Hardware, framework: Framework) -> Floats:
     """Reading and writing parameters, gradients, states once, and Muon's products; sharded states divide the work."""
-    group: Ints = layouts.dp * layouts.cp
-    sharded = layouts.zero > 0
-    twice = np.where(layouts.schedule == SCHEDULES.index("dualpipe"), 2.0, 1.0)  # two stages; shards halve them
-    dense_over = layouts.tp * np.where(sharded, group, 1)
-    experts_over = layouts.tp * layouts.ep * np.where(sharded, np.maximum(group // layouts.ep, 1), 1)
-    rate = hardware.memory_bandwidth * engine.stream_efficiency / engine.optimizer_passes
+    group: Ints = configs.dp * configs.cp
+    sharded = configs.zero > 0
+    twice = np.where(configs.schedule == SCHEDULES.index("dualpipe"), 2.0, 1.0)  # two stages; shards halve them
+    dense_over = configs.tp * np.where(sharded, group, 1)
+    experts_over = configs.tp * configs.ep * np.where(sharded, np.maximum(group // configs.ep, 1), 1)
+    rate = hardware.memory_bandwidth * framework.stream_efficiency / framework.optimizer_passes
     own = held.dense / dense_over + held.experts / experts_over
     muon = held.dense_muon / dense_over + held.expert_muon / experts_over
     return np.where(sharded, 1.0, twice) * (own / rate + muon)
 
 
-def whole_update_seconds(pieces: Items, hardware: Hardware, engine: Engine) -> float:
+def whole_update_seconds(pieces: NetworkPieces, hardware: Hardware, framework: Framework) -> float:
     """Of one chip that updates the whole model by itself."""
-    whole = sum(pieces.held, start=Held(0.0, 0.0))
-    alone = Layouts.of(
+    whole = sum(pieces.held, start=HeldParameters(0.0, 0.0))
+    alone = ParallelConfigs.of(
         tp=1, cp=1, ep=1, dp=1, pp=1, micro_batch=1, micro_batches=1, recompute=0, schedule=0, chunks=1, zero=0
     )
-    return float(np.squeeze(update_seconds(whole, alone, hardware, engine)))
+    return float(np.squeeze(update_seconds(whole, alone, hardware, framework)))

@@ -8,16 +8,16 @@ from motley.plan.network.flops import (
     forward_flops_per_token,
     kv_cache_bytes_per_token,
     mtp_parameters,
+    network_parts,
     parameters,
-    parts,
     training_flops_per_token,
 )
-from motley.plan.network.spec import Shape, without_mtp
+from motley.plan.network.spec import NetworkSpec, without_mtp
 
 TRAINING_BYTES = {"weights, bf16": 2, "gradients, fp32": 4, "master weights, fp32": 4, "Adam's two moments, fp32": 8}
 
 
-def describe_model(shape: Shape, context_length: int) -> dict[str, Any]:
+def describe_model(shape: NetworkSpec, context_length: int) -> dict[str, Any]:
     """Parameters, FLOPs, cache and memory. Published figures leave MTP modules out, so the main rows do too."""
     bare = without_mtp(shape)
     count = parameters(shape)
@@ -39,7 +39,7 @@ def describe_model(shape: Shape, context_length: int) -> dict[str, Any]:
             "training_state_bytes": sum(TRAINING_BYTES.values()) * everything,
             "training_state_parts": {name: size * everything for name, size in TRAINING_BYTES.items()},
         },
-        "parts": [vars(part) for part in parts(replace(shape), context_length)],
+        "parts": [vars(part) for part in network_parts(replace(shape), context_length)],
         "sources": {
             "parameters": "summed from the configuration (V2 report 2.1, 2.2; V3 report 2; or the family's own paper)",
             "training_flops_per_token": "3 x forward products, half of the context visible (arXiv 2505.09343, table 2)",

@@ -8,12 +8,12 @@ from typing import Any
 
 from motley.errors import InputError
 from motley.model import ModelConfig
-from motley.plan.network.spec import Config, Gpt, Llama, Shape, shape_of
+from motley.plan.network.spec import GptConfig, LlamaConfig, NetworkConfig, NetworkSpec, network_of
 
 Values = Mapping[str, Any]
 
 
-def from_hf(values: Values, name: str, source: str) -> Shape:
+def from_hf(values: Values, name: str, source: str) -> NetworkSpec:
     """Read a `config.json`; `source` is its path, for messages.
 
     Raises InputError for families whose cost is not known here and for fields that are missing or no sizes.
@@ -21,16 +21,16 @@ def from_hf(values: Values, name: str, source: str) -> Shape:
     kind = str(values.get("model_type"))
     if kind not in READERS:
         raise InputError(f"{source}: model_type {kind!r} is not known here; known: {', '.join(READERS)}")
-    return shape_of(READERS[kind](values, source), name, source)
+    return network_of(READERS[kind](values, source), name, source)
 
 
 def _deepseek(values: Values, source: str) -> ModelConfig:
     return ModelConfig.from_hf(values, source)
 
 
-def _gpt2(values: Values, source: str) -> Gpt:
+def _gpt2(values: Values, source: str) -> GptConfig:
     size = _sizes(values, source)
-    return Gpt(
+    return GptConfig(
         hidden_size=size("n_embd"),
         layers=size("n_layer"),
         heads=size("n_head"),
@@ -40,10 +40,10 @@ def _gpt2(values: Values, source: str) -> Gpt:
     )
 
 
-def _gpt_neo(values: Values, source: str) -> Gpt:
+def _gpt_neo(values: Values, source: str) -> GptConfig:
     """Its every other layer attends to 256 tokens only; that is not told apart here."""
     size = _sizes(values, source)
-    return Gpt(
+    return GptConfig(
         hidden_size=size("hidden_size"),
         layers=size("num_layers"),
         heads=size("num_heads"),
@@ -53,9 +53,9 @@ def _gpt_neo(values: Values, source: str) -> Gpt:
     )
 
 
-def _gpt_neox(values: Values, source: str) -> Gpt:
+def _gpt_neox(values: Values, source: str) -> GptConfig:
     size = _sizes(values, source)
-    return Gpt(
+    return GptConfig(
         hidden_size=size("hidden_size"),
         layers=size("num_hidden_layers"),
         heads=size("num_attention_heads"),
@@ -67,9 +67,9 @@ def _gpt_neox(values: Values, source: str) -> Gpt:
     )
 
 
-def _bloom(values: Values, source: str) -> Gpt:
+def _bloom(values: Values, source: str) -> GptConfig:
     size = _sizes(values, source)
-    return Gpt(
+    return GptConfig(
         hidden_size=size("n_embed" if "n_embed" in values else "hidden_size"),
         layers=size("n_layer" if "n_layer" in values else "num_hidden_layers"),
         heads=size("n_head" if "n_head" in values else "num_attention_heads"),
@@ -80,9 +80,9 @@ def _bloom(values: Values, source: str) -> Gpt:
     )
 
 
-def _opt(values: Values, source: str) -> Gpt:
+def _opt(values: Values, source: str) -> GptConfig:
     size = _sizes(values, source)
-    return Gpt(
+    return GptConfig(
         hidden_size=size("hidden_size"),
         layers=size("num_hidden_layers"),
         heads=size("num_attention_heads"),
@@ -93,14 +93,14 @@ def _opt(values: Values, source: str) -> Gpt:
     )
 
 
-def _llama(values: Values, source: str) -> Llama:
+def _llama(values: Values, source: str) -> LlamaConfig:
     size = _sizes(values, source)
     kind, heads = values["model_type"], size("num_attention_heads")
     routed = kind in ("mixtral", "qwen3_moe")
     experts = "num_experts" if "num_experts" in values else "num_local_experts"
     if kind == "qwen3_moe" and (values.get("decoder_sparse_step") not in (None, 1) or values.get("mlp_only_layers")):
         raise InputError(f"{source}: dense layers among those with experts are not known here for qwen3_moe")
-    return Llama(
+    return LlamaConfig(
         hidden_size=size("hidden_size"),
         layers=size("num_hidden_layers"),
         heads=heads,
@@ -117,7 +117,7 @@ def _llama(values: Values, source: str) -> Llama:
     )
 
 
-READERS: dict[str, Callable[[Values, str], Config]] = {
+READERS: dict[str, Callable[[Values, str], NetworkConfig]] = {
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,
     "kimi_k2": _deepseek,

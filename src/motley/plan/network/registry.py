@@ -18,22 +18,22 @@ from motley.errors import InputError
 from motley.files import read_json
 from motley.model import SIZES, ModelConfig
 from motley.plan.network.hf import from_hf
-from motley.plan.network.spec import Config, Gpt, Llama, Shape, shape_of
+from motley.plan.network.spec import GptConfig, LlamaConfig, NetworkConfig, NetworkSpec, network_of
 
 SAME_SHAPE = r"hf|base|instruct|chat|it|model|meta|lm|pretrain(ed)?|fp8|bf16|fp16|0324|0528|0711|0905|v[01]\.\d"
 
 
 @cache
-def known_shapes() -> dict[str, Shape]:
+def known_networks() -> dict[str, NetworkSpec]:
     """Name → shape: motley's own sizes and the published networks."""
-    own = {name: shape_of(config, name, "motley.model.SIZES") for name, config in SIZES.items()}
-    return own | {name: shape_of(config, name, source) for name, source, config in _published()}
+    own = {name: network_of(config, name, "motley.model.SIZES") for name, config in SIZES.items()}
+    return own | {name: network_of(config, name, source) for name, source, config in _published()}
 
 
-def _published() -> Iterator[tuple[str, str, Config]]:
+def _published() -> Iterator[tuple[str, str, NetworkConfig]]:
     """(name, source, configuration) of every row of `models.yaml`."""
     table = model_table()
-    for kind, family in (("gpt", Gpt), ("llama", Llama)):
+    for kind, family in (("gpt", GptConfig), ("llama", LlamaConfig)):
         for source, rows in table[kind].items():
             for name, row in rows.items():
                 further = row[-1] if isinstance(row[-1], dict) else {}
@@ -52,9 +52,9 @@ def model_table() -> dict[str, Any]:
 
 
 @cache
-def _names() -> dict[str, Shape]:
+def _names() -> dict[str, NetworkSpec]:
     """Plain name → shape, other names included."""
-    known = known_shapes()
+    known = known_networks()
     others = {_plain(other): known[name] for name, own in model_table()["also called"].items() for other in own}
     return {_plain(name): shape for name, shape in known.items()} | others
 
@@ -66,29 +66,30 @@ def _plain(name: str) -> str:
     return "".join(word for word in re.findall(r"[a-z0-9.]+", name) if not re.fullmatch(SAME_SHAPE, word))
 
 
-def known_shape(model: str) -> Shape | None:
+def known_network(model: str) -> NetworkSpec | None:
     """The published shape with this name, if there is one."""
-    return known_shapes().get(model) or _names().get(_plain(model))
+    return known_networks().get(model) or _names().get(_plain(model))
 
 
 def trainable(model: str) -> ModelConfig | None:
     """The configuration of a network with this name that motley can train: one of its own, or a published DeepSeek."""
-    shape = known_shape(model)
+    shape = known_network(model)
     return shape.config if shape is not None and isinstance(shape.config, ModelConfig) else None
 
 
-def find_shape(model: str, base: Path = Path()) -> Shape:
+def find_network(model: str, base: Path = Path()) -> NetworkSpec:
     """The shape that `model` names: a known name, a `config.json` (relative to `base`), or a folder that holds one.
 
     What exists as a file goes before a name that is only like a known one. Raises InputError with the nearest names.
     """
     path = base / model
-    if model in known_shapes() or not path.exists():
-        if (shape := known_shape(model)) is None:
+    if model in known_networks() or not path.exists():
+        if (shape := known_network(model)) is None:
             near = difflib.get_close_matches(_plain(model), _names(), n=6, cutoff=0.5)
-            nearest = list(dict.fromkeys(_names()[name].name for name in near)) or list(known_shapes())
+            known = list(known_networks())
+            nearest = list(dict.fromkeys(_names()[name].name for name in near)) or known
             raise InputError(
-                f"there is no model {model!r}; nearest of {len(known_shapes())} known ones: {', '.join(nearest[:6])}; "
+                f"there is no model {model!r}; nearest of {len(known)} known ones: {', '.join(nearest[:6])}; "
                 f"a Hugging Face config.json (or its folder) may be named too"
             )
         return shape

@@ -16,7 +16,7 @@ Split = Literal["column", "row", "none"]
 
 
 @dataclass(frozen=True)
-class Gpt:
+class GptConfig:
     """GPT-2, GPT-3, OPT, BLOOM, GPT-NeoX: full attention, a GELU or ReLU MLP, biases.
 
     Attributes:
@@ -41,7 +41,7 @@ class Gpt:
 
 
 @dataclass(frozen=True)
-class Llama:
+class LlamaConfig:
     """Llama, Mistral, Qwen: grouped-query attention, a gated MLP; with `experts`, Mixtral and Qwen3's MoE.
 
     Attributes:
@@ -69,7 +69,7 @@ class Llama:
     tied: bool = False
 
 
-Config = ModelConfig | Gpt | Llama
+NetworkConfig = ModelConfig | GptConfig | LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Matmul:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockSpec:
     """One layer.
 
     Attributes:
@@ -122,7 +122,7 @@ class Block:
     gated: bool
     experts: int = 0
     chosen: int = 0
-    groups: int = 0
+    most_expert_groups: int = 0
 
     @property
     def parameters(self) -> int:
@@ -145,7 +145,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Shape:
+class NetworkSpec:
     """A whole network.
 
     Attributes:
@@ -162,13 +162,13 @@ class Shape:
     family: Literal["deepseek", "llama", "gpt"]
     hidden_size: int
     vocab_size: int
-    runs: tuple[tuple[Block, int], ...]
-    mtp: tuple[Block, ...]
+    runs: tuple[tuple[BlockSpec, int], ...]
+    mtp: tuple[BlockSpec, ...]
     embedding_parameters: int
     tied: bool
     max_context: int
     source: str
-    config: Config
+    config: NetworkConfig
 
     @property
     def num_layers(self) -> int:
@@ -183,7 +183,7 @@ class Shape:
         return max(block.experts for block, _ in self.runs)
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[BlockSpec]:
         return [block for block, count in self.runs for _ in range(count)]
 
     @property
@@ -197,10 +197,10 @@ class Shape:
 # ------------------------------------------------------------------------------------------- DeepSeek
 
 
-def deepseek(config: ModelConfig, name: str = "deepseek", source: str = "motley.model.ModelConfig") -> Shape:
+def deepseek(config: ModelConfig, name: str = "deepseek", source: str = "motley.model.ModelConfig") -> NetworkSpec:
     """MLA + DeepSeekMoE + MTP (V2 report 2.1, 2.2; V3 report section 2)."""
     kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
-    runs: list[tuple[Block, int]] = []
+    runs: list[tuple[BlockSpec, int]] = []
     for moe in kinds:
         block = _deepseek_block(config, moe)
         if runs and runs[-1][0] == block:
@@ -211,7 +211,7 @@ def deepseek(config: ModelConfig, name: str = "deepseek", source: str = "motley.
         _deepseek_block(config, config.is_moe_layer(config.num_hidden_layers + depth))
         for depth in range(config.num_nextn_predict_layers)
     )
-    return Shape(
+    return NetworkSpec(
         name=name,
         family="deepseek",
         hidden_size=config.hidden_size,
@@ -226,7 +226,7 @@ def deepseek(config: ModelConfig, name: str = "deepseek", source: str = "motley.
     )
 
 
-def _deepseek_block(config: ModelConfig, moe: bool) -> Block:
+def _deepseek_block(config: ModelConfig, moe: bool) -> BlockSpec:
     hidden, heads = config.hidden_size, config.num_attention_heads
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     query = heads * config.qk_head_dim
@@ -258,7 +258,7 @@ def _deepseek_block(config: ModelConfig, moe: bool) -> Block:
     else:
         rows.append(Matmul("dense MLPs", hidden, 2 * config.intermediate_size, "column"))
         rows.append(Matmul("dense MLPs", config.intermediate_size, hidden, "row"))
-    return Block(
+    return BlockSpec(
         matmuls=tuple(rows),
         heads=heads,
         qk_dim=config.qk_head_dim,
@@ -268,19 +268,19 @@ def _deepseek_block(config: ModelConfig, moe: bool) -> Block:
         gated=True,
         experts=experts,
         chosen=config.num_experts_per_tok if moe else 0,
-        groups=config.topk_group if moe and config.n_group > 1 else 0,
+        most_expert_groups=config.topk_group if moe and config.n_group > 1 else 0,
     )
 
 
 # ------------------------------------------------------------------------------------- other families
 
 
-def gpt(config: Gpt, name: str = "gpt", source: str = "") -> Shape:
+def gpt(config: GptConfig, name: str = "gpt", source: str = "") -> NetworkSpec:
     """The layers of `Gpt`."""
     hidden, heads = config.hidden_size, config.heads
     _divides(heads, hidden, name)
     wide, narrow = config.intermediate_size or 4 * hidden, config.embedding_size or hidden
-    block = Block(
+    block = BlockSpec(
         matmuls=(
             Matmul("attention projections", hidden, 3 * hidden, "column"),
             Matmul("attention projections", hidden, hidden, "row"),
@@ -296,7 +296,7 @@ def gpt(config: Gpt, name: str = "gpt", source: str = "") -> Shape:
     )
     tables = narrow * config.vocabulary + (2 * narrow * hidden if narrow != hidden else 0)
     tables += config.context * hidden * config.learned_positions + 2 * hidden * config.embedding_norm
-    return Shape(
+    return NetworkSpec(
         name=name,
         family="gpt",
         hidden_size=hidden,
@@ -311,7 +311,7 @@ def gpt(config: Gpt, name: str = "gpt", source: str = "") -> Shape:
     )
 
 
-def llama(config: Llama, name: str = "llama", source: str = "") -> Shape:
+def llama(config: LlamaConfig, name: str = "llama", source: str = "") -> NetworkSpec:
     """The layers of `Llama`."""
     hidden, heads, kv_heads, ffn = config.hidden_size, config.heads, config.kv_heads, config.intermediate_size
     if config.head_dim is None:
@@ -333,7 +333,7 @@ def llama(config: Llama, name: str = "llama", source: str = "") -> Shape:
     else:
         rows.append(Matmul("dense MLPs", hidden, 2 * ffn, "column"))
         rows.append(Matmul("dense MLPs", ffn, hidden, "row"))
-    block = Block(
+    block = BlockSpec(
         matmuls=tuple(rows),
         heads=heads,
         qk_dim=head_dim,
@@ -344,7 +344,7 @@ def llama(config: Llama, name: str = "llama", source: str = "") -> Shape:
         experts=config.experts,
         chosen=config.chosen,
     )
-    return Shape(
+    return NetworkSpec(
         name=name,
         family="llama",
         hidden_size=hidden,
@@ -364,14 +364,14 @@ def _divides(heads: int, hidden: int, name: str) -> None:
         raise InputError(f"{name}: hidden size {hidden} cannot be cut into {heads} equal attention heads")
 
 
-def shape_of(config: Config, name: str, source: str) -> Shape:
+def network_of(config: NetworkConfig, name: str, source: str) -> NetworkSpec:
     """The network that a configuration of any family describes."""
-    if isinstance(config, Gpt):
+    if isinstance(config, GptConfig):
         return gpt(config, name, source)
-    if isinstance(config, Llama):
+    if isinstance(config, LlamaConfig):
         return llama(config, name, source)
     return deepseek(config, name, source)
 
 
-def without_mtp(shape: Shape) -> Shape:
+def without_mtp(shape: NetworkSpec) -> NetworkSpec:
     return replace(shape, mtp=())

@@ -59,9 +59,9 @@ def plan_page(plan: Mapping[str, Any]) -> str:
     title = f"{plan['model']} on {plan['fleet']}"
     about = (
         f"{in_count(plan['tokens'])} tokens \N{MIDDLE DOT} objective: {plan.get('objective', 'time')} "
-        f"\N{MIDDLE DOT} efficiencies of the engine {plan['engine']}"
+        f"\N{MIDDLE DOT} efficiencies of the framework {plan['framework']}"
     )
-    biggest = max(plan["teams"], key=lambda team: team["share"])
+    biggest = max(plan["groups"], key=lambda group: group["share"])
     body = [
         element(
             "header",
@@ -78,7 +78,7 @@ def plan_page(plan: Mapping[str, Any]) -> str:
             figure(
                 "Layers on chips",
                 _layout_svg(plan, colours),
-                "a row is a team of pools, a box a pipeline stage, its width the layers it holds; "
+                "a row is a group of pools, a box a pipeline stage, its width the layers it holds; "
                 "chips: of all copies; exp.: experts of each layer on one chip",
             ),
         ),
@@ -88,11 +88,11 @@ def plan_page(plan: Mapping[str, Any]) -> str:
             element(
                 "div",
                 figure(
-                    "All teams, second by second",
+                    "All groups, second by second",
                     step_svg(plan, colours),
                     "a line is a chip of one copy of the model at its micro-batches, exchange between them included",
                 ),
-                figure("Where the time of each team goes", _split_svg(plan)),
+                figure("Where the time of each group goes", _split_svg(plan)),
                 figure(
                     f"The pipeline of {' → '.join(biggest['pools'])}",
                     detail_svg(biggest, colours),
@@ -105,12 +105,12 @@ def plan_page(plan: Mapping[str, Any]) -> str:
             "section", element("h2", "Memory of a chip"), figure("The fullest stage of each pool", _memory_svg(plan))
         ),
         element("section", element("h2", "Pools"), _pool_table(plan, colours)),
-        element("section", element("h2", "Teams"), *(_team_facts(team) for team in plan["teams"])),
+        element("section", element("h2", "Groups"), *(_group_facts(group) for group in plan["groups"])),
         list_section(
             "Assumptions",
             [
                 *plan["notes"],
-                f"efficiencies of the engine {plan['engine']}, prices of the fleet file",
+                f"efficiencies of the framework {plan['framework']}, prices of the fleet file",
                 f"a checkpoint every {in_words(min(plan['checkpoint_interval_seconds'], 1e6))}",
             ],
         ),
@@ -151,8 +151,8 @@ def _comparison_svg(plan: Mapping[str, Any]) -> str:
 
 
 def assumed(plan: Mapping[str, Any]) -> list[str]:
-    """Notes that say of an engine that it was not measured."""
-    return [note for note in plan["notes"] if note.startswith("engine ")]
+    """Notes that say of a framework that it was not measured."""
+    return [note for note in plan["notes"] if note.startswith("framework ")]
 
 
 def _sixth_card(plan: Mapping[str, Any]) -> Html:
@@ -165,25 +165,25 @@ def _sixth_card(plan: Mapping[str, Any]) -> Html:
 
 
 def _layout_svg(plan: Mapping[str, Any], colours: Mapping[str, str]) -> str:
-    """A row a team, a box a stage. A box too narrow for its words bears a number, explained below the row."""
+    """A row a group, a box a stage. A box too narrow for its words bears a number, explained below the row."""
     parts: list[Html] = []
     y = 6.0
-    for team in plan["teams"]:
-        island = f"island {team['island'] + 1} · " if plan["inner_steps"] else ""
+    for group in plan["groups"]:
+        island = f"island {group['island'] + 1} · " if plan["inner_steps"] else ""
         label = (
-            f"{island}{' → '.join(team['pools'])}: {team['dp']:,} cop{'ies' if team['dp'] > 1 else 'y'}, "
-            f"{team['share']:.1%} of the batch, {_batches(team)}"
+            f"{island}{' → '.join(group['pools'])}: {group['dp']:,} cop{'ies' if group['dp'] > 1 else 'y'}, "
+            f"{group['share']:.1%} of the batch, {_batches(group)}"
         )
         parts.append(text(10, y + 14, label))
         y += 22
         weights = [
-            1.5 * stage["embedding"] + 1.5 * stage["head"] + _layers(stage) + stage["mtp"] for stage in team["stages"]
+            1.5 * stage["embedding"] + 1.5 * stage["head"] + _layers(stage) + stage["mtp"] for stage in group["stages"]
         ]
         scale = (WIDTH - 20) / sum(weights)
         x = 10.0
-        height = 17 + 14 * max(len(_box_lines(stage, weight * scale)) for stage, weight in _zip(team, weights))
+        height = 17 + 14 * max(len(_box_lines(stage, weight * scale)) for stage, weight in _zip(group, weights))
         numbered: list[str] = []
-        for stage, weight in _zip(team, weights):
+        for stage, weight in _zip(group, weights):
             width = weight * scale
             lines = _box_lines(stage, width)
             if not lines:
@@ -202,8 +202,8 @@ def _layout_svg(plan: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     return svg(y, parts)
 
 
-def _zip(team: Mapping[str, Any], weights: list[float]) -> list[tuple[Mapping[str, Any], float]]:
-    return list(zip(team["stages"], weights, strict=True))
+def _zip(group: Mapping[str, Any], weights: list[float]) -> list[tuple[Mapping[str, Any], float]]:
+    return list(zip(group["stages"], weights, strict=True))
 
 
 def _words(stage: Mapping[str, Any]) -> list[str]:
@@ -258,23 +258,23 @@ def _stage_tip(stage: Mapping[str, Any]) -> str:
 def _split_svg(plan: Mapping[str, Any]) -> str:
     parts: list[Html] = []
     scale = (WIDTH - LEFT - 20) / plan["step_seconds"]
-    for number, team in enumerate(plan["teams"]):
+    for number, group in enumerate(plan["groups"]):
         y = 8 + 28 * number
-        parts.append(text(LEFT - 10, y + 15, " → ".join(team["pools"]), "end"))
+        parts.append(text(LEFT - 10, y + 15, " → ".join(group["pools"]), "end"))
         x = float(LEFT)
         for name, colour in PART_COLOURS.items():
-            width = team["seconds"][name] * scale
+            width = group["seconds"][name] * scale
             if width > 0.3:
-                parts.append(rect(x, y, width, 20, colour, f"{name}: {seconds_text(team['seconds'][name])}"))
+                parts.append(rect(x, y, width, 20, colour, f"{name}: {seconds_text(group['seconds'][name])}"))
             x += width
-    bottom = 14 + 28 * len(plan["teams"])
+    bottom = 14 + 28 * len(plan["groups"])
     return svg(bottom + 20, [*parts, *legend(PART_COLOURS, bottom)])
 
 
 def _memory_svg(plan: Mapping[str, Any]) -> str:
     fullest: dict[str, Mapping[str, Any]] = {}
-    for team in plan["teams"]:
-        for stage in team["stages"]:
+    for group in plan["groups"]:
+        for stage in group["stages"]:
             known = fullest.get(stage["pool"])
             if known is None or sum(stage["memory_bytes"].values()) > sum(known["memory_bytes"].values()):
                 fullest[stage["pool"]] = stage
@@ -333,8 +333,8 @@ def _pool_table(plan: Mapping[str, Any], colours: Mapping[str, str]) -> Html:
     return element("table", *rows)
 
 
-def _batches(team: Mapping[str, Any]) -> str:
-    count, size = team["micro_batches"], team["micro_batch"]
+def _batches(group: Mapping[str, Any]) -> str:
+    count, size = group["micro_batches"], group["micro_batch"]
     return f"{count:,} micro-batch{'es' * (count > 1)} of {size:,} sequence{'s' * (size > 1)}"
 
 
@@ -342,16 +342,16 @@ def _price(amount: float) -> str:
     return f"{amount:,.0f}" if amount >= 100 else f"{amount:,.2f}"
 
 
-def _team_facts(team: Mapping[str, Any]) -> Html:
+def _group_facts(group: Mapping[str, Any]) -> Html:
     facts = [
-        ("copies x stages", f"{team['dp']} x {stage_text(team['stages'])}"),
-        ("tensor parallel", ", ".join(f"{pool} {tp}" for pool, tp in team["tp"].items())),
-        ("expert / context parallel", f"{team['ep']} / {team['cp']}"),
-        ("schedule, recomputation", f"{team['schedule']}, {team['recompute']}"),
-        ("ZeRO", f"{team['zero']}, optimizer states: {team['states']}"),
+        ("copies x stages", f"{group['dp']} x {stage_text(group['stages'])}"),
+        ("tensor parallel", ", ".join(f"{pool} {tp}" for pool, tp in group["tp"].items())),
+        ("expert / context parallel", f"{group['ep']} / {group['cp']}"),
+        ("schedule, recomputation", f"{group['schedule']}, {group['recompute']}"),
+        ("ZeRO", f"{group['zero']}, optimizer states: {group['states']}"),
         (
             "batch",
-            f"{team['sequences']:,} sequences, on every copy {_batches(team)}",
+            f"{group['sequences']:,} sequences, on every copy {_batches(group)}",
         ),
     ]
-    return element("div", element("h3", " → ".join(team["pools"])), facts_table(facts))
+    return element("div", element("h3", " → ".join(group["pools"])), facts_table(facts))

@@ -9,49 +9,40 @@ from typing import Any
 import numpy as np
 
 from motley.fleet.inventory import Pool
-from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Layouts
-from motley.plan.cost_model.memory import (
-    FRAGMENTATION,
-    KEPT_ONCE_FROM,
-    buffer_bytes,
-    in_flight,
-    logit_bytes,
-    saved_bytes,
-    state_bytes,
-    working_bytes,
-)
-from motley.plan.cost_model.step_time import Held, items, update_seconds
-from motley.plan.search.candidates import Member
+from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, ParallelConfigs
+from motley.plan.cost_model.memory import FRAGMENTATION, SHARDED_FROM, stage_bytes
+from motley.plan.cost_model.step_time import HeldParameters, NetworkPieces, PieceKind, network_pieces, update_seconds
+from motley.plan.read_plan import PLAN_VERSION
+from motley.plan.search.candidates import GroupMember
 from motley.plan.search.search import Searcher
-from motley.plan.search.solution import Chosen, Found, hours_between_failures
-from motley.plan.search.step_lines import Options, bubbles, busiest, held_at, stage_sums
+from motley.plan.search.solution import ChosenGroup, FoundPlan, hours_between_failures
+from motley.plan.search.step_lines import GroupOptions, bubbles, busiest, held_at, stage_sums
 
-PLAN_VERSION = 1
 JOULES_PER_KWH = 3.6e6
 SPREAD = "spread by free memory"
 
 
-def spelled_out(found: Found) -> dict[str, Any]:
+def spelled_out(found: FoundPlan) -> dict[str, Any]:
     """The plan as plain values."""
-    job, fleet = found.job, found.fleet
-    teams = [_team(found, team) for team in found.teams]
-    _spread_states(found, teams)
-    pools = _pools(found, teams)
-    split = _split(found, teams)
+    workload, fleet = found.workload, found.fleet
+    groups = [_group(found, group) for group in found.groups]
+    _spread_states(found, groups)
+    pools = _pools(found, groups)
+    split = _split(found, groups)
     goodput, interval = found.goodput
     seconds = found.expected_seconds
     watts = sum(pool["chips"] * pool["power_watts"] for pool in pools)
     return {
         "plan_version": PLAN_VERSION,
-        "model": job.shape.name,
-        "model_source": job.shape.source,
+        "model": workload.shape.name,
+        "model_source": workload.shape.source,
         "fleet": fleet.name,
         "currency": fleet.currency,
-        "engine": job.engine,
-        "tokens": job.tokens,
-        "seq_len": job.seq_len,
-        "global_batch": job.global_batch,
-        "steps": job.steps,
+        "framework": workload.framework,
+        "tokens": workload.tokens,
+        "seq_len": workload.seq_len,
+        "global_batch": workload.global_batch,
+        "steps": workload.steps,
         "step_seconds": found.step_seconds,
         "step_split_seconds": split,
         "tokens_per_second": found.tokens_per_second,
@@ -67,12 +58,12 @@ def spelled_out(found: Found) -> dict[str, Any]:
         "inner_steps": found.inner_steps,
         "outer_seconds_per_step": found.outer_seconds,
         "pools": pools,
-        "teams": teams,
-        "notes": _notes(found, teams),
+        "groups": groups,
+        "notes": _notes(found, groups),
     }
 
 
-def compared(searcher: Searcher, found: Found) -> dict[str, Any]:
+def compared(searcher: Searcher, found: FoundPlan) -> dict[str, Any]:
     """`mixed_efficiency`, and `comparison`: the even split, each pool alone, what each pool is worth.
 
     The mixed efficiency divides the plan's speed by what the pools it uses reach alone, added up. A pool that cannot
@@ -111,17 +102,21 @@ def compared(searcher: Searcher, found: Found) -> dict[str, Any]:
     return {"mixed_efficiency": _mixed_efficiency(searcher, found, used, known), "comparison": comparison}
 
 
-def _mixed_efficiency(searcher: Searcher, found: Found, used: Sequence[Pool], known: Mapping[str, Found]) -> float:
+def _mixed_efficiency(
+    searcher: Searcher, found: FoundPlan, used: Sequence[Pool], known: Mapping[str, FoundPlan]
+) -> float:
     """The plan's speed over what the pools it uses reach alone, added up."""
-    job = searcher.job
-    peaks = {pool.name: pool.chips * pool.flops(job.precision_for(pool)) / job.flops_per_token for pool in used}
+    workload = searcher.workload
+    peaks = {
+        pool.name: pool.chips * pool.flops(workload.precision_for(pool)) / workload.flops_per_token for pool in used
+    }
     shares = [known[pool.name].tokens_per_second / peaks[pool.name] for pool in used if pool.name in known]
     share = max(shares, default=found.tokens_per_second / sum(peaks.values()))
     total = sum(known[pool.name].tokens_per_second if pool.name in known else share * peaks[pool.name] for pool in used)
     return found.tokens_per_second / total
 
 
-def _brief(plan: Found, found: Found) -> dict[str, Any]:
+def _brief(plan: FoundPlan, found: FoundPlan) -> dict[str, Any]:
     return {
         "step_seconds": plan.step_seconds,
         "tokens_per_second": plan.tokens_per_second,
@@ -132,20 +127,20 @@ def _brief(plan: Found, found: Found) -> dict[str, Any]:
     }
 
 
-def _spread_states(found: Found, teams: Sequence[dict[str, Any]]) -> None:
-    """Where some team's chips cannot hold its states, all states of its island lie where there is room."""
-    for island in {team["island"] for team in teams}:
-        together = [team for team in teams if team["island"] == island]
-        names = {name for team in together for name in team["pools"]}
-        engines = [found.job.engine_for(pool) for pool in found.fleet.pools if pool.name in names]
-        if not any(team["states"] == SPREAD for team in together):
+def _spread_states(found: FoundPlan, groups: Sequence[dict[str, Any]]) -> None:
+    """Where some group's chips cannot hold its states, all states of its island lie where there is room."""
+    for island in {group["island"] for group in groups}:
+        together = [group for group in groups if group["island"] == island]
+        names = {name for group in together for name in group["pools"]}
+        frameworks = [found.workload.framework_for(pool) for pool in found.fleet.pools if pool.name in names]
+        if not any(group["states"] == SPREAD for group in together):
             continue
-        room = sum(team["spare_bytes"] for team in together)
-        filled = found.job.parameters * max(engine.state_bytes["optimizer"] for engine in engines) / room
-        for team in together:
-            team["states"] = SPREAD
-            team["state_share"] = team["spare_bytes"] / room
-            for stage in team["stages"]:
+        room = sum(group["spare_bytes"] for group in together)
+        filled = found.workload.parameters * max(framework.state_bytes["optimizer"] for framework in frameworks) / room
+        for group in together:
+            group["states"] = SPREAD
+            group["state_share"] = group["spare_bytes"] / room
+            for stage in group["stages"]:
                 parts = stage["memory_bytes"]
                 parts["optimizer"] = 0.0
                 parts["fragmentation"] = FRAGMENTATION * (sum(parts.values()) - parts["fragmentation"])
@@ -155,15 +150,15 @@ def _spread_states(found: Found, teams: Sequence[dict[str, Any]]) -> None:
 # ------------------------------------------------------------------------------------------------- parts
 
 
-def _team(found: Found, chosen: Chosen) -> dict[str, Any]:
-    """One team: its layout, its stages, its part of the batch and the parts of its step."""
-    options, job = chosen.options.take(np.array([chosen.index])), found.job
-    layouts = options.layouts
-    first = layouts[0]
+def _group(found: FoundPlan, chosen: ChosenGroup) -> dict[str, Any]:
+    """One group: its layout, its stages, its part of the batch and the parts of its step."""
+    options, workload = chosen.options.take(np.array([chosen.index])), found.workload
+    configs = options.configs
+    first = configs[0]
     pp = int(first.pp[0])
     costed = [
-        items(job.shape, own, job.seq_len, member.hardware, member.engine, member.precision)
-        for own, member in zip(layouts, options.members, strict=True)
+        network_pieces(workload.shape, own, workload.seq_len, member.hardware, member.framework, member.precision)
+        for own, member in zip(configs, options.members, strict=True)
     ]
     seconds, held = stage_sums(costed, options.stage_of, options.pool_of)
     line = float(busiest(first, seconds.total)[0])
@@ -183,7 +178,7 @@ def _team(found: Found, chosen: Chosen) -> dict[str, Any]:
         "pp": pp,
         "cp": int(first.cp[0]),
         "ep": int(first.ep[0]),
-        "tp": {m_.pool.name: int(own.tp[0]) for m_, own in zip(options.members, layouts, strict=True)},
+        "tp": {m_.pool.name: int(own.tp[0]) for m_, own in zip(options.members, configs, strict=True)},
         "precision": {member.pool.name: member.precision for member in options.members},
         "zero": int(first.zero[0]) if options.chips.sum() > 1 or chosen.update is not None else 0,
         "states": _states(chosen),
@@ -192,7 +187,7 @@ def _team(found: Found, chosen: Chosen) -> dict[str, Any]:
         "micro_batch": int(first.micro_batch[0]),
         "micro_batches": m,
         "sequences": chosen.sequences,
-        "share": chosen.sequences / job.global_batch,
+        "share": chosen.sequences / workload.global_batch,
         "chips": {m_.pool.name: int(count) for m_, count in zip(options.members, options.chips[:, 0], strict=True)},
         "state_share": chosen.kept,
         "spare_bytes": float(options.spare[0]),
@@ -207,7 +202,7 @@ def _team(found: Found, chosen: Chosen) -> dict[str, Any]:
     }
 
 
-def _states(chosen: Chosen) -> str:
+def _states(chosen: ChosenGroup) -> str:
     """Who keeps what is kept once."""
     if chosen.update is not None:
         return "shared in the island"
@@ -215,94 +210,81 @@ def _states(chosen: Chosen) -> str:
 
 
 def _stage(
-    found: Found, chosen: Chosen, options: Options, costed: Sequence[Any], held: Held, stage: int
+    found: FoundPlan,
+    chosen: ChosenGroup,
+    options: GroupOptions,
+    costed: Sequence[NetworkPieces],
+    held: HeldParameters,
+    stage: int,
 ) -> dict[str, Any]:
     """What one stage holds, with the memory of one of its chips."""
     number = int(options.pool_of[stage, 0])
-    member, layouts = options.members[number], options.layouts[number]
+    member, configs = options.members[number], options.configs[number]
     pieces = [piece for piece in range(len(options.stage_of)) if options.stage_of[piece, 0] == stage]
     kinds = [costed[number].kinds[piece] for piece in pieces]
     layers = [piece - 1 for piece, (what, _) in zip(pieces, kinds, strict=True) if what == "layer"]
     seconds = sum(float(costed[number].seconds[piece].total[0]) for piece in pieces)
-    routed = found.job.shape.experts
+    routed = found.workload.shape.experts
     return {
         "pool": member.pool.name,
         "chip": member.hardware.chip,
-        "chips": int((layouts.tp * layouts.cp * layouts.dp)[0]),
+        "chips": int((configs.tp * configs.cp * configs.dp)[0]),
         "layers": [layers[0], layers[-1]] if layers else None,
         "embedding": any(what == "embedding" for what, _ in kinds),
         "mtp": sum(1 for what, _ in kinds if what == "mtp"),
         "head": any(what == "head" for what, _ in kinds),
-        "experts_per_chip": routed // int(layouts.ep[0]) if routed else 0,
+        "experts_per_chip": routed // int(configs.ep[0]) if routed else 0,
         "seconds_per_micro_batch": seconds,
-        "parameters_per_chip": float(np.squeeze(held.dense / layouts.tp + held.experts / (layouts.tp * layouts.ep))),
-        "memory_bytes": memory_parts(found, chosen, options, member, layouts, kinds, held, stage),
+        "parameters_per_chip": float(np.squeeze(held.dense / configs.tp + held.experts / (configs.tp * configs.ep))),
+        "memory_bytes": memory_parts(found, chosen, member, configs, kinds, held, stage),
         "memory_limit_bytes": member.hardware.memory_bytes,
     }
 
 
 def memory_parts(
-    found: Found,
-    chosen: Chosen,
-    options: Options,
-    member: Member,
-    layouts: Layouts,
-    kinds: Sequence[Any],
-    held: Held,
+    found: FoundPlan,
+    chosen: ChosenGroup,
+    member: GroupMember,
+    configs: ParallelConfigs,
+    kinds: Sequence[PieceKind],
+    held: HeldParameters,
     stage: int,
 ) -> dict[str, float]:
     """Bytes on one chip of a stage by what they are for."""
-    job, engine = found.job, member.engine
-    states = state_bytes(held.dense / layouts.tp, held.experts / (layouts.tp * layouts.ep), layouts, engine)
-    if chosen.update is not None:
-        kept = (
-            part * np.where(layouts.zero >= first, chosen.kept, 1.0)
-            for part, first in zip(states, KEPT_ONCE_FROM, strict=True)
-        )
-        weights, gradients, optimizer = kept
-    else:
-        weights, gradients, optimizer = states
-    elsewhere = _states(chosen) == SPREAD
-    flights = in_flight(layouts, np.array([stage]))
-    blocks = [block for _, block in kinds if block is not None]
-    saved = sum((saved_bytes(block, job.shape, layouts, engine, job.seq_len) for block in blocks), start=np.zeros(1))
-    all_blocks = {block for block, _ in job.shape.runs} | set(job.shape.mtp)
-    working = max(float(working_bytes(block, job.shape, layouts, engine, job.seq_len)[0]) for block in all_blocks)
-    heads = sum(1 for what, _ in kinds if what in ("head", "mtp"))
-    parts = {
-        "weights": float(weights[0]),
-        "gradients": float(gradients[0]),
-        "optimizer": 0.0 if elsewhere else float(optimizer[0]),
-        "activations": float((saved * flights)[0])
-        + working
-        + heads * float(logit_bytes(job.shape, layouts, job.seq_len)[0]),
-        "buffers": float(buffer_bytes(job.shape, layouts, engine, job.seq_len)[0]),
-    }
+    bytes_ = stage_bytes(kinds, held, stage, found.workload.shape, configs, member.framework, found.workload.seq_len)
+    states = {"weights": bytes_.weights, "gradients": bytes_.gradients, "optimizer": bytes_.optimizer}
+    if chosen.update is not None:  # sharded over the island: this group keeps its part
+        for (name, size), level in zip(states.items(), SHARDED_FROM, strict=True):
+            states[name] = size * np.where(configs.zero >= level, chosen.kept, 1.0)
+    elif _states(chosen) == SPREAD:
+        states["optimizer"] = np.zeros(1)
+    parts = {name: float(size[0]) for name, size in states.items()}
+    parts |= {"activations": float(bytes_.activations[0]), "buffers": float(bytes_.buffers[0])}
     parts["fragmentation"] = FRAGMENTATION * sum(parts.values())
     return parts
 
 
-def _update(options: Options, held: Held, chosen: Chosen) -> float:
+def _update(options: GroupOptions, held: HeldParameters, chosen: ChosenGroup) -> float:
     """Seconds the optimizer takes on the busiest chip."""
-    step = max(member.engine.step_seconds for member in options.members)
+    step = max(member.framework.step_seconds for member in options.members)
     if chosen.update is not None:
         return chosen.update + step
-    first = options.layouts[0]
+    first = options.configs[0]
     each = np.zeros((options.pool_of.shape[0], 1))
     for stage in range(int(first.pp[0])):
         number = int(options.pool_of[stage, 0])
-        member, own = options.members[number], options.layouts[number]
-        each[stage] = update_seconds(held_at(held, stage), own, member.hardware, member.engine)
+        member, own = options.members[number], options.configs[number]
+        each[stage] = update_seconds(held_at(held, stage), own, member.hardware, member.framework)
     return float(busiest(first, each)[0]) + step
 
 
-def _pools(found: Found, teams: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _pools(found: FoundPlan, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each pool's part: chips, tokens, share of its peak, the parts of its step."""
-    job = found.job
+    workload = found.workload
     rows = []
     for pool in found.fleet.pools:
-        own = [team for team in teams if pool.name in team["pools"]]
-        used = sum(team["chips"][pool.name] for team in own)
+        own = [group for group in groups if pool.name in group["pools"]]
+        used = sum(group["chips"][pool.name] for group in own)
         row: dict[str, Any] = {
             "pool": pool.name,
             "chip": pool.sheet.name,
@@ -317,17 +299,17 @@ def _pools(found: Found, teams: Sequence[dict[str, Any]]) -> list[dict[str, Any]
             "availability": pool.availability,
         }
         if own:
-            flops = sum(_flops_on(found, team, pool.name) for team in own)
+            flops = sum(_flops_on(found, group, pool.name) for group in own)
             precision = own[0]["precision"][pool.name]
             wide = precision if precision != "fp8" else pool.sheet.best_precision()
             row |= {
                 "precision": precision,
                 "mfu": flops / (used * pool.flops(wide) * found.step_seconds),
-                "flops_share": flops / (job.flops_per_token * job.seq_len * job.global_batch),
+                "flops_share": flops / (workload.flops_per_token * workload.seq_len * workload.global_batch),
                 "memory_bytes": max(
                     sum(stage["memory_bytes"].values())
-                    for team in own
-                    for stage in team["stages"]
+                    for group in own
+                    for stage in group["stages"]
                     if stage["pool"] == pool.name
                 ),
                 "memory_limit_bytes": own[0]["stages"][0]["memory_limit_bytes"]
@@ -338,13 +320,13 @@ def _pools(found: Found, teams: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     return rows
 
 
-def _flops_on(found: Found, team: dict[str, Any], pool: str) -> float:
-    """FLOPs of the mathematics that a pool's stages of a team do in one step."""
-    job = found.job
-    shape, seq = job.shape, job.seq_len
+def _flops_on(found: FoundPlan, group: dict[str, Any], pool: str) -> float:
+    """FLOPs of the mathematics that a pool's stages of a group do in one step."""
+    workload = found.workload
+    shape, seq = workload.shape, workload.seq_len
     head = 2 * shape.head.active
     total = 0.0
-    for stage in team["stages"]:
+    for stage in group["stages"]:
         if stage["pool"] != pool:
             continue
         if stage["layers"]:
@@ -353,33 +335,33 @@ def _flops_on(found: Found, team: dict[str, Any], pool: str) -> float:
         for block in shape.mtp[: stage["mtp"]]:
             total += block.forward_flops(seq) + 2 * shape.mtp_projection().active + head
         total += head * stage["head"]
-    return 3 * total * team["sequences"] * seq
+    return 3 * total * group["sequences"] * seq
 
 
-def _split(found: Found, teams: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The parts of a step, of the team that is busy longest, so that they add up to the step."""
-    longest = min(teams, key=lambda team: team["seconds"]["waiting"])
+def _split(found: FoundPlan, groups: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The parts of a step, of the group that is busy longest, so that they add up to the step."""
+    longest = min(groups, key=lambda group: group["seconds"]["waiting"])
     parts = dict(longest["seconds"])
     parts["communication"] += parts.pop("waiting")
     return parts
 
 
-def _notes(found: Found, teams: Sequence[dict[str, Any]]) -> list[str]:
+def _notes(found: FoundPlan, groups: Sequence[dict[str, Any]]) -> list[str]:
     notes = []
-    engines = {member.engine.name: member.engine for team in found.teams for member in team.options.members}
-    for engine in engines.values():
-        if any("assumed" in line for line in engine.fitted):
-            notes.append(f"engine {engine.name}: {engine.fitted[0]}")
+    frameworks = {member.framework.name: member.framework for group in found.groups for member in group.options.members}
+    for framework in frameworks.values():
+        if any("assumed" in line for line in framework.fitted):
+            notes.append(f"framework {framework.name}: {framework.fitted[0]}")
     if found.inner_steps:
         notes.append(
             f"islands meet every {found.inner_steps} steps: published losses of doing so are "
             "+0.3 to +2 % at 4 islands, less at larger models (DiLoCo scaling laws)"
         )
-    if any(team["states"] == SPREAD for team in teams):
+    if any(group["states"] == SPREAD for group in groups):
         notes.append("optimizer states are spread over the fleet in proportion to free memory")
     if any(pool.availability < 1 for pool in found.fleet.pools):
         notes.append("availability below 1 is not in these figures: `motley plan simulate` replays it")
-    idle = [pool.name for pool in found.fleet.pools if not any(pool.name in team["pools"] for team in teams)]
+    idle = [pool.name for pool in found.fleet.pools if not any(pool.name in group["pools"] for group in groups)]
     if idle:
         notes.append(f"left out, because the plan is better at what was asked for without them: {', '.join(idle)}")
     return notes

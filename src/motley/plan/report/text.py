@@ -18,9 +18,11 @@ PARTS = ("compute", "communication", "bubble", "optimizer")
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
-    """The plan as tables: the whole, the pools, the teams, what it is compared with."""
+    """The plan as tables: the whole, the pools, the groups, what it is compared with."""
     money = plan["currency"]
-    facts = _table(f"{plan['model']} on {plan['fleet']}, {in_count(plan['tokens'])} tokens, engine {plan['engine']}")
+    facts = _table(
+        f"{plan['model']} on {plan['fleet']}, {in_count(plan['tokens'])} tokens, framework {plan['framework']}"
+    )
     step = plan["step_split_seconds"]
     split = ", ".join(f"{name} {step[name] / plan['step_seconds']:.0%}" for name in PARTS)
     facts.add_row("speed", f"{plan['tokens_per_second']:,.0f} tokens/s on {plan['chips']:,} chips")
@@ -45,8 +47,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
             )
         else:
             pools.add_row(pool["pool"], pool["chip"], f"0 (+{pool['chips_idle']:,} idle)", "", "", "", "")
-    teams = Table(
-        "team",
+    groups = Table(
+        "group",
         "share",
         "copies",
         "stages",
@@ -60,24 +62,24 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         "step",
         title_justify="left",
     )
-    for team in plan["teams"]:
-        tensor = ", ".join(str(value) for value in dict.fromkeys(team["tp"].values()))
-        busy = sum(value for name, value in team["seconds"].items() if name != "waiting")
-        teams.add_row(
-            " → ".join(team["pools"]),
-            f"{team['share']:.1%}",
-            str(team["dp"]),
-            stage_text(team["stages"]),
+    for group in plan["groups"]:
+        tensor = ", ".join(str(value) for value in dict.fromkeys(group["tp"].values()))
+        busy = sum(value for name, value in group["seconds"].items() if name != "waiting")
+        groups.add_row(
+            " → ".join(group["pools"]),
+            f"{group['share']:.1%}",
+            str(group["dp"]),
+            stage_text(group["stages"]),
             tensor,
-            str(team["ep"]),
-            str(team["cp"]),
-            f"{team['micro_batches']} x {team['micro_batch']}",
-            team["recompute"],
-            f"{team['zero']}, {team['states']}" if team["zero"] else "-",
-            team["schedule"],
+            str(group["ep"]),
+            str(group["cp"]),
+            f"{group['micro_batches']} x {group['micro_batch']}",
+            group["recompute"],
+            f"{group['zero']}, {group['states']}" if group["zero"] else "-",
+            group["schedule"],
             seconds_text(busy),
         )
-    parts: list[Table | str] = [facts, pools, teams, *comparison_lines(plan)]
+    parts: list[Table | str] = [facts, pools, groups, *comparison_lines(plan)]
     if plan.get("expected_loss"):
         parts.append(loss_text(plan["expected_loss"]))
     parts += [f"note: {note}" for note in plan["notes"]]
@@ -176,7 +178,7 @@ def evaluate_text(result: Mapping[str, Any]) -> str:
     if len(predicted) > 100:
         shown = sorted(predicted, key=lambda row: -abs(row.get("relative_error", 0.0)))[:40]
     table = Table(
-        "line", "model", "chips", "chip", "engine", "memory", "predicted", "measured", "error", "note",
+        "line", "model", "chips", "chip", "framework", "memory", "predicted", "measured", "error", "note",
         title_justify="left",
     )  # fmt: skip
     for row in shown:
@@ -185,7 +187,7 @@ def evaluate_text(result: Mapping[str, Any]) -> str:
             row["model"],
             f"{row['gpus']:,}",
             row["chip"],
-            row["engine"],
+            row["framework"],
             f"{size_text(row['memory_bytes'])}{'' if row['fits'] else ' !'}",
             seconds_text(row["predicted_seconds"]),
             seconds_text(row["measured_seconds"]) if "measured_seconds" in row else "",

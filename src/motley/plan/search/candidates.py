@@ -1,6 +1,6 @@
-"""Which layouts of a team are worth costing: degrees of parallelism, micro-batch, recomputation, schedule, ZeRO stage.
+"""Which layouts of a group are worth costing: degrees of parallelism, micro-batch, recomputation, schedule, ZeRO stage.
 
-A *team* is one pool, or a few that form a pipeline together (memory-rich chips first). Its degrees are powers of two
+A *group* is one pool, or a few that form a pipeline together (memory-rich chips first). Its degrees are powers of two
 and round numbers; what is left of a pool when they do not divide it stays idle, so that every number of copies counts.
 """
 
@@ -13,10 +13,10 @@ from itertools import product
 import numpy as np
 
 from motley.fleet.inventory import Pool
-from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Ints, Layouts
-from motley.plan.cost_model.framework import Engine
+from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES, Ints, ParallelConfigs
+from motley.plan.cost_model.framework import Framework
 from motley.plan.cost_model.hardware import Hardware
-from motley.plan.workload import Job
+from motley.plan.workload import Workload
 
 TENSOR = (1, 2, 4, 8)
 CONTEXT = (1, 2, 4, 8, 16)
@@ -27,22 +27,25 @@ CHUNKS = (2, 4, 8)  # of an interleaved stage
 MOST_EXPERT_RANKS = 320
 MICRO_BATCH = (1, 2, 4, 8, 16)
 LONG_CONTEXT = 16_384  # tokens from which context parallelism is considered
-SMALL_TEAM = 16  # tensor-parallel groups up to which every number of copies and stages is tried
+SMALL_GROUP = 16  # tensor-parallel groups up to which every number of copies and stages is tried
 
 
 @dataclass(frozen=True)
-class Member:
-    """A pool as part of a team, with what its chips run."""
+class GroupMember:
+    """A pool as part of a group, with what its chips run."""
 
     pool: Pool
     hardware: Hardware
-    engine: Engine
+    framework: Framework
     precision: str
 
 
-def members_of(pools: Sequence[Pool], job: Job) -> tuple[Member, ...]:
+def members_of(pools: Sequence[Pool], workload: Workload) -> tuple[GroupMember, ...]:
     """Memory-rich chips first: the first stages hold most micro-batches in flight."""
-    made = [Member(pool, Hardware.of_pool(pool), job.engine_for(pool), job.precision_for(pool)) for pool in pools]
+    made = [
+        GroupMember(pool, Hardware.of_pool(pool), workload.framework_for(pool), workload.precision_for(pool))
+        for pool in pools
+    ]
     return tuple(
         sorted(
             made,
@@ -51,15 +54,15 @@ def members_of(pools: Sequence[Pool], job: Job) -> tuple[Member, ...]:
     )
 
 
-def candidates_of(members: tuple[Member, ...], job: Job) -> tuple[list[Layouts], Ints] | None:
+def candidates_of(members: tuple[GroupMember, ...], workload: Workload) -> tuple[list[ParallelConfigs], Ints] | None:
     """(a Layouts for each member, [members, candidates] stages on it)."""
-    blocks = list(_blocks(members, job))
+    blocks = list(_blocks(members, workload))
     if not blocks:
         return None
     table = np.concatenate(blocks)
     cp, dp, pp, ep, micro, recompute, schedule, chunks, zero = table[:, :9].T
-    layouts = [
-        Layouts.of(
+    configs = [
+        ParallelConfigs.of(
             tp=table[:, 9 + i],
             cp=cp,
             ep=ep,
@@ -74,33 +77,35 @@ def candidates_of(members: tuple[Member, ...], job: Job) -> tuple[list[Layouts],
         )
         for i in range(len(members))
     ]
-    return layouts, table[:, 9 + len(members) :].T.copy()
+    return configs, table[:, 9 + len(members) :].T.copy()
 
 
-def _blocks(members: tuple[Member, ...], job: Job) -> Iterator[Ints]:
+def _blocks(members: tuple[GroupMember, ...], workload: Workload) -> Iterator[Ints]:
     """Rows of degrees, a block for each way to place pipelines: what is fixed there beside a grid of what is free."""
-    shape = job.shape
+    shape = workload.shape
     heads = shape.blocks[0].heads
-    most_context = min(member.engine.most_context for member in members)
-    contexts = [cp for cp in CONTEXT if cp <= most_context] if job.seq_len > LONG_CONTEXT else [1]
+    most_context = min(member.framework.most_context for member in members)
+    contexts = [cp for cp in CONTEXT if cp <= most_context] if workload.seq_len > LONG_CONTEXT else [1]
     tensors = [
-        [tp for tp in TENSOR if tp <= min(member.pool.per_node, member.engine.most_tensor) and heads % tp == 0]
+        [tp for tp in TENSOR if tp <= min(member.pool.per_node, member.framework.most_tensor) and heads % tp == 0]
         for member in members
     ]
-    most_zero = min(member.engine.most_zero for member in members)
-    over_island = members[0].engine.zero_over == "island"
+    most_zero = min(member.framework.most_zero for member in members)
+    over_island = members[0].framework.zero_over == "island"
     recomputes = tuple(
-        number for number, name in enumerate(RECOMPUTES) if all(name in member.engine.recomputes for member in members)
+        number
+        for number, name in enumerate(RECOMPUTES)
+        if all(name in member.framework.recomputes for member in members)
     )
-    allowed = set.intersection(*(set(member.engine.schedules) for member in members))
+    allowed = set.intersection(*(set(member.framework.schedules) for member in members))
     for cp, tps in product(contexts, product(*tensors)):
-        groups = [
+        slots = [
             member.pool.nodes * (member.pool.per_node // tp) // cp for member, tp in zip(members, tps, strict=True)
         ]
-        for stages, dp in _pipelines(groups, shape.num_layers):
+        for stages, dp in _pipelines(slots, shape.num_layers):
             pp = sum(stages)
             experts = tuple(ep for ep in _expert_degrees(shape.experts) if (dp * cp) % ep == 0)
-            micros = tuple(micro for micro in MICRO_BATCH if micro * dp <= job.global_batch)
+            micros = tuple(micro for micro in MICRO_BATCH if micro * dp <= workload.global_batch)
             if not micros:
                 continue
             # Sharding less than a schedule allows costs memory and gains nothing: 1 (with stages) or 2, and 3.
@@ -139,7 +144,7 @@ def _grid(
 
 
 def _schedules(allowed: set[str], pp: int, members: int, layers: int) -> tuple[tuple[int, int], ...]:
-    """(schedule, chunks of a stage) that the engines run and the depth allows."""
+    """(schedule, chunks of a stage) that the frameworks run and the depth allows."""
     plain = SCHEDULES.index("1f1b")
     if pp == 1:
         return ((plain, 1),)
@@ -153,28 +158,28 @@ def _schedules(allowed: set[str], pp: int, members: int, layers: int) -> tuple[t
     return tuple(found)
 
 
-def _pipelines(groups: Sequence[int], layers: int) -> Iterator[tuple[tuple[int, ...], int]]:
+def _pipelines(slots: Sequence[int], layers: int) -> Iterator[tuple[tuple[int, ...], int]]:
     """(stages on each member, copies).
 
-    Small teams try everything; larger ones of one pool a depth from PIPELINE, of several all chips, half, a quarter.
+    Small groups try everything; larger ones of one pool a depth from PIPELINE, of several all chips, half, a quarter.
     """
-    if min(groups) < 1:
+    if min(slots) < 1:
         return
-    if sum(groups) <= SMALL_TEAM:
-        for dp in range(1, min(groups) + 1):
-            for stages in product(*(range(1, group // dp + 1) for group in groups)):
+    if sum(slots) <= SMALL_GROUP:
+        for dp in range(1, min(slots) + 1):
+            for stages in product(*(range(1, slot // dp + 1) for slot in slots)):
                 if sum(stages) <= layers:
                     yield stages, dp
         return
-    if len(groups) == 1:
-        for pp in range(1, min(groups[0], layers, DEEPEST) + 1):
-            for dp in _copies(groups[0] // pp):
-                if pp in PIPELINE or pp * dp >= NEARLY_ALL * groups[0]:
+    if len(slots) == 1:
+        for pp in range(1, min(slots[0], layers, DEEPEST) + 1):
+            for dp in _copies(slots[0] // pp):
+                if pp in PIPELINE or pp * dp >= NEARLY_ALL * slots[0]:
                     yield (pp,), dp
         return
     seen = set()
-    for dp in _copies(min(groups)):
-        most = [group // dp for group in groups]
+    for dp in _copies(min(slots)):
+        most = [slot // dp for slot in slots]
         for scale in (1.0, 0.5, 0.25):
             stages = tuple(max(1, int(count * scale)) for count in most)
             if sum(stages) <= min(layers, DEEPEST) and (stages, dp) not in seen:
@@ -184,7 +189,7 @@ def _pipelines(groups: Sequence[int], layers: int) -> Iterator[tuple[tuple[int, 
 
 def _copies(most: int) -> list[int]:
     """Numbers of copies to try: all there is room for, and rounder ones that experts divide."""
-    if most <= SMALL_TEAM:
+    if most <= SMALL_GROUP:
         return list(range(1, most + 1))
     top = int(math.log2(most))
     multiples = {most // step * step for step in (1, 2, 4, 8, 16, 32, 64, 128, 256)} - {0}

@@ -22,7 +22,7 @@ NEAR = 1e-5  # relative width of T's interval at which halving ends
 
 
 @dataclass(frozen=True)
-class Pieces:
+class PieceCosts:
     """What each kind of piece costs on one pool's chips: arrays [kinds, candidates].
 
     Attributes:
@@ -41,9 +41,9 @@ class Pieces:
     constant: Floats
     capacity: float
 
-    def take(self, index: Ints) -> "Pieces":
+    def take(self, index: Ints) -> "PieceCosts":
         """Some candidates only."""
-        return Pieces(
+        return PieceCosts(
             self.seconds[:, index],
             self.held[:, index],
             self.apart[:, index],
@@ -54,7 +54,7 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Placement:
+class StageCuts:
     """Attributes: stage_of [pieces, candidates]; slowest [candidates] seconds; feasible [candidates]."""
 
     stage_of: Ints
@@ -63,8 +63,8 @@ class Placement:
 
 
 def place(
-    pools: Sequence[Pieces], kinds: Sequence[int], pool_of: Ints, stages: Ints, flights: Floats, together: int = 1
-) -> Placement:
+    pools: Sequence[PieceCosts], kinds: Sequence[int], pool_of: Ints, stages: Ints, flights: Floats, together: int = 1
+) -> StageCuts:
     """Cut every candidate's pipeline.
 
     Args:
@@ -89,11 +89,11 @@ def place(
         for piece in range(len(kinds)):
             used[stage_of[piece], np.arange(count)] = True
         feasible &= used.sum(axis=0) == stages  # a stage without a piece is a smaller pipeline, costed elsewhere
-    return Placement(stage_of, slowest, feasible)
+    return StageCuts(stage_of, slowest, feasible)
 
 
 def _fastest(
-    pools: Sequence[Pieces], kinds: Sequence[int], pool_of: Ints, stages: Ints, flights: Floats, together: int
+    pools: Sequence[PieceCosts], kinds: Sequence[int], pool_of: Ints, stages: Ints, flights: Floats, together: int
 ) -> tuple[Ints, Floats]:
     """(stages of the pieces, slowest stage) at the smallest limit under which every piece finds a stage."""
     per_piece = np.stack([pool.seconds for pool in pools])[:, list(kinds)]
@@ -113,7 +113,7 @@ def _fastest(
 
 
 def _fill(
-    pools: Sequence[Pieces],
+    pools: Sequence[PieceCosts],
     kinds: Sequence[int],
     pool_of: Ints,
     stages: Ints,

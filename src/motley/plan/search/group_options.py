@@ -1,4 +1,4 @@
-"""All ways in which a team of pools can run whole copies of the model, costed at once (candidates.py, options.py)."""
+"""All ways in which a group of pools can run whole copies of the model, costed at once (candidates.py, options.py)."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -7,83 +7,100 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motley.fleet.inventory import Pool
-from motley.plan.cost_model.configs import SCHEDULES, Floats, Ints, Layouts
+from motley.plan.cost_model.configs import SCHEDULES, Floats, Ints, ParallelConfigs
 from motley.plan.cost_model.memory import in_flight
 from motley.plan.cost_model.operators import LayerSeconds, summed
-from motley.plan.cost_model.step_time import Held, Items, exchange_seconds, items, update_seconds
-from motley.plan.search.candidates import Member, candidates_of, members_of
+from motley.plan.cost_model.step_time import (
+    HeldParameters,
+    NetworkPieces,
+    exchange_seconds,
+    network_pieces,
+    update_seconds,
+)
+from motley.plan.search.candidates import GroupMember, candidates_of, members_of
 from motley.plan.search.cut_layers import place
-from motley.plan.search.step_lines import Options, border_seconds, items_at, joined, kinds_of, lines_of, pieces_of
-from motley.plan.workload import Job
+from motley.plan.search.step_lines import (
+    GroupOptions,
+    border_seconds,
+    costed_options,
+    joined,
+    piece_costs,
+    piece_kinds,
+    pieces_at,
+)
+from motley.plan.workload import Workload
 
 CHUNKS = (500, 1000, 2000, 4000)  # candidates placed at a time
-MANY_CHIPS, PATIENCE = 64, 1  # larger teams of several pools end after so many chunks in which nothing better was found
+MANY_CHIPS, PATIENCE = (
+    64,
+    1,
+)  # larger groups of several pools end after so many chunks in which nothing better was found
 
 
-def options_of(
+def group_options(
     pools: Sequence[Pool],
-    job: Job,
+    workload: Workload,
     share: float = 1.0,
     to_beat: Callable[[int], float] = lambda sequences: np.inf,
     all_chips: bool = False,
-) -> Options | None:
+) -> GroupOptions | None:
     """Every way worth considering; None where the model does not fit these pools at all.
 
     Args:
-        pools: that form the team.
+        pools: that form the group.
         job: what to train.
         share: of the batch that these pools will probably get beside others.
-        to_beat: sequences → seconds in which these pools can take them without forming this team.
+        to_beat: sequences → seconds in which these pools can take them without forming this group.
         all_chips: only ways in which every chip works.
 
     Candidates are costed with a lower bound (all stages equal) first and placed exactly in that order, until no bound
     that is left can beat what is known, for the whole batch as for likely shares of it.
     """
-    members = members_of(pools, job)
-    candidates = candidates_of(members, job)
+    members = members_of(pools, workload)
+    candidates = candidates_of(members, workload)
     if candidates is None:
         return None
-    layouts, per_pool = candidates
+    configs, per_pool = candidates
     costed = [
-        items(job.shape, own, job.seq_len, member.hardware, member.engine, member.precision)
-        for own, member in zip(layouts, members, strict=True)
+        network_pieces(workload.shape, own, workload.seq_len, member.hardware, member.framework, member.precision)
+        for own, member in zip(configs, members, strict=True)
     ]
-    shares = [job.global_batch * part for part in (1.0, share**0.5, share, share / 2)]
-    fits = _could_fit(members, layouts, per_pool, costed, job)
-    for pool, own, stages in zip(pools, layouts, per_pool, strict=True) if all_chips else ():
+    shares = [workload.global_batch * part for part in (1.0, share**0.5, share, share / 2)]
+    fits = _could_fit(members, configs, per_pool, costed, workload)
+    for pool, own, stages in zip(pools, configs, per_pool, strict=True) if all_chips else ():
         fits &= stages * own.tp * own.cp * own.dp == pool.chips
     keep = np.flatnonzero(fits)
-    layouts, per_pool, costed = [own[keep] for own in layouts], per_pool[:, keep], [items_at(c, keep) for c in costed]
+    configs, per_pool, costed = [own[keep] for own in configs], per_pool[:, keep], [pieces_at(c, keep) for c in costed]
     if not len(keep):
         return None
     beat = np.array([to_beat(max(1, round(part))) for part in shares])
-    found: list[Options] = []
-    for alike in _groups(members, layouts[0].zero):
-        own, pieces = [one[alike] for one in layouts], [items_at(one, alike) for one in costed]
-        found += _best_first(members, own, per_pool[:, alike], pieces, shares, beat, job)
+    found: list[GroupOptions] = []
+    for alike in _comparable(members, configs[0].zero):
+        own, pieces = [one[alike] for one in configs], [pieces_at(one, alike) for one in costed]
+        found += _best_first(members, own, per_pool[:, alike], pieces, shares, beat, workload)
     return joined(found) if found else None
 
 
-def _groups(members: tuple[Member, ...], zero: Ints) -> list[Ints]:
-    """Candidates that stand in for each other. What an island keeps once all its teams keep once."""
-    if members[0].engine.zero_over == "team":
+def _comparable(members: tuple[GroupMember, ...], zero: Ints) -> list[Ints]:
+    """Candidates that stand in for each other. What an island keeps once all its groups keep once."""
+    if members[0].framework.zero_over == "group":
         return [np.arange(len(zero))]
     return [np.flatnonzero(zero == stage) for stage in np.unique(zero)]
 
 
 def _best_first(
-    members: tuple[Member, ...],
-    layouts: list[Layouts],
+    members: tuple[GroupMember, ...],
+    configs: list[ParallelConfigs],
     per_pool: Ints,
-    costed: list[Items],
+    costed: list[NetworkPieces],
     shares: Sequence[float],
     beat: Floats,
-    job: Job,
-) -> list[Options]:
+    workload: Workload,
+) -> list[GroupOptions]:
     """Candidates placed in the order of their bounds while one of them may be better than all before, and `beat`."""
-    bounds = _lower_bounds(members, layouts, per_pool, costed, shares, job)
+    bounds = _lower_bounds(members, configs, per_pool, costed, shares, workload)
     order = np.argsort((bounds / np.maximum(bounds.min(axis=1, keepdims=True), 1e-300)).min(axis=0), kind="stable")
-    found: list[Options] = []
+    found: list[GroupOptions] = []
     best = beat.copy()
     start, size, in_vain = 0, 0, 0
     patience = (
@@ -95,7 +112,11 @@ def _best_first(
             break
         start, size = start + len(chunk), size + 1
         placed = _placed(
-            members, [own[chunk] for own in layouts], per_pool[:, chunk], [items_at(c, chunk) for c in costed], job
+            members,
+            [own[chunk] for own in configs],
+            per_pool[:, chunk],
+            [pieces_at(c, chunk) for c in costed],
+            workload,
         )
         if placed is None or not len(placed):
             continue
@@ -109,13 +130,17 @@ def _best_first(
 
 
 def _could_fit(
-    members: tuple[Member, ...], layouts: list[Layouts], per_pool: Ints, costed: list[Items], job: Job
+    members: tuple[GroupMember, ...],
+    configs: list[ParallelConfigs],
+    per_pool: Ints,
+    costed: list[NetworkPieces],
+    workload: Workload,
 ) -> NDArray[np.bool_]:
     """Whether all weights and gradients together, and one micro-batch of each piece, fit the chips of one copy."""
-    needed, room = np.full(len(layouts[0]), np.inf), np.zeros(len(layouts[0]))
-    for member, own, pieces, stages in zip(members, layouts, costed, per_pool, strict=True):
-        kinds, first = kinds_of(pieces)
-        costs = pieces_of(member, own, pieces, first, job, own_states=False)
+    needed, room = np.full(len(configs[0]), np.inf), np.zeros(len(configs[0]))
+    for member, own, pieces, stages in zip(members, configs, costed, per_pool, strict=True):
+        kinds, first = piece_kinds(pieces)
+        costs = piece_costs(member, own, pieces, first, workload, own_states=False)
         whole = sum(costs.held[kind] + costs.saved[kind] for kind in kinds)
         needed = np.minimum(needed, whole)
         room = room + stages * np.maximum(costs.capacity - costs.constant, 0.0)
@@ -123,19 +148,19 @@ def _could_fit(
 
 
 def _lower_bounds(
-    members: tuple[Member, ...],
-    layouts: list[Layouts],
+    members: tuple[GroupMember, ...],
+    configs: list[ParallelConfigs],
     per_pool: Ints,
-    costed: list[Items],
+    costed: list[NetworkPieces],
     shares: Sequence[float],
-    job: Job,
+    workload: Workload,
 ) -> Floats:
     """[shares, candidates] seconds that no placement can beat: all work spread evenly over all stages.
 
-    The bubble grows and shrinks with the slowest stage, but never by more than the micro-batches gain from it; a team
+    The bubble grows and shrinks with the slowest stage, but never by more than the micro-batches gain from it; a group
     of one pool also exchanges, updates and waits at least as much as its average stage.
     """
-    first = layouts[0]
+    first = configs[0]
     pp = first.pp
     whole = [summed(pieces.seconds) for pieces in costed]
     speed = np.sum([stages / own.total for stages, own in zip(per_pool, whole, strict=True)], axis=0)
@@ -152,19 +177,19 @@ def _lower_bounds(
         [np.zeros(len(first)), filling / first.chunks, np.maximum((pp / 2 - 1) * both, 0.0)],
         np.zeros(len(first)),  # stages can be cut so that a zero bubble is one
     )
-    fixed = bubble + max(member.engine.step_seconds for member in members)
+    fixed = bubble + max(member.framework.step_seconds for member in members)
     once, hidden = np.zeros(len(first)), 0.0
     if len(members) == 1:
         member, pieces = members[0], costed[0]
-        held = sum(pieces.held, start=Held(0.0, 0.0)) * (1 / pp)
-        once, every = exchange_seconds(held, first, member.hardware, member.engine)
-        hidden = member.engine.hidden_gradients
-        fixed = fixed + update_seconds(held, first, member.hardware, member.engine)
+        held = sum(pieces.held, start=HeldParameters(0.0, 0.0)) * (1 / pp)
+        once, every = exchange_seconds(held, first, member.hardware, member.framework)
+        hidden = member.framework.hidden_gradients
+        fixed = fixed + update_seconds(held, first, member.hardware, member.framework)
         nodes = np.maximum(first.chips / member.hardware.chips_per_node, 1)
-        slow = slow * (1 + member.engine.skew * np.log2(nodes)) + (1 - member.engine.hidden_shards) * every
-    for (member, own), (neighbour, theirs) in pairwise(zip(members, layouts, strict=True)):
+        slow = slow * (1 + member.framework.skew * np.log2(nodes)) + (1 - member.framework.hidden_shards) * every
+    for (member, own), (neighbour, theirs) in pairwise(zip(members, configs, strict=True)):
         ends = ((member, own), (neighbour, theirs))
-        border = np.maximum(*(border_seconds(end, one, job, far=True) for end, one in ends))
+        border = np.maximum(*(border_seconds(end, one, workload, far=True) for end, one in ends))
         slow, fixed = np.maximum(slow, border), fixed + 2 * border
     grain = first.dp * first.micro_batch
     bounds = []
@@ -174,27 +199,31 @@ def _lower_bounds(
     return np.stack(bounds)
 
 
-def _unique(pieces: Items) -> list[LayerSeconds]:
+def _unique(pieces: NetworkPieces) -> list[LayerSeconds]:
     return list({id(piece): piece for piece in pieces.seconds}.values())
 
 
 def _placed(
-    members: tuple[Member, ...], layouts: list[Layouts], per_pool: Ints, costed: list[Items], job: Job
-) -> Options | None:
+    members: tuple[GroupMember, ...],
+    configs: list[ParallelConfigs],
+    per_pool: Ints,
+    costed: list[NetworkPieces],
+    workload: Workload,
+) -> GroupOptions | None:
     """Place candidates, with their states on their own chips and, failing that, with states kept elsewhere."""
-    pp = layouts[0].pp
+    pp = configs[0].pp
     most = int(pp.max())
     bounds = np.cumsum(per_pool, axis=0)
     numbers = np.arange(most)[:, None]
     pool_of = (numbers[:, :, None] >= bounds.T[None]).sum(axis=2).clip(max=len(members) - 1)
-    flights = np.stack([in_flight(layouts[0], np.full(len(pp), stage)) for stage in range(most)])
-    kinds, order = kinds_of(costed[0])
+    flights = np.stack([in_flight(configs[0], np.full(len(pp), stage)) for stage in range(most)])
+    kinds, order = piece_kinds(costed[0])
 
-    def placed(index: Ints, own_states: bool) -> tuple[Options | None, Ints]:
+    def placed(index: Ints, own_states: bool) -> tuple[GroupOptions | None, Ints]:
         """(the options, the candidates that found no place)."""
-        own, pieces = [one[index] for one in layouts], [items_at(one, index) for one in costed]
+        own, pieces = [one[index] for one in configs], [pieces_at(one, index) for one in costed]
         pools = [
-            pieces_of(member, one, piece, order, job, own_states)
+            piece_costs(member, one, piece, order, workload, own_states)
             for member, one, piece in zip(members, own, pieces, strict=True)
         ]
         together = max(piece.together for piece in pieces)
@@ -202,12 +231,12 @@ def _placed(
         fits = np.flatnonzero(placement.feasible)
         if not len(fits):
             return None, index
-        options = lines_of(members, own, pieces, placement, pool_of[:, index], fits, job, own_states)
+        options = costed_options(members, own, pieces, placement, pool_of[:, index], fits, workload, own_states)
         return options, index[~placement.feasible]
 
     made, left = placed(np.arange(len(pp)), True)
-    elsewhere = (1, 2) if members[0].engine.zero_over == "team" else (1, 2, 3)
-    left = left[np.isin(layouts[0].zero[left], elsewhere)]  # what is sharded may lie on chips elsewhere
+    elsewhere = (1, 2) if members[0].framework.zero_over == "group" else (1, 2, 3)
+    left = left[np.isin(configs[0].zero[left], elsewhere)]  # what is sharded may lie on chips elsewhere
     helped = placed(left, False)[0] if len(left) else None
     both = [options for options in (made, helped) if options is not None]
     return joined(both) if both else None

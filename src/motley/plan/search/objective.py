@@ -10,13 +10,13 @@ from typing import Literal
 
 from motley.errors import InputError
 from motley.plan.search.search import Searcher
-from motley.plan.search.solution import Found
+from motley.plan.search.solution import FoundPlan
 
 Objective = Literal["time", "cost", "chips"]
 ALL_SUBSETS = 6  # pools
 
 
-def best_plan(searcher: Searcher, objective: Objective, deadline_seconds: float | None) -> tuple[Searcher, Found]:
+def best_plan(searcher: Searcher, objective: Objective, deadline_seconds: float | None) -> tuple[Searcher, FoundPlan]:
     """(the searcher of the fleet as it should be rented, the plan).
 
     Raises InputError when nothing fits, or nothing meets the deadline.
@@ -36,10 +36,10 @@ def best_plan(searcher: Searcher, objective: Objective, deadline_seconds: float 
     if objective == "time":
         return searcher, fastest
 
-    def worth(plan: Found) -> float:
+    def worth(plan: FoundPlan) -> float:
         return plan.cost if objective == "cost" else float(plan.chips)
 
-    def allowed(plan: Found | None) -> bool:
+    def allowed(plan: FoundPlan | None) -> bool:
         return plan is not None and (deadline_seconds is None or plan.expected_seconds <= deadline_seconds)
 
     best = min(_subsets(searcher, fastest, worth, allowed), key=worth)
@@ -49,8 +49,11 @@ def best_plan(searcher: Searcher, objective: Objective, deadline_seconds: float 
 
 
 def _subsets(
-    searcher: Searcher, fastest: Found, worth: Callable[[Found], float], allowed: Callable[[Found | None], bool]
-) -> list[Found]:
+    searcher: Searcher,
+    fastest: FoundPlan,
+    worth: Callable[[FoundPlan], float],
+    allowed: Callable[[FoundPlan | None], bool],
+) -> list[FoundPlan]:
     names = [pool.name for pool in searcher.fleet.pools]
     if len(names) <= ALL_SUBSETS:
         chosen = [subset for size in range(1, len(names) + 1) for subset in combinations(names, size)]
@@ -72,10 +75,13 @@ def _subsets(
 
 
 def _fewer_nodes(
-    searcher: Searcher, best: Found, worth: Callable[[Found], float], allowed: Callable[[Found | None], bool]
-) -> tuple[Searcher, Found]:
+    searcher: Searcher,
+    best: FoundPlan,
+    worth: Callable[[FoundPlan], float],
+    allowed: Callable[[FoundPlan | None], bool],
+) -> tuple[Searcher, FoundPlan]:
     """Rent fewer nodes of each pool in turn, where the deadline leaves time: the slowest per $ first."""
-    used = {name for team in best.teams for name in team.team}
+    used = {name for group in best.groups for name in group.group}
     for pool in searcher.fleet.pools:
         if pool.name not in used:
             searcher = _without(searcher, pool.name)
@@ -85,7 +91,7 @@ def _fewer_nodes(
     )
     for pool in order:
         low, high = 0, pool.nodes  # the deadline is met with `high`
-        kept: tuple[Searcher, Found] | None = None
+        kept: tuple[Searcher, FoundPlan] | None = None
         while high - low > 1:
             middle = (low + high) // 2
             trial = searcher.with_nodes(pool.name, middle)
@@ -100,5 +106,5 @@ def _fewer_nodes(
 
 
 def _without(searcher: Searcher, name: str) -> Searcher:
-    known = {team: options for team, options in searcher.options.items() if name not in team}
-    return Searcher(searcher.fleet.without([name]), searcher.job, known=known)
+    known = {group: options for group, options in searcher.options.items() if name not in group}
+    return Searcher(searcher.fleet.without([name]), searcher.workload, known=known)

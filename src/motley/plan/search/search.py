@@ -1,15 +1,15 @@
-"""The best plan for a fleet: which pools form teams, how each team is laid out, who takes how much of the batch.
+"""The best plan for a fleet: which pools form groups, how each group is laid out, who takes how much of the batch.
 
     islands   sites joined by slow links: one synchronous step over all, or an island each that meets every H steps;
               then each takes steps of its own on the same number of sequences, as many as it is fast
-    teams     pools of an island, alone or as a pipeline together; chip types never share anything finer
-    shares    for a step of T seconds each team says how many sequences it can take (options.py); the smallest T at
+    groups     pools of an island, alone or as a pipeline together; chip types never share anything finer
+    shares    for a step of T seconds each group says how many sequences it can take (options.py); the smallest T at
               which they take the whole batch is the plan's
 
-For given options this is exact: teams do not disturb each other within a step, so a step can take T seconds if and only
-if the best partition of the pools into teams takes the batch within T. What is searched grows with the number of pools,
-not with the chips in them. Where an island keeps things once, its teams share an update, which takes as long as the
-teams need that would be best if all pools helped; the plan that is found is timed with its own.
+For given options this is exact: groups do not disturb each other within a step, so a step can take T seconds if and only
+if the best partition of the pools into groups takes the batch within T. What is searched grows with the number of pools,
+not with the chips in them. Where an island keeps things once, its groups share an update, which takes as long as the
+groups need that would be best if all pools helped; the plan that is found is timed with its own.
 """
 
 import math
@@ -19,22 +19,23 @@ from itertools import combinations
 
 import numpy as np
 
+from motley.apportion import apportion
 from motley.errors import InputError
 from motley.fleet.inventory import Fleet, Pool
 from motley.fleet.units import size_text
 from motley.plan.cost_model.configs import Ints
 from motley.plan.search.candidates import members_of
-from motley.plan.search.group_options import options_of
-from motley.plan.search.pool_packing import Pick, Point, apportion, dealt, pack
-from motley.plan.search.solution import Chosen, Found
-from motley.plan.search.step_lines import Options
-from motley.plan.workload import Job
+from motley.plan.search.group_options import group_options
+from motley.plan.search.pool_packing import GroupOffer, Packing, dealt, pack
+from motley.plan.search.solution import ChosenGroup, FoundPlan
+from motley.plan.search.step_lines import GroupOptions
+from motley.plan.workload import Workload
 
 TURNS = 60
 CLOSE = 1e-7
-LARGEST_TEAM = 3  # pools in one pipeline
+LARGEST_GROUP = 3  # pools in one pipeline
 USUAL_NODES = (1, 2, 4, 8, 16)  # chips in a node that degrees of parallelism divide
-CORE = 4  # pools of a site of which all teams are tried
+CORE = 4  # pools of a site of which all groups are tried
 SPREAD_WORTH = 1.01  # states kept wherever there is room must make the step so much faster
 INNER_STEPS = (10, 30, 100, 300)  # between two meetings of islands
 OUTER_BYTES = 1.0  # per parameter: outer gradients travel as int8 (INTELLECT-1, arXiv 2412.01152)
@@ -44,73 +45,75 @@ ISLANDS_WORTH = 1.02  # islands learn a little less from a token, so they must b
 
 
 class Searcher:
-    """Costs the teams of a fleet once and answers for any of its pools.
+    """Costs the groups of a fleet once and answers for any of its pools.
 
     With `all_chips`, only plans in which no chip is left idle: for workers that were started already.
 
-    Raises InputError from `best` when no pool and no team can hold the model.
+    Raises InputError from `best` when no pool and no group can hold the model.
     """
 
     def __init__(
         self,
         fleet: Fleet,
-        job: Job,
+        workload: Workload,
         progress: Callable[[str], None] | None = None,
-        known: Mapping[frozenset[str], tuple[Options, ...]] | None = None,
+        known: Mapping[frozenset[str], tuple[GroupOptions, ...]] | None = None,
         all_chips: bool = False,
     ) -> None:
-        self.fleet, self.job, self.all_chips = fleet, job, all_chips
-        self._engines = {pool.name: job.engine_for(pool) for pool in fleet.pools}
-        self._over_island = any(engine.zero_over == "island" for engine in self._engines.values())
+        self.fleet, self.workload, self.all_chips = fleet, workload, all_chips
+        self._frameworks = {pool.name: workload.framework_for(pool) for pool in fleet.pools}
+        self._over_island = any(framework.zero_over == "island" for framework in self._frameworks.values())
         peaks = {pool.name: pool.chips * pool.flops(pool.best_precision) for pool in fleet.pools}
         whole = sum(peaks.values())
         self._last_seconds = 1.0  # where the next search for T starts: plans of one fleet are alike
-        self.options: dict[frozenset[str], tuple[Options, ...]] = dict(known or {})
-        for size in range(1, LARGEST_TEAM + 1):
-            for team in self._teams(size):
-                if frozenset(pool.name for pool in team) in self.options:
+        self.options: dict[frozenset[str], tuple[GroupOptions, ...]] = dict(known or {})
+        for size in range(1, LARGEST_GROUP + 1):
+            for group in self._groups(size):
+                if frozenset(pool.name for pool in group) in self.options:
                     continue
                 if progress:
-                    progress(" + ".join(pool.name for pool in team))
-                share = sum(peaks[pool.name] for pool in team) / whole
-                usages, beaten = [team] if all_chips else _usages(team), self._without_this_team(team)
-                ways = [options_of(used, job, share, beaten, all_chips) for used in usages]
+                    progress(" + ".join(pool.name for pool in group))
+                share = sum(peaks[pool.name] for pool in group) / whole
+                usages, beaten = [group] if all_chips else _usages(group), self._without_this_group(group)
+                ways = [group_options(used, workload, share, beaten, all_chips) for used in usages]
                 if kept := tuple(_pruned(found) for found in ways if found is not None and len(found)):
-                    self.options[frozenset(pool.name for pool in team)] = kept
+                    self.options[frozenset(pool.name for pool in group)] = kept
 
-    def _without_this_team(self, team: Sequence[Pool]) -> Callable[[int], float]:
-        """Sequences → seconds in which the pools of a team take them as the smaller teams known so far."""
-        names = frozenset(pool.name for pool in team)
-        if len(team) == 1:
+    def _without_this_group(self, group: Sequence[Pool]) -> Callable[[int], float]:
+        """Sequences → seconds in which the pools of a group take them as the smaller groups known so far."""
+        names = frozenset(pool.name for pool in group)
+        if len(group) == 1:
             return lambda sequences: math.inf
         return lambda sequences: self._least_seconds(names, self._levels[0], sequences) or math.inf
 
     def with_nodes(self, name: str, nodes: int) -> "Searcher":
-        """The same fleet with so many nodes in one pool; other teams keep their options."""
+        """The same fleet with so many nodes in one pool; other groups keep their options."""
         pools = tuple(
             pool.model_copy(update={"nodes": nodes}) if pool.name == name else pool for pool in self.fleet.pools
         )
-        known = {team: options for team, options in self.options.items() if name not in team}
+        known = {group: options for group, options in self.options.items() if name not in group}
         fleet = self.fleet.model_copy(update={"pools": pools})
-        return Searcher(fleet, self.job, known=known, all_chips=self.all_chips)
+        return Searcher(fleet, self.workload, known=known, all_chips=self.all_chips)
 
-    def _teams(self, size: int) -> list[tuple[Pool, ...]]:
-        """Pools of one site that may form a pipeline; called after all smaller teams are costed.
+    def _groups(self, size: int) -> list[tuple[Pool, ...]]:
+        """Pools of one site that may form a pipeline; called after all smaller groups are costed.
 
-        Of a site's strongest pools every team, of the others the pairs that one of them needs to hold the model.
+        Of a site's strongest pools every group, of the others the pairs that one of them needs to hold the model.
         Which these are does not depend on how many weaker pools there are besides, so that more never means less.
         """
         pools = self.fleet.pools
-        teams = [team for team in combinations(pools, size) if len({self.fleet.site_of(pool) for pool in team}) == 1]
+        groups = [
+            group for group in combinations(pools, size) if len({self.fleet.site_of(pool) for pool in group}) == 1
+        ]
         if size == 1:
-            return teams
+            return groups
         core = self._core()
-        needed = [team for team in teams if all(pool.name in core for pool in team)]
+        needed = [group for group in groups if all(pool.name in core for pool in group)]
         if size == 2:
             needed += [
-                team
-                for team in teams
-                if team not in needed and any(frozenset([pool.name]) not in self.options for pool in team)
+                group
+                for group in groups
+                if group not in needed and any(frozenset([pool.name]) not in self.options for pool in group)
             ]
         return needed
 
@@ -123,10 +126,10 @@ class Searcher:
             core |= {pool.name for pool in here[:CORE]}
         return core
 
-    def best(self, names: Sequence[str] | None = None) -> Found | None:
+    def best(self, names: Sequence[str] | None = None) -> FoundPlan | None:
         """The fastest plan that uses (some of) these pools; None where none can hold the model."""
         pools = frozenset(names if names is not None else [pool.name for pool in self.fleet.pools])
-        batch = self.job.global_batch
+        batch = self.workload.global_batch
         plans = [self._synchronous(pools, batch)]
         sites = {self.fleet.site_of(pool) for pool in self.fleet.pools if pool.name in pools}
         if len(sites) > 1:
@@ -138,11 +141,11 @@ class Searcher:
             return islands
         return best
 
-    def alone(self, name: str) -> Found | None:
+    def alone(self, name: str) -> FoundPlan | None:
         return self.best([name])
 
-    def even(self) -> Found | None:
-        """What an engine for equal chips does: every pool a plain copy, every chip the same part of the batch.
+    def even(self) -> FoundPlan | None:
+        """What a framework for equal chips does: every pool a plain copy, every chip the same part of the batch.
 
         None where a pool cannot hold the model alone.
         """
@@ -150,25 +153,25 @@ class Searcher:
         if any(frozenset([pool.name]) not in self.options for pool in pools):
             return None
         chips = [pool.chips for pool in pools]
-        shares = apportion(self.job.global_batch, chips)
+        shares = apportion(self.workload.global_batch, chips)
         crossing = len(pools) > 1
-        slowest, teams = 0.0, []
+        slowest, groups = 0.0, []
         for pool, share in zip(pools, shares, strict=True):
             if share == 0:
                 continue
-            team = frozenset([pool.name])
-            chosen = self._whole(team, share, crossing)
+            group = frozenset([pool.name])
+            chosen = self._whole(group, share, crossing)
             if chosen is None:
                 return None
             slowest = max(slowest, chosen.seconds)
-            teams.append(chosen)
+            groups.append(chosen)
         names = frozenset(pool.name for pool in pools)
         slow = self._slow_link_seconds(names)
-        if slow:  # sites that meet now and then are what an engine for equal chips would do too
+        if slow:  # sites that meet now and then are what a framework for equal chips would do too
             inner, exposed = self._meeting(names, slowest)
             if exposed < slow:
-                return Found(self.job, self.fleet, tuple(teams), slowest + exposed, inner, exposed)
-        return Found(self.job, self.fleet, tuple(teams), slowest + slow, 0, 0.0)
+                return FoundPlan(self.workload, self.fleet, tuple(groups), slowest + exposed, inner, exposed)
+        return FoundPlan(self.workload, self.fleet, tuple(groups), slowest + slow, 0, 0.0)
 
     # ------------------------------------------------------------------------------------------ the search
 
@@ -177,16 +180,16 @@ class Searcher:
 
     @property
     def _levels(self) -> tuple[int, ...]:
-        """What teams together keep once: a ZeRO stage of the island; else 0 nothing, 1 states where there is room."""
+        """What groups together keep once: a ZeRO stage of the island; else 0 nothing, 1 states where there is room."""
         return (1, 2, 3) if self._over_island else (0, 1)
 
-    def _synchronous(self, pools: frozenset[str], sequences: int) -> Found | None:
-        """One step over all pools: alone as one team, or several that exchange gradients; states at home or shared."""
-        found: list[Found] = []
+    def _synchronous(self, pools: frozenset[str], sequences: int) -> FoundPlan | None:
+        """One step over all pools: alone as one group, or several that exchange gradients; states at home or shared."""
+        found: list[FoundPlan] = []
         slow = self._slow_link_seconds(pools)
-        for team in self.options:
-            fits = team == pools if self.all_chips else team <= pools
-            if fits and (chosen := self._whole(team, sequences, False)) is not None:
+        for group in self.options:
+            fits = group == pools if self.all_chips else group <= pools
+            if fits and (chosen := self._whole(group, sequences, False)) is not None:
                 found.append(self._found([chosen]))
         for level in self._levels:
             below = min((plan.step_seconds for plan in found), default=None)
@@ -197,17 +200,17 @@ class Searcher:
                 found.append(several)
         return min(found, key=lambda plan: plan.step_seconds) if found else None
 
-    def _found(self, teams: Sequence[Chosen], slow: float = 0.0) -> Found:
-        """One synchronous step of teams, `slow` seconds of it for links between sites."""
-        seconds = max(team.seconds for team in teams)
-        if len(teams) > 1:
-            seconds *= 1 + max(self._engines[pool].waiting for team in teams for pool in team.team)
-        return Found(self.job, self.fleet, tuple(teams), seconds + slow, 0, 0.0)
+    def _found(self, groups: Sequence[ChosenGroup], slow: float = 0.0) -> FoundPlan:
+        """One synchronous step of groups, `slow` seconds of it for links between sites."""
+        seconds = max(group.seconds for group in groups)
+        if len(groups) > 1:
+            seconds *= 1 + max(self._frameworks[pool].waiting for group in groups for pool in group.group)
+        return FoundPlan(self.workload, self.fleet, tuple(groups), seconds + slow, 0, 0.0)
 
-    def _whole(self, team: frozenset[str], sequences: int, crossing: bool) -> Chosen | None:
-        """How a team takes so many sequences fastest with its states at home; None where they do not fit."""
-        best: Chosen | None = None
-        for options in self.options[team]:
+    def _whole(self, group: frozenset[str], sequences: int, crossing: bool) -> ChosenGroup | None:
+        """How a group takes so many sequences fastest with its states at home; None where they do not fit."""
+        best: ChosenGroup | None = None
+        for options in self.options[group]:
             own = np.flatnonzero(options.own_states)
             if not len(own):
                 continue
@@ -215,17 +218,17 @@ class Searcher:
             times = options.seconds_of(own, micro, crossing)
             pick = int(np.argmin(times))
             if best is None or times[pick] < best.seconds:
-                best = Chosen(team, options, int(own[pick]), sequences, int(micro[pick]), float(times[pick]))
+                best = ChosenGroup(group, options, int(own[pick]), sequences, int(micro[pick]), float(times[pick]))
         return best
 
-    def _islands(self, pools: frozenset[str]) -> Found | None:
+    def _islands(self, pools: frozenset[str]) -> FoundPlan | None:
         """Sites that train alone and meet every so many steps: all that can, or the fastest of them."""
         sites: dict[str, set[str]] = {}
         for name in pools:
             sites.setdefault(self._site(name), set()).add(name)
 
-        def alone(site: str, count: int) -> Found | None:
-            return self._synchronous(frozenset(sites[site]), -(-self.job.global_batch // count))
+        def alone(site: str, count: int) -> FoundPlan | None:
+            return self._synchronous(frozenset(sites[site]), -(-self.workload.global_batch // count))
 
         known = {site: plan.step_seconds for site in sorted(sites) if (plan := alone(site, len(sites)))}
         order = sorted(known, key=lambda site: known[site])
@@ -236,20 +239,20 @@ class Searcher:
                 found.append(islands)
         return min(found, key=lambda plan: plan.step_seconds, default=None)
 
-    def _meeting_islands(self, islands: Sequence[Found]) -> Found | None:
-        """One run of islands, as fast as each of them takes its own steps; None where a team would get no rows."""
+    def _meeting_islands(self, islands: Sequence[FoundPlan]) -> FoundPlan | None:
+        """One run of islands, as fast as each of them takes its own steps; None where a group would get no rows."""
         step = len(islands) / sum(1 / plan.step_seconds for plan in islands)  # of the run: all arrive together
         worked = [
-            replace(team, island=number, steps=step / plan.step_seconds)
+            replace(group, island=number, steps=step / plan.step_seconds)
             for number, plan in enumerate(islands)
-            for team in plan.teams
+            for group in plan.groups
         ]
-        shares = apportion(self.job.global_batch, [team.sequences * team.steps for team in worked])
+        shares = apportion(self.workload.global_batch, [group.sequences * group.steps for group in worked])
         if min(shares) == 0:
             return None
-        teams = tuple(replace(team, sequences=share) for team, share in zip(worked, shares, strict=True))
-        inner, exposed = self._meeting(frozenset().union(*(team.team for team in teams)), step)
-        return Found(self.job, self.fleet, teams, step + exposed, inner, exposed)
+        groups = tuple(replace(group, sequences=share) for group, share in zip(worked, shares, strict=True))
+        inner, exposed = self._meeting(frozenset().union(*(group.group for group in groups)), step)
+        return FoundPlan(self.workload, self.fleet, groups, step + exposed, inner, exposed)
 
     def _meeting(self, pools: frozenset[str], step_seconds: float) -> tuple[int, float]:
         """(steps between two meetings of these pools' sites, what a meeting adds to each step)."""
@@ -258,7 +261,7 @@ class Searcher:
             (self.fleet.link_between(one, other) for one, other in combinations(sites, 2)),
             key=lambda link: link.bandwidth,
         )
-        meeting = self.job.parameters * OUTER_BYTES * 2 / link.bandwidth + 2 * link.latency
+        meeting = self.workload.parameters * OUTER_BYTES * 2 / link.bandwidth + 2 * link.latency
         inner, exposed = 1, meeting
         for inner in INNER_STEPS:
             window = OUTER_HIDDEN * inner * step_seconds
@@ -269,7 +272,7 @@ class Searcher:
 
     def _several(
         self, pools: frozenset[str], slow: float, sequences: int, level: int, below: float | None = None
-    ) -> Found | None:
+    ) -> FoundPlan | None:
         """Smallest T at which the best partition of the pools takes the batch; then the plan at that T.
 
         slow: seconds of a step for links between sites. None if that is not under `below` seconds.
@@ -282,23 +285,23 @@ class Searcher:
         worked = [(pick, share) for pick, share in zip(point.picks, shares, strict=True) if share]
         micros = [-(-share // int(pick.options.grain[pick.index])) for pick, share in worked]
         if self._over_island and sum(pick.spare for pick, _ in worked) < self._state_bytes(pools, level):
-            return None  # teams that are left without rows were needed for their room
+            return None  # groups that are left without rows were needed for their room
         update, kept = self._update([pick for pick, _ in worked], level)
-        teams = []
+        groups = []
         for (pick, share), micro, part in zip(worked, micros, kept, strict=True):
             index = np.array([pick.index])
             seconds = float(pick.options.seconds_of(index, np.array([micro]), len(worked) > 1, update)[0])
-            # With every micro-batch of any team all of them exchange (ZeRO 2 and 3).
+            # With every micro-batch of any group all of them exchange (ZeRO 2 and 3).
             exchange = float((pick.options.each + pick.options.cross_each)[pick.index]) if self._over_island else 0.0
             seconds += (max(micros) - micro) * exchange
-            teams.append(Chosen(pick.team, pick.options, pick.index, share, micro, seconds, update, part))
-        return self._found(teams, slow)
+            groups.append(ChosenGroup(pick.group, pick.options, pick.index, share, micro, seconds, update, part))
+        return self._found(groups, slow)
 
-    def _update(self, picks: Sequence[Pick], level: int) -> tuple[float | None, list[float]]:
-        """(seconds in which teams update together what they keep once, the part of each); None: each its own."""
+    def _update(self, picks: Sequence[GroupOffer], level: int) -> tuple[float | None, list[float]]:
+        """(seconds in which groups update together what they keep once, the part of each); None: each its own."""
         if not self._over_island:
             return None, [1.0] * len(picks)
-        whole = self._state_bytes({name for pick in picks for name in pick.team}, level)
+        whole = self._state_bytes({name for pick in picks for name in pick.group}, level)
         rates = [float(pick.options.rate[pick.index]) for pick in picks]
         return dealt(rates, [pick.spare / whole for pick in picks])
 
@@ -306,7 +309,7 @@ class Searcher:
         self, pools: frozenset[str], level: int, sequences: int, below: float | None = None, slow: float = 0.0
     ) -> float | None:
         """The shortest step in which the pools take so many sequences; None if that is not under `below` seconds."""
-        if not any(team <= pools for team in self.options):
+        if not any(group <= pools for group in self.options):
             return None
 
         def enough(seconds: float) -> bool:
@@ -331,21 +334,21 @@ class Searcher:
         self._last_seconds = high
         return high
 
-    def _partition(self, pools: frozenset[str], seconds: float, level: int) -> Point | None:
-        """Most sequences these pools can take within `seconds`, over all ways to form teams of them.
+    def _partition(self, pools: frozenset[str], seconds: float, level: int) -> Packing | None:
+        """Most sequences these pools can take within `seconds`, over all ways to form groups of them.
 
         With a level above 0, what is kept once may lie on any chip of the island that has room; then room counts too.
         """
         order = sorted(pools)
-        teams = [team for team in self.options if team <= pools]
-        masks = {team: sum(1 << order.index(name) for name in team) for team in teams}
+        groups = [group for group in self.options if group <= pools]
+        masks = {group: sum(1 << order.index(name) for name in group) for group in groups}
         state = self._state_bytes(pools, level) if level else 0.0
         update = self._soonest(pools) if self._over_island else None
         for turn in range(2 if self._over_island else 1):
             # Room is seldom what decides: look at the fastest options first, and weigh speed against room only if
             # need be.
             for trade in (False, True) if level else (False,):
-                offers = {masks[team]: self._offers(team, seconds, level, trade, update) for team in teams}
+                offers = {masks[group]: self._offers(group, seconds, level, trade, update) for group in groups}
                 best = pack(len(order), offers, state if trade else 0.0, idle=not self.all_chips)
                 if best is not None and best.picks and best.spare >= state:
                     break
@@ -359,18 +362,18 @@ class Searcher:
     def _soonest(self, pools: frozenset[str]) -> float:
         """Seconds in which all chips of these pools together update the model."""
         rates = {name: 0.0 for name in pools}
-        for team, found in self.options.items():
-            if len(team) == 1 and team <= pools:
-                (name,) = team
+        for group, found in self.options.items():
+            if len(group) == 1 and group <= pools:
+                (name,) = group
                 rates[name] = max(float(options.rate.max()) for options in found)
         return 1 / sum(rates.values()) if any(rates.values()) else 0.0
 
     def _offers(
-        self, team: frozenset[str], seconds: float, level: int, trade: bool, update: float | None
-    ) -> list[Pick]:
-        """What a team could take: the most, and with `trade` every smaller part that leaves more room."""
-        offers: list[Pick] = []
-        for options in self.options[team]:
+        self, group: frozenset[str], seconds: float, level: int, trade: bool, update: float | None
+    ) -> list[GroupOffer]:
+        """What a group could take: the most, and with `trade` every smaller part that leaves more room."""
+        offers: list[GroupOffer] = []
+        for options in self.options[group]:
             sequences = options.sequences_within(seconds, True, update)
             if self._over_island:
                 sequences = np.where(options.zero == level, sequences, 0)
@@ -383,12 +386,12 @@ class Searcher:
                     break
                 if options.spare[index] > room * (1 + 1e-9):
                     room = float(options.spare[index])
-                    offers.append(Pick(team, options, int(index), int(sequences[index]), room))
+                    offers.append(GroupOffer(group, options, int(index), int(sequences[index]), room))
         return offers
 
     def _state_bytes(self, names: Collection[str], level: int) -> float:
-        """Of all that is kept once, as the greediest engine among these pools keeps it."""
-        return self.job.parameters * max(self._engines[name].bytes_kept_once(level) for name in names)
+        """Of all that is kept once, as the greediest framework among these pools keeps it."""
+        return self.workload.parameters * max(self._frameworks[name].bytes_kept_once(level) for name in names)
 
     def _slow_link_seconds(self, pools: frozenset[str]) -> float:
         """Sending all gradients over the slowest link between the sites of these pools, both ways at once."""
@@ -396,19 +399,21 @@ class Searcher:
         if len(sites) < 2:
             return 0.0
         links = [self.fleet.link_between(one, other) for one, other in combinations(sites, 2)]
-        sent = 2 * self.job.parameters * max(self._engines[name].gradient_bytes for name in pools)
+        sent = 2 * self.workload.parameters * max(self._frameworks[name].gradient_bytes for name in pools)
         return max(sent / link.bandwidth + 2 * link.latency for link in links)
 
     def refusal(self) -> InputError:
         """Why nothing fits, by how much, and what would make it fit."""
-        needed = self.job.parameters * max(
-            sum(self.job.engine_for(pool).state_bytes.values()) for pool in self.fleet.pools
+        needed = self.workload.parameters * max(
+            sum(self.workload.framework_for(pool).state_bytes.values()) for pool in self.fleet.pools
         )
-        there = sum(pool.chips * members_of([pool], self.job)[0].hardware.memory_bytes for pool in self.fleet.pools)
-        model = self.job.shape.name
+        there = sum(
+            pool.chips * members_of([pool], self.workload)[0].hardware.memory_bytes for pool in self.fleet.pools
+        )
+        model = self.workload.shape.name
         if needed > there:
-            pool = max(self.fleet.pools, key=lambda pool: members_of([pool], self.job)[0].hardware.memory_bytes)
-            memory = members_of([pool], self.job)[0].hardware.memory_bytes
+            pool = max(self.fleet.pools, key=lambda pool: members_of([pool], self.workload)[0].hardware.memory_bytes)
+            memory = members_of([pool], self.workload)[0].hardware.memory_bytes
             more = math.ceil((needed - there) / memory * 1.2)
             return InputError(
                 f"{model} cannot fit {self.fleet.name}: weights, gradients and optimizer states take "
@@ -419,33 +424,33 @@ class Searcher:
         every = f" in which all {self.fleet.chips:,} chips work" * self.all_chips
         return InputError(
             f"{model} takes {size_text(needed)} of the {size_text(there)} that {self.fleet.name} has, but no layout of "
-            f"one micro-batch of {self.job.seq_len:,} tokens{every} fits any pool or pair of pools; try a shorter "
+            f"one micro-batch of {self.workload.seq_len:,} tokens{every} fits any pool or pair of pools; try a shorter "
             f"--seq-len, more nodes in the largest pool, or a smaller model"
         )
 
 
-def _usages(team: Sequence[Pool]) -> list[tuple[Pool, ...]]:
-    """The team as it is and, where a pool's nodes hold an odd number of chips, with some chips of each left idle.
+def _usages(group: Sequence[Pool]) -> list[tuple[Pool, ...]]:
+    """The group as it is and, where a pool's nodes hold an odd number of chips, with some chips of each left idle.
 
     A ninth chip in a node shares its network and divides nothing; it must never make the other eight slower.
     """
-    usages = [tuple(team)]
+    usages = [tuple(group)]
     for fewer in (lambda count: count - 1, lambda count: 1 << count.bit_length() - 1):
-        counts = [pool.per_node if pool.per_node in USUAL_NODES else fewer(pool.per_node) for pool in team]
+        counts = [pool.per_node if pool.per_node in USUAL_NODES else fewer(pool.per_node) for pool in group]
         used = tuple(
-            pool.model_copy(update={"chips_per_node": count}) for pool, count in zip(team, counts, strict=True)
+            pool.model_copy(update={"chips_per_node": count}) for pool, count in zip(group, counts, strict=True)
         )
-        if used not in usages and [pool.per_node for pool in used] != [pool.per_node for pool in team]:
+        if used not in usages and [pool.per_node for pool in used] != [pool.per_node for pool in group]:
             usages.append(used)
     return usages
 
 
-def _pruned(options: Options) -> Options:
+def _pruned(options: GroupOptions) -> GroupOptions:
     """Only options that some step length could choose: none is better in line, grain and room at once.
 
     Where islands share, only options of one ZeRO stage stand in for each other.
     """
-    over_island = options.members[0].engine.zero_over == "island"
+    over_island = options.members[0].framework.zero_over == "island"
     stages = options.zero if over_island else np.zeros(len(options), np.int64)
     order = np.lexsort((options.grain, options.slow / options.grain))
     columns = np.stack(

@@ -1,29 +1,29 @@
-"""A plan as the search knows it: teams with their parts of the batch, what a step takes, what the run costs."""
+"""A plan as the search knows it: groups with their parts of the batch, what a step takes, what the run costs."""
 
 import math
 from dataclasses import dataclass
 
 from motley.fleet.inventory import Fleet, Pool
-from motley.plan.search.step_lines import Options
+from motley.plan.search.step_lines import GroupOptions
 from motley.plan.simulation.simulate import CHECKPOINT_SECONDS, RESTART_SECONDS, expected_goodput
-from motley.plan.workload import Job
+from motley.plan.workload import Workload
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """One team of the plan: its options, the one taken, and its part of the batch.
+class ChosenGroup:
+    """One group of the plan: its options, the one taken, and its part of the batch.
 
     Attributes:
         sequences: of the batch.
         micro_batches: of a copy in one step of its island.
-        seconds: that the team is busy in such a step.
-        update: seconds of it in which the island updates what it keeps once; None: the team updates its own.
-        kept: the team's part of that, of 1.
+        seconds: that the group is busy in such a step.
+        update: seconds of it in which the island updates what it keeps once; None: the group updates its own.
+        kept: the group's part of that, of 1.
         steps: of its island for each step of the run.
     """
 
-    team: frozenset[str]
-    options: Options
+    group: frozenset[str]
+    options: GroupOptions
     index: int
     sequences: int
     micro_batches: int
@@ -35,7 +35,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundPlan:
     """A plan as the search knows it.
 
     Attributes:
@@ -44,16 +44,16 @@ class Found:
         outer_seconds: per step, what meeting costs.
     """
 
-    job: Job
+    workload: Workload
     fleet: Fleet
-    teams: tuple[Chosen, ...]
+    groups: tuple[ChosenGroup, ...]
     step_seconds: float
     inner_steps: int
     outer_seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        return self.job.global_batch * self.job.seq_len / self.step_seconds
+        return self.workload.global_batch * self.workload.seq_len / self.step_seconds
 
     @property
     def chips(self) -> int:
@@ -63,8 +63,8 @@ class Found:
     def used(self) -> dict[str, int]:
         """Pool → chips that work."""
         counts = dict.fromkeys((pool.name for pool in self.fleet.pools), 0)
-        for team in self.teams:
-            for member, count in zip(team.options.members, team.options.chips[:, team.index], strict=True):
+        for group in self.groups:
+            for member, count in zip(group.options.members, group.options.chips[:, group.index], strict=True):
                 counts[member.pool.name] += int(count)
         return counts
 
@@ -82,7 +82,7 @@ class Found:
     @property
     def seconds(self) -> float:
         """Of the whole run if nothing ever failed."""
-        return self.step_seconds * self.job.steps
+        return self.step_seconds * self.workload.steps
 
     @property
     def goodput(self) -> tuple[float, float]:

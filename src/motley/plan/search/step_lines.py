@@ -1,13 +1,13 @@
-"""Ways in which a team can run whole copies of the model, as lines: seconds of a step against micro-batches.
+"""Ways in which a group can run whole copies of the model, as lines: seconds of a step against micro-batches.
 
-A team runs `dp` copies, each a pipeline over its pools' chips; its time for m micro-batches a copy is
+A group runs `dp` copies, each a pipeline over its pools' chips; its time for m micro-batches a copy is
 
     seconds(m) = fixed + m x slow + once - hidden x min(once, m x slow)
 
 with `slow` the slowest stage, `fixed` the filling of the pipeline, the optimizer and the step's own cost, `once` the
 exchange of gradients, and m at least what the schedule needs. Every option is such a line; the search (`search.py`)
-picks one for each team. Beside other teams it exchanges more, once and with every micro-batch; and where an island
-keeps things once (`Engine.zero_over`), the update of all together counts instead of the team's own.
+picks one for each group. Beside other groups it exchanges more, once and with every micro-batch; and where an island
+keeps things once (`Framework.zero_over`), the update of all together counts instead of the group's own.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from motley.plan.cost_model.configs import SCHEDULES, Floats, Ints, Layouts
+from motley.plan.cost_model.configs import SCHEDULES, Floats, Ints, ParallelConfigs
 from motley.plan.cost_model.memory import (
     FRAGMENTATION,
     at_home,
@@ -25,12 +25,13 @@ from motley.plan.cost_model.memory import (
     logit_bytes,
     saved_bytes,
     state_bytes,
-    working_bytes,
+    widest_working_bytes,
 )
 from motley.plan.cost_model.operators import VALUE_BYTES, LayerSeconds
 from motley.plan.cost_model.step_time import (
-    Held,
-    Items,
+    HeldParameters,
+    NetworkPieces,
+    PieceKind,
     bubble_seconds,
     exchange_seconds,
     sent_when,
@@ -38,34 +39,33 @@ from motley.plan.cost_model.step_time import (
     update_seconds,
     whole_update_seconds,
 )
-from motley.plan.network.spec import Block
-from motley.plan.search.candidates import Member
-from motley.plan.search.cut_layers import Pieces, Placement
-from motley.plan.workload import Job
+from motley.plan.search.candidates import GroupMember
+from motley.plan.search.cut_layers import PieceCosts, StageCuts
+from motley.plan.workload import Workload
 
 MOST_ROOM = 1e3  # of what an island keeps once, in the whole of it
 SPREAD_UNEVENNESS = 2.0  # states kept where there is room: the fullest chip updates so many times an even share
 
 
 @dataclass(frozen=True)
-class Options:
+class GroupOptions:
     """Arrays [options]; `layouts` has one entry a member, `stage_of` is [pieces, options].
 
     Attributes:
         fixed, slow, once, hidden: the line in the module's docstring, in seconds; `hidden` is a share.
         grain: sequences of one micro-batch of all copies.
         chips: [members, options] chips used.
-        cross, cross_each: seconds that exchanging with other teams adds to `once` and to `slow`.
+        cross, cross_each: seconds that exchanging with other groups adds to `once` and to `slow`.
         each: seconds of `slow` that are exchange.
-        update: seconds of `fixed` in which the team, by itself, updates what it keeps.
+        update: seconds of `fixed` in which the group, by itself, updates what it keeps.
         rate: updates of the whole model a second that all its chips together could do.
-        own_states: whether what is kept once fits the team's own chips; else other chips of its island must help.
-        spare: bytes free on all chips of the team for that; over an island no more than each stage has room for of
+        own_states: whether what is kept once fits the group's own chips; else other chips of its island must help.
+        spare: bytes free on all chips of the group for that; over an island no more than each stage has room for of
             its part.
     """
 
-    members: tuple[Member, ...]
-    layouts: tuple[Layouts, ...]
+    members: tuple[GroupMember, ...]
+    configs: tuple[ParallelConfigs, ...]
     stage_of: Ints
     pool_of: Ints
     fixed: Floats
@@ -84,22 +84,22 @@ class Options:
 
     @property
     def zero(self) -> Ints:
-        return self.layouts[0].zero
+        return self.configs[0].zero
 
     def __len__(self) -> int:
         return len(self.slow)
 
-    def take(self, index: Any) -> "Options":
+    def take(self, index: Any) -> "GroupOptions":
         return replace(
             self,
-            layouts=tuple(layouts[index] for layouts in self.layouts),
+            configs=tuple(configs[index] for configs in self.configs),
             **{name: getattr(self, name)[..., index] for name in ARRAYS},
         )
 
     def seconds(self, micro_batches: Floats | Ints, crossing: bool, update: float | None = None) -> Floats:
         """Of a step in which each copy computes so many micro-batches.
 
-        crossing: whether there are other teams; update: seconds in which the island updates what it keeps once.
+        crossing: whether there are other groups; update: seconds in which the island updates what it keeps once.
         """
         return self.seconds_of(np.arange(len(self)), micro_batches, crossing, update)
 
@@ -110,7 +110,7 @@ class Options:
         once = self.once[index] + (self.cross[index] if crossing else 0.0)
         slow = self.slow[index] + (self.cross_each[index] if crossing else 0.0)
         fixed = self.fixed[index] + (0.0 if update is None else update - self.update[index])
-        running = np.maximum(micro_batches, self.layouts[0].least_micro_batches[index]) * slow
+        running = np.maximum(micro_batches, self.configs[0].least_micro_batches[index]) * slow
         return fixed + running + once - self.hidden * np.minimum(once, running)
 
     def micro_batches_within(self, seconds: float, crossing: bool, update: float | None = None) -> Ints:
@@ -122,93 +122,96 @@ class Options:
         hides = left / (1 - self.hidden) <= once
         running = np.where(hides, left / (1 - self.hidden), left + self.hidden * once)
         count = np.maximum(np.floor(running / slow * (1 + 1e-12) + 1e-9), 0).astype(np.int64)
-        return np.where(count < self.layouts[0].least_micro_batches, 0, count)
+        return np.where(count < self.configs[0].least_micro_batches, 0, count)
 
     def sequences_within(self, seconds: float, crossing: bool, update: float | None = None) -> Ints:
         return self.micro_batches_within(seconds, crossing, update) * self.grain
 
 
-ARRAYS = tuple(f.name for f in fields(Options) if f.name not in ("members", "layouts", "hidden"))
+ARRAYS = tuple(f.name for f in fields(GroupOptions) if f.name not in ("members", "configs", "hidden"))
 """Fields of Options with an entry for each option."""
 
 
-def lines_of(
-    members: tuple[Member, ...],
-    layouts: list[Layouts],
-    costed: list[Items],
-    placement: Placement,
+def costed_options(
+    members: tuple[GroupMember, ...],
+    configs: list[ParallelConfigs],
+    costed: list[NetworkPieces],
+    placement: StageCuts,
     pool_of: Ints,
     index: Ints,
-    job: Job,
+    workload: Workload,
     own_states: bool,
-) -> Options:
+) -> GroupOptions:
     """The line of each placed candidate."""
-    layouts = [own[index] for own in layouts]
-    costed = [items_at(pieces, index) for pieces in costed]
+    configs = [own[index] for own in configs]
+    costed = [pieces_at(pieces, index) for pieces in costed]
     stage_of, pool_of = placement.stage_of[:, index], pool_of[:, index]
     stages, held = stage_sums(costed, stage_of, pool_of)
-    first = layouts[0]
+    first = configs[0]
     pp = first.pp
-    fixed = bubbles(layouts[0], stages, pp)
+    fixed = bubbles(configs[0], stages, pp)
     most = stages.total.shape[0]
     once, each, update, cross, cross_each = (np.zeros((most, len(index))) for _ in range(5))
     hop, border = np.zeros(len(index)), np.zeros(len(index))
-    hidden = max(member.engine.hidden_gradients for member in members)
+    hidden = max(member.framework.hidden_gradients for member in members)
     chips = np.zeros((len(members), len(index)), np.int64)
     for number in range(most):
         real = number < pp
-        for place_, (member, own) in enumerate(zip(members, layouts, strict=True)):
+        for place_, (member, own) in enumerate(zip(members, configs, strict=True)):
             here = real & (pool_of[number] == place_)
             if not here.any():
                 continue
             stage = held_at(held, number)
-            one, every = exchange_seconds(stage, own, member.hardware, member.engine)
+            one, every = exchange_seconds(stage, own, member.hardware, member.framework)
             free = np.maximum(stages.total[number] - stages.hidden[number], 0.0)
-            behind = member.engine.hidden_shards * np.minimum(every, free)
+            behind = member.framework.hidden_shards * np.minimum(every, free)
             once[number] = np.where(here, one, once[number])
             each[number] = np.where(here, every - behind, each[number])
-            updating = update_seconds(stage, own, member.hardware, member.engine)
+            updating = update_seconds(stage, own, member.hardware, member.framework)
             update[number] = np.where(here, updating, update[number])
             chips[place_] += here * own.tp * own.cp * own.dp
             if number < most - 1:
-                message = border_seconds(member, own, job)
+                message = border_seconds(member, own, workload)
                 after = pool_of[number + 1]
-                for next_, (neighbour, theirs) in enumerate(zip(members, layouts, strict=True)):
+                for next_, (neighbour, theirs) in enumerate(zip(members, configs, strict=True)):
                     if next_ != place_:  # another kind of chip is another node: the slower end decides
                         both = np.maximum(
-                            border_seconds(member, own, job, far=True),
-                            border_seconds(neighbour, theirs, job, far=True),
+                            border_seconds(member, own, workload, far=True),
+                            border_seconds(neighbour, theirs, workload, far=True),
                         )
                         message = np.where(after == next_, both, message)
                 crossed = np.where(here & (number < pp - 1), message, 0.0)
                 hop = hop + 2 * crossed
                 border = np.maximum(border, crossed)
             parameters = (stage.dense / own.tp + stage.experts / (own.tp * own.ep)) / (own.dp * own.cp)
-            network = member.hardware.network_per_chip * member.engine.network_efficiency
+            network = member.hardware.network_per_chip * member.framework.network_efficiency
             wire, every = crossing_seconds(parameters / network, member, own)
             cross[number] = np.where(here, wire, cross[number])
             cross_each[number] = np.where(here, every, cross_each[number])
-            if not own_states and member.engine.zero_over == "team":
+            if not own_states and member.framework.zero_over == "group":
                 # Gradients go out to whoever holds the states, updated weights come back.
-                away = (member.engine.gradient_bytes + VALUE_BYTES) * parameters / network + 2 * member.hardware.latency
+                away = (
+                    member.framework.gradient_bytes + VALUE_BYTES
+                ) * parameters / network + 2 * member.hardware.latency
                 once[number] = np.where(here, one + away, once[number])
                 update[number] = np.where(here, SPREAD_UNEVENNESS * updating, update[number])
-    spare = _spare_bytes(members, layouts, costed, stage_of, pool_of, job)
-    whole = [whole_update_seconds(pieces, m.hardware, m.engine) for pieces, m in zip(costed, members, strict=True)]
+    spare = _spare_bytes(members, configs, costed, stage_of, pool_of, workload)
+    whole = [whole_update_seconds(pieces, m.hardware, m.framework) for pieces, m in zip(costed, members, strict=True)]
     nodes = np.ones(len(index))
-    skew = max(member.engine.skew for member in members)
+    skew = max(member.framework.skew for member in members)
     for place_, member in enumerate(members):
         nodes = np.maximum(nodes, chips[place_] / member.hardware.chips_per_node)
     # Messages between stages run beside computing, unless the link is slower than the slowest stage.
     slow = busiest(first, stages.total) * (1 + skew * np.log2(nodes)) + busiest(first, each)
     slow = np.maximum(slow, border)
     tied = np.max(
-        [tied_seconds(job.shape, own, m.hardware, m.engine) for m, own in zip(members, layouts, strict=True)], axis=0
+        [tied_seconds(workload.shape, own, m.hardware, m.framework) for m, own in zip(members, configs, strict=True)],
+        axis=0,
     )
-    step = max(member.engine.step_seconds for member in members)
-    return Options(
+    step = max(member.framework.step_seconds for member in members)
+    return GroupOptions(
         members=members,
-        layouts=tuple(layouts),
+        configs=tuple(configs),
         stage_of=stage_of,
         pool_of=pool_of,
         fixed=fixed + hop + busiest(first, update) + tied + step,
@@ -227,39 +230,46 @@ def lines_of(
     )
 
 
-def border_seconds(member: Member, layouts: Layouts, job: Job, far: bool = False) -> Floats:
+def border_seconds(member: GroupMember, configs: ParallelConfigs, workload: Workload, far: bool = False) -> Floats:
     """One message between neighbouring stages of this pool's chips; `far`: certainly to another node."""
-    message = layouts.micro_batch * job.seq_len / layouts.cp * job.shape.hidden_size * VALUE_BYTES / layouts.tp
-    leaves = (layouts.tp * layouts.cp * layouts.dp >= member.hardware.chips_per_node) | far
-    return member.hardware.send(message, leaves, member.engine)
+    message = (
+        configs.micro_batch * workload.seq_len / configs.cp * workload.shape.hidden_size * VALUE_BYTES / configs.tp
+    )
+    leaves = (configs.tp * configs.cp * configs.dp >= member.hardware.chips_per_node) | far
+    return member.hardware.send(message, leaves, member.framework)
 
 
-def crossing_seconds(a_byte: Floats, member: Member, layouts: Layouts) -> tuple[Floats, Floats]:
-    """(once a step, with every micro-batch) seconds of a chip's exchange with other teams.
+def crossing_seconds(a_byte: Floats, member: GroupMember, configs: ParallelConfigs) -> tuple[Floats, Floats]:
+    """(once a step, with every micro-batch) seconds of a chip's exchange with other groups.
 
     a_byte: seconds of a byte for each of its parameters.
     """
-    engine, latency = member.engine, member.hardware.latency
-    there, back = (size * a_byte + 2 * latency for size in (engine.gradient_bytes, engine.weight_bytes))
-    if engine.zero_over == "island":
-        return sent_when(layouts.zero, there, back)
+    framework, latency = member.framework, member.hardware.latency
+    there, back = (size * a_byte + 2 * latency for size in (framework.gradient_bytes, framework.weight_bytes))
+    if framework.zero_over == "island":
+        return sent_when(configs.zero, there, back)
     return 2 * there, np.zeros(len(there))
 
 
 def _spare_bytes(
-    members: tuple[Member, ...], layouts: list[Layouts], costed: list[Items], stage_of: Ints, pool_of: Ints, job: Job
+    members: tuple[GroupMember, ...],
+    configs: list[ParallelConfigs],
+    costed: list[NetworkPieces],
+    stage_of: Ints,
+    pool_of: Ints,
+    workload: Workload,
 ) -> Floats:
-    """Memory left on all chips of the team when what may lie elsewhere is not counted: room for that.
+    """Memory left on all chips of the group when what may lie elsewhere is not counted: room for that.
 
-    Over an island every part is kept by a chip that computes with it. So a team has room for as much of all that is
+    Over an island every part is kept by a chip that computes with it. So a group has room for as much of all that is
     kept once as the stage that has least for its part.
     """
-    first = layouts[0]
+    first = configs[0]
     flights = np.stack([in_flight(first, np.full(len(first), stage)) for stage in range(pool_of.shape[0])])
-    kinds, order = kinds_of(costed[0])
+    kinds, order = piece_kinds(costed[0])
     spare, share = np.zeros(len(first)), np.full(len(first), MOST_ROOM)
     own = np.arange(len(first))
-    pools = [pieces_of(m, lay, c, order, job, False) for m, lay, c in zip(members, layouts, costed, strict=True)]
+    pools = [piece_costs(m, lay, c, order, workload, False) for m, lay, c in zip(members, configs, costed, strict=True)]
     filled, once = np.zeros(pool_of.shape), np.zeros(pool_of.shape)
     for piece, kind in enumerate(kinds):
         stage = stage_of[piece]
@@ -272,20 +282,20 @@ def _spare_bytes(
         once[stage, own] += apart
     for stage in range(pool_of.shape[0]):
         real = stage < first.pp
-        for number, (pool, lay) in enumerate(zip(pools, layouts, strict=True)):
+        for number, (pool, lay) in enumerate(zip(pools, configs, strict=True)):
             here = real & (pool_of[stage] == number)
             free = np.maximum(pool.capacity - pool.constant - filled[stage], 0.0)
             spare += np.where(here, free * lay.tp * lay.cp * lay.dp, 0.0)
             share = np.where(here, np.minimum(share, free / np.maximum(once[stage], 1.0)), share)
-    engine = members[0].engine
-    if engine.zero_over == "team":
+    framework = members[0].framework
+    if framework.zero_over == "group":
         return spare
-    return share * job.parameters * np.array([engine.bytes_kept_once(int(zero)) for zero in first.zero])
+    return share * workload.parameters * np.array([framework.bytes_kept_once(int(zero)) for zero in first.zero])
 
 
-def kinds_of(pieces: Items) -> tuple[list[int], list[int]]:
+def piece_kinds(pieces: NetworkPieces) -> tuple[list[int], list[int]]:
     """(kind of each piece, first piece of each kind)."""
-    seen: dict[tuple[str, Block | None], int] = {}
+    seen: dict[PieceKind, int] = {}
     first = []
     for number, kind in enumerate(pieces.kinds):
         if kind not in seen:
@@ -294,31 +304,36 @@ def kinds_of(pieces: Items) -> tuple[list[int], list[int]]:
     return [seen[kind] for kind in pieces.kinds], first
 
 
-def pieces_of(
-    member: Member, layouts: Layouts, pieces: Items, first: Sequence[int], job: Job, own_states: bool
-) -> Pieces:
-    shape, engine = job.shape, member.engine
+def piece_costs(
+    member: GroupMember,
+    configs: ParallelConfigs,
+    pieces: NetworkPieces,
+    first: Sequence[int],
+    workload: Workload,
+    own_states: bool,
+) -> PieceCosts:
+    """The terms of `stage_bytes`, and seconds, of each kind of piece: what cutting the pipeline sums over stages."""
+    shape, framework = workload.shape, member.framework
     seconds, held, apart, saved = [], [], [], []
     margin = 1 + FRAGMENTATION
-    working = np.zeros(len(layouts))
     for number in first:
         what, block = pieces.kinds[number]
         part = pieces.held[number]
-        states = state_bytes(part.dense / layouts.tp, part.experts / (layouts.tp * layouts.ep), layouts, engine)
-        whole, home = sum(states), at_home(states, layouts, engine)
+        states = state_bytes(part.dense / configs.tp, part.experts / (configs.tp * configs.ep), configs, framework)
+        whole, home = sum(states), at_home(states, configs, framework)
         held.append(margin * (whole if own_states else home))
         apart.append(margin * (whole - home))
         if block is not None:
-            kept = saved_bytes(block, shape, layouts, engine, job.seq_len)
-            working = np.maximum(working, working_bytes(block, shape, layouts, engine, job.seq_len))
+            kept = saved_bytes(block, shape, configs, framework, workload.seq_len)
         else:
-            kept = np.zeros(len(layouts))
+            kept = np.zeros(len(configs))
         if what in ("head", "mtp"):  # logits live only while the loss is computed
-            held[-1] = held[-1] + margin * logit_bytes(shape, layouts, job.seq_len)
+            held[-1] = held[-1] + margin * logit_bytes(shape, configs, workload.seq_len)
         saved.append(margin * kept)
         seconds.append(pieces.seconds[number].total)
-    constant = margin * (buffer_bytes(shape, layouts, engine, job.seq_len) + working)
-    return Pieces(
+    working = widest_working_bytes(shape, configs, workload.seq_len)
+    constant = margin * (buffer_bytes(shape, configs, framework, workload.seq_len) + working)
+    return PieceCosts(
         np.stack(seconds), np.stack(held), np.stack(apart), np.stack(saved), constant, member.hardware.memory_bytes
     )
 
@@ -326,13 +341,13 @@ def pieces_of(
 # -------------------------------------------------------------------------------------- sums over stages
 
 
-def stage_sums(costed: Sequence[Items], stage_of: Ints, pool_of: Ints) -> tuple[LayerSeconds, Held]:
+def stage_sums(costed: Sequence[NetworkPieces], stage_of: Ints, pool_of: Ints) -> tuple[LayerSeconds, HeldParameters]:
     """(seconds, what is held) of each stage, arrays [stages, candidates]."""
     count = stage_of.shape[1]
     most = pool_of.shape[0]
     own = np.arange(count)
     sums = {f.name: np.zeros((most, count)) for f in fields(LayerSeconds)}
-    held = {f.name: np.zeros((most, count)) for f in fields(Held)}
+    held = {f.name: np.zeros((most, count)) for f in fields(HeldParameters)}
     for piece in range(len(stage_of)):
         stage = stage_of[piece]
         pool = pool_of[stage, own]
@@ -342,42 +357,42 @@ def stage_sums(costed: Sequence[Items], stage_of: Ints, pool_of: Ints) -> tuple[
                 for number in range(1, len(costed)):
                     value = np.where(pool == number, getattr(pieces[number], name), value)
                 total[stage, own] += value
-    return LayerSeconds(**sums), Held(**held)
+    return LayerSeconds(**sums), HeldParameters(**held)
 
 
-def held_at(held: Held, stage: int) -> Held:
+def held_at(held: HeldParameters, stage: int) -> HeldParameters:
     """What one stage holds, arrays [candidates]."""
-    return Held(*(getattr(held, f.name)[stage] for f in fields(held)))
+    return HeldParameters(*(getattr(held, f.name)[stage] for f in fields(held)))
 
 
-def busiest(layouts: Layouts, values: Floats) -> Floats:
+def busiest(configs: ParallelConfigs, values: Floats) -> Floats:
     """Largest of `values` [stages, candidates] over stages; under DualPipe over chips, which hold a pair of them."""
     largest = np.zeros(values.shape[1])
     own = np.arange(values.shape[1])
-    dual = layouts.schedule == SCHEDULES.index("dualpipe")
+    dual = configs.schedule == SCHEDULES.index("dualpipe")
     for stage in range(values.shape[0]):
-        twin = np.clip(layouts.pp - 1 - stage, 0, None)
+        twin = np.clip(configs.pp - 1 - stage, 0, None)
         value = np.where(dual, (values[stage] + values[twin, own]) / 2, values[stage])
-        largest = np.maximum(largest, np.where(stage < layouts.pp, value, 0.0))
+        largest = np.maximum(largest, np.where(stage < configs.pp, value, 0.0))
     return largest
 
 
-def bubbles(layouts: Layouts, stages: LayerSeconds, pp: Ints) -> Floats:
+def bubbles(configs: ParallelConfigs, stages: LayerSeconds, pp: Ints) -> Floats:
     """`bubble_seconds` of candidates with different numbers of stages."""
-    result = np.zeros(len(layouts))
+    result = np.zeros(len(configs))
     for depth in np.unique(pp):
         index = np.flatnonzero(pp == depth)
         each = [
             LayerSeconds(*(getattr(stages, f.name)[stage, index] for f in fields(stages))) for stage in range(depth)
         ]
-        result[index] = bubble_seconds(layouts[index], each)
+        result[index] = bubble_seconds(configs[index], each)
     return result
 
 
 # ------------------------------------------------------------------------------------- rows of candidates
 
 
-def items_at(pieces: Items, index: Ints) -> Items:
+def pieces_at(pieces: NetworkPieces, index: Ints) -> NetworkPieces:
     taken: dict[int, LayerSeconds] = {}
     for piece in pieces.seconds:
         if id(piece) not in taken:
@@ -385,15 +400,17 @@ def items_at(pieces: Items, index: Ints) -> Items:
     return replace(pieces, seconds=tuple(taken[id(piece)] for piece in pieces.seconds))
 
 
-def joined(parts: list[Options]) -> Options:
+def joined(parts: list[GroupOptions]) -> GroupOptions:
     if len(parts) == 1:
         return parts[0]
     most = max(part.pool_of.shape[0] for part in parts)
     pool_of = [np.pad(part.pool_of, ((0, most - part.pool_of.shape[0]), (0, 0)), mode="edge") for part in parts]
     names = [name for name in ARRAYS if name != "pool_of"]
-    layouts = tuple(
-        Layouts(*(np.concatenate([getattr(part.layouts[i], f.name) for part in parts]) for f in fields(Layouts)))
+    configs = tuple(
+        ParallelConfigs(
+            *(np.concatenate([getattr(part.configs[i], f.name) for part in parts]) for f in fields(ParallelConfigs))
+        )
         for i in range(len(parts[0].members))
     )
     joined = {name: np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in names}
-    return replace(parts[0], layouts=layouts, pool_of=np.concatenate(pool_of, axis=1), **joined)
+    return replace(parts[0], configs=configs, pool_of=np.concatenate(pool_of, axis=1), **joined)

@@ -2,15 +2,15 @@
 
     a node fails     work since the last checkpoint is lost, the run restarts, the node is missing until its repair
       a spare node     takes over: the same speed
-      no spare         re-plan, then go on with what is left of the team, the faster of:
+      no spare         re-plan, then go on with what is left of the group, the faster of:
                          whole copies     [copy][copy][ x  ]        2/3 of the speed; the lost copy's rest idles
                          all cut anew     [  one copy over 7/8 ]    0.9 x 7/8: no layout uses survivors perfectly
-                       but if what is left cannot hold the model's state, the team stands still until the repair
+                       but if what is left cannot hold the model's state, the group stands still until the repair
     a node leaves    (a pool whose availability is below 1) with notice: no work is lost, re-plan as above
     a node is back   re-plan if it was missed
     a chip is slow   slows its copy alone, for some hours; the batch's shares adapt
 
-    speed of the run = sum over teams of share of the batch x speed of the team
+    speed of the run = sum over groups of share of the batch x speed of the group
     goodput          = useful seconds at full speed / seconds that passed
 
 Failures are drawn per pool (exponential, the rate of all its chips together), so that the number of events grows with
@@ -52,7 +52,7 @@ class SimulateSettings:
         checkpoint_interval_seconds: between two; None: the optimum by Young and Daly.
         restart_seconds: from a failure to the next step.
         replan_seconds: standstill when a node is missing from now on, or is back.
-        replanned_speed: of a team cut anew over what is left of it, against the part of its work that is left.
+        replanned_speed: of a group cut anew over what is left of it, against the part of its work that is left.
         repair_hours: until the node of a failed chip is back.
         away_hours: mean absence of a node of a pool whose availability is below 1.
         spare_share: nodes kept aside, as a share of each pool.
@@ -117,17 +117,17 @@ def expected_goodput(
 
 
 @dataclass(frozen=True)
-class Part:
-    """A pool's chips in a team.
+class SimulatedPool:
+    """A pool's chips in a group.
 
     Attributes:
         pool: its name.
-        chips: of it in the team.
+        chips: of it in the group.
         copy_chips: of it in one copy of the model.
-        nodes: that the team may use, with `per_node` chips each; those beyond its need are spares.
+        nodes: that the group may use, with `per_node` chips each; those beyond its need are spares.
         hours_between_failures: of one chip, its part of failures of whole nodes included.
         availability: share of the time that its nodes are there at all.
-        work: its part of the team's work.
+        work: its part of the group's work.
         memory_bytes: of one chip.
     """
 
@@ -147,7 +147,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Team:
+class SimulatedGroup:
     """Pools that run whole copies of the model together.
 
     Attributes:
@@ -161,7 +161,7 @@ class Team:
     share: float
     copies: int
     state_bytes: float
-    parts: tuple[Part, ...]
+    parts: tuple[SimulatedPool, ...]
 
     def speed(self, present: Sequence[int], slow_chips: int, settings: SimulateSettings) -> float:
         """Share of the full speed that is left with `present` chips of each part, some of them slow."""
@@ -176,29 +176,29 @@ class Team:
         return max(whole, anew)
 
 
-def teams_of(plan: Mapping[str, Any]) -> list[Team]:
+def simulated_groups(plan: Mapping[str, Any]) -> list[SimulatedGroup]:
     """From a plan file. Raises InputError where it is none."""
     try:
         pools = {pool["pool"]: pool for pool in plan["pools"]}
-        teams = [_team(team, [pools[name] for name in team["pools"]]) for team in plan["teams"]]
+        groups = [_simulated_group(group, [pools[name] for name in group["pools"]]) for group in plan["groups"]]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as problem:
         raise InputError(f"this is no plan as `motley plan --out` writes it: {problem!r} is missing or wrong") from None
-    if not teams:
+    if not groups:
         raise InputError("the plan uses no chips")
-    return teams
+    return groups
 
 
-def _team(team: Mapping[str, Any], pools: Sequence[Mapping[str, Any]]) -> Team:
-    ranks = team["dp"] * team["cp"]
+def _simulated_group(group: Mapping[str, Any], pools: Sequence[Mapping[str, Any]]) -> SimulatedGroup:
+    ranks = group["dp"] * group["cp"]
     work = sum(pool["flops_share"] for pool in pools)
     parts = []
     for pool in pools:
-        chips = team["chips"][pool["pool"]]
+        chips = group["chips"][pool["pool"]]
         parts.append(
-            Part(
+            SimulatedPool(
                 pool=pool["pool"],
                 chips=chips,
-                copy_chips=chips // team["dp"],
+                copy_chips=chips // group["dp"],
                 nodes=max(pool["nodes"] * chips // pool["chips"], -(-chips // pool["chips_per_node"])),
                 per_node=pool["chips_per_node"],
                 hours_between_failures=pool["hours_between_failures"],
@@ -208,17 +208,17 @@ def _team(team: Mapping[str, Any], pools: Sequence[Mapping[str, Any]]) -> Team:
             )
         )
     state = sum(
-        stage["chips"] * stage["memory_bytes"][what] * (1 if team["zero"] >= level else team["ep"] / ranks)
-        for stage in team["stages"]
+        stage["chips"] * stage["memory_bytes"][what] * (1 if group["zero"] >= level else group["ep"] / ranks)
+        for stage in group["stages"]
         for what, level in SHARDED_FROM.items()
     )
-    return Team(team["share"], team["dp"], state, tuple(parts))
+    return SimulatedGroup(group["share"], group["dp"], state, tuple(parts))
 
 
 def simulate_plan(plan: Mapping[str, Any], settings: SimulateSettings) -> dict[str, Any]:
     """Replay the plan `settings.runs` times."""
-    teams = teams_of(plan)
-    parts = [part for team in teams for part in team.parts]
+    groups = simulated_groups(plan)
+    parts = [part for group in groups for part in group.parts]
     hours = 1 / sum(part.chips / part.hours_between_failures for part in parts)
     interval = settings.checkpoint_interval_seconds or best_interval(hours, settings.checkpoint_seconds)
     useful = float(plan["steps"]) * float(plan["step_seconds"])
@@ -227,7 +227,7 @@ def simulate_plan(plan: Mapping[str, Any], settings: SimulateSettings) -> dict[s
             f"the plan takes {useful / 86400:,.0f} days without failures; the replay stops at {MOST_DAYS:,}"
         )
     runs = [
-        replay(teams, useful, interval, settings, np.random.default_rng([settings.seed, number]))
+        replay(groups, useful, interval, settings, np.random.default_rng([settings.seed, number]))
         for number in range(settings.runs)
     ]
     days = np.array([run["days"] for run in runs])
@@ -287,16 +287,20 @@ def interval_curve(hours: float, settings: SimulateSettings) -> list[tuple[float
 
 
 def replay(
-    teams: Sequence[Team], useful: float, interval: float, settings: SimulateSettings, random: np.random.Generator
+    groups: Sequence[SimulatedGroup],
+    useful: float,
+    interval: float,
+    settings: SimulateSettings,
+    random: np.random.Generator,
 ) -> dict[str, Any]:
     """One run. Work is counted in seconds at full speed; `useful` of them are needed.
 
     Between events the run goes on at a constant speed and stops for `checkpoint_seconds` every `interval` of running.
     `timeline` holds (days passed, share done, speed from here on), `failed` the days of the failures.
     """
-    parts = [(number, part) for number, team in enumerate(teams) for part in team.parts]
+    parts = [(number, part) for number, group in enumerate(groups) for part in group.parts]
     spares = [int(settings.spare_share * part.nodes) for _, part in parts]
-    missing, slow = [0] * len(parts), [0] * len(teams)
+    missing, slow = [0] * len(parts), [0] * len(groups)
     mean_seconds: dict[tuple[str, int], float] = {}  # until the next event of a kind on a part
     for index, (_, part) in enumerate(parts):
         failing = part.hours_between_failures * 3600 / part.chips
@@ -327,8 +331,8 @@ def replay(
         return parts[index][1].present(max(missing[index] - spares[index], 0))
 
     def own_speed(number: int) -> float:
-        here = [present(index) for index, (team, _) in enumerate(parts) if team == number]
-        return teams[number].share * teams[number].speed(here, slow[number], settings)
+        here = [present(index) for index, (group, _) in enumerate(parts) if group == number]
+        return groups[number].share * groups[number].speed(here, slow[number], settings)
 
     def change(index: int, nodes: int) -> None:
         """So many nodes are missing more; a re-plan if that changes what can work."""
@@ -340,8 +344,8 @@ def replay(
     for (kind, index), mean in mean_seconds.items():
         push(random.exponential(mean), kind, index)
     running_share = 1 / (1 + settings.checkpoint_seconds / interval) if math.isfinite(interval) else 1.0
-    full = sum(team.share for team in teams)
-    speeds = [own_speed(number) / full for number in range(len(teams))]
+    full = sum(group.share for group in groups)
+    speeds = [own_speed(number) / full for number in range(len(groups))]
     while done < useful:
         speed = sum(speeds)
         rate = speed * running_share
@@ -358,7 +362,7 @@ def replay(
         since += passed * rate
         if math.isfinite(interval) and speed > 0:
             since %= interval * speed
-        team, part = parts[index]
+        group, part = parts[index]
         if kind == "failure":
             if random.random() * part.chips < present(index):  # what is not there cannot fail
                 failed.append(now / 86400)
@@ -374,13 +378,13 @@ def replay(
         elif kind == "joins":
             change(index, -1)
         elif kind == "straggler":
-            slow[team] += 1
+            slow[group] += 1
             push(settings.straggler_hours * 3600, "recovers", index)
         else:
-            slow[team] -= 1
+            slow[group] -= 1
         if (kind, index) in mean_seconds:
             push(random.exponential(mean_seconds[kind, index]), kind, index)
-        speeds[team] = own_speed(team) / full
+        speeds[group] = own_speed(group) / full
         timeline.append((now / 86400, done / useful, sum(speeds)))
         if now > 10 * MOST_DAYS * 86400 or len(timeline) > MOST_EVENTS:
             raise InputError(

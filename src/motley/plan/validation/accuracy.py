@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from motley.errors import InputError
-from motley.plan.cost_model.configs import Floats, Layouts
-from motley.plan.cost_model.fullest import fullest_bytes
+from motley.plan.cost_model.configs import Floats, ParallelConfigs
+from motley.plan.cost_model.memory import fullest_bytes
 from motley.plan.cost_model.step_time import step_seconds
-from motley.plan.validation.cases import Case, Refused, read_cases, read_rows
+from motley.plan.validation.cases import Case, RefusedRow, read_cases, read_rows
 
 __all__ = ["Case", "accuracy", "evaluate_cases", "memory_of", "predict", "rank_correlation", "read_cases"]
 
@@ -24,9 +24,9 @@ __all__ = ["Case", "accuracy", "evaluate_cases", "memory_of", "predict", "rank_c
 def predict(cases: Sequence[Case]) -> Floats:
     """Seconds of one step of each case; equal shapes on equal chips are costed together."""
     result = np.zeros(len(cases))
-    for indices, layouts in _alike(cases):
+    for indices, configs in _alike(cases):
         first = cases[indices[0]]
-        step = step_seconds(first.shape, layouts, first.seq_len, first.hardware, first.engine, first.precision)
+        step = step_seconds(first.shape, configs, first.seq_len, first.hardware, first.framework, first.precision)
         result[indices] = step.total
     return result
 
@@ -34,23 +34,26 @@ def predict(cases: Sequence[Case]) -> Floats:
 def memory_of(cases: Sequence[Case]) -> Floats:
     """Bytes on the fullest chip of each case."""
     result = np.zeros(len(cases))
-    for indices, layouts in _alike(cases):
+    for indices, configs in _alike(cases):
         first = cases[indices[0]]
         result[indices] = fullest_bytes(
-            first.shape, layouts, first.seq_len, first.hardware, first.engine, first.precision
+            first.shape, configs, first.seq_len, first.hardware, first.framework, first.precision
         )
     return result
 
 
-def _alike(cases: Sequence[Case]) -> Iterator[tuple[list[int], Layouts]]:
+def _alike(cases: Sequence[Case]) -> Iterator[tuple[list[int], ParallelConfigs]]:
     """(indices, layouts) of cases that differ in nothing but their layout, all of one pipeline depth."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for index, case in enumerate(cases):
         place = (case.chip, case.hardware.network, case.hardware.chips_per_node)
-        groups[case.shape, place, id(case.engine), case.precision, case.seq_len, case.layout["pp"]].append(index)
+        groups[case.shape, place, id(case.framework), case.precision, case.seq_len, case.layout["pp"]].append(index)
     for indices in groups.values():
         names = cases[indices[0]].layout.keys()
-        yield indices, Layouts.of(**{name: np.array([cases[i].layout[name] for i in indices]) for name in names})
+        yield (
+            indices,
+            ParallelConfigs.of(**{name: np.array([cases[i].layout[name] for i in indices]) for name in names}),
+        )
 
 
 def evaluate_cases(path: Path) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def evaluate_cases(path: Path) -> dict[str, Any]:
     """
     read = read_rows(path)
     cases = [row for row in read.rows if isinstance(row, Case)]
-    refused = [row for row in read.rows if isinstance(row, Refused)]
+    refused = [row for row in read.rows if isinstance(row, RefusedRow)]
     if not cases:
         raise InputError(refused[0].error + (f" (and {len(refused) - 1:,} rows more)" if len(refused) > 1 else ""))
     seconds, memory = predict(cases), memory_of(cases)
@@ -92,7 +95,7 @@ def _row(case: Case, predicted: float, memory: float) -> dict[str, Any]:
         "line": case.line,
         "model": case.model,
         "chip": case.chip,
-        "engine": case.engine.name,
+        "framework": case.framework.name,
         "precision": case.precision,
         "gpus": case.gpus,
         "predicted_seconds": predicted,

@@ -1,11 +1,11 @@
 """Layouts to predict, read from a CSV file (`table.py`): what a row leaves out is chosen by the rules below.
 
-engine      motley-cpu on CPUs (in fp32 motley-cpu-plain); deepseek for MLA; torchtitan where weights are sharded
+framework      motley-cpu on CPUs (in fp32 motley-cpu-plain); deepseek for MLA; torchtitan where weights are sharded
             (zero 3); megatron-core for gated MLPs, and on chips with fp8; else megatron (what GPTs were trained with
             before such chips)
 precision   fp8 for V3's generation under deepseek on chips with fp8; else the chip's 16 bits
 schedule    under deepseek: dualpipe for V3's generation, zero_bubble for V2's; else 1f1b
-recompute, zero         the engine's habit
+recompute, zero         the framework's habit
 expert parallelism      the most ranks, up to 64, that experts and data-parallel ranks divide by
 virtual stages          megatron-core with pipelines: as many as there are layers a stage, up to 8; else 1
 family      the model's name; else gated (llama) if there are fewer key-value heads, experts, or an MLP that is not
@@ -23,11 +23,11 @@ from motley.errors import InputError
 from motley.fleet.chips import Chip, find_chip
 from motley.model import ModelConfig
 from motley.plan.cost_model.configs import RECOMPUTES, SCHEDULES
-from motley.plan.cost_model.framework import Engine, load_engine
+from motley.plan.cost_model.framework import Framework, load_framework
 from motley.plan.cost_model.hardware import Hardware
-from motley.plan.network.registry import find_shape, known_shape
-from motley.plan.network.spec import Gpt, Llama, Shape, shape_of
-from motley.plan.validation.csv_columns import SECONDS_IN, Table, number_in, read_table
+from motley.plan.network.registry import find_network, known_network
+from motley.plan.network.spec import GptConfig, LlamaConfig, NetworkSpec, network_of
+from motley.plan.validation.csv_columns import SECONDS_IN, CaseTable, number_in, read_table
 
 DEFAULT_CHIP = "A100-80GB-SXM"
 VOCABULARY = {"gpt": 50304, "llama": 32000}  # GPT-2's, padded as Megatron does; Llama's
@@ -92,9 +92,9 @@ class Case:
 
     line: int
     model: str
-    shape: Shape
+    shape: NetworkSpec
     chip: str
-    engine: Engine
+    framework: Framework
     precision: str
     hardware: Hardware
     seq_len: int
@@ -105,55 +105,57 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedRow:
     """A row that cannot be predicted, and why; the names are as the file has them."""
 
     line: int
     model: str
     chip: str
-    engine: str
+    framework: str
     error: str
 
 
 @dataclass(frozen=True)
-class Cases:
+class CaseFile:
     """A file's rows. `unit_given`: whether the measured times say seconds or milliseconds."""
 
-    rows: tuple[Case | Refused, ...]
+    rows: tuple[Case | RefusedRow, ...]
     ignored_columns: tuple[str, ...]
     unit_given: bool
 
 
-def read_cases(path: Path, load: Callable[[str], Engine] = load_engine) -> list[Case]:
-    """All rows; `load` finds an engine by name. Raises InputError for the first row that cannot be used."""
+def read_cases(path: Path, load: Callable[[str], Framework] = load_framework) -> list[Case]:
+    """All rows; `load` finds a framework by name. Raises InputError for the first row that cannot be used."""
     rows = read_rows(path, load).rows
-    if refused := next((row for row in rows if isinstance(row, Refused)), None):
+    if refused := next((row for row in rows if isinstance(row, RefusedRow)), None):
         raise InputError(refused.error)
     return [row for row in rows if isinstance(row, Case)]
 
 
-def read_rows(path: Path, load: Callable[[str], Engine] = load_engine) -> Cases:
+def read_rows(path: Path, load: Callable[[str], Framework] = load_framework) -> CaseFile:
     """Every row, or what is wrong with it. Raises InputError where the file as a whole cannot be used."""
     table = read_table(path)
-    rows: list[Case | Refused] = []
+    rows: list[Case | RefusedRow] = []
     for line, cells in table.rows:
         where = f"{path}, line {line}"
         if isinstance(cells, InputError):
-            rows.append(Refused(line, "", "", "", str(cells)))
+            rows.append(RefusedRow(line, "", "", "", str(cells)))
             continue
         try:
-            rows.append(_case(_Row(table, cells), line, path.parent, load))
+            rows.append(_case(_CaseRow(table, cells), line, path.parent, load))
         except InputError as error:
-            named = (cells.get(name, "") for name in ("model", "chip", "engine"))
-            rows.append(Refused(line, *named, error=f"{where}: {error}"))
+            named = (cells.get(name, "") for name in ("model", "chip", "framework"))
+            rows.append(RefusedRow(line, *named, error=f"{where}: {error}"))
     measured = table.measured
-    return Cases(tuple(rows), table.ignored, measured is None or measured.per != "step" or measured.seconds is not None)
+    return CaseFile(
+        tuple(rows), table.ignored, measured is None or measured.per != "step" or measured.seconds is not None
+    )
 
 
-class _Row:
+class _CaseRow:
     """Typed access to a row's cells; errors name the column."""
 
-    def __init__(self, table: Table, cells: Mapping[str, str]) -> None:
+    def __init__(self, table: CaseTable, cells: Mapping[str, str]) -> None:
         self.table, self.cells = table, cells
         self.numbers = {name: self.whole(name) for name in WHOLE if name in cells}
 
@@ -197,21 +199,21 @@ class _Row:
         return int(value)
 
 
-def _case(row: _Row, line: int, base: Path, load: Callable[[str], Engine]) -> Case:
+def _case(row: _CaseRow, line: int, base: Path, load: Callable[[str], Framework]) -> Case:
     shape = _shape(row, base)
     chip = find_chip(row.text("chip") or DEFAULT_CHIP)
-    engine = load(_engine_name(row, shape, chip))
+    framework = load(_framework_name(row, shape, chip))
     numbers = row.numbers
     seq_len = numbers.get("seq_len", min(shape.max_context, 4096))
-    layout = _layout(row, shape, seq_len, engine)
-    precision = _precision(row, shape, chip, engine)
+    layout = _layout(row, shape, seq_len, framework)
+    precision = _precision(row, shape, chip, framework)
     tp, pp, cp, dp = (layout[name] for name in ("tp", "pp", "cp", "dp"))
     gpus = tp * pp * cp * dp
     per_node = numbers.get("chips_per_node") or (-(-gpus // numbers["nodes"]) if "nodes" in numbers else None)
     layout |= {
-        "recompute": RECOMPUTES.index(row.word("recompute") or engine.recompute),  # pyright: ignore[reportArgumentType]
-        "schedule": SCHEDULES.index(row.word("schedule") or _schedule(shape, engine, pp)),  # pyright: ignore[reportArgumentType]
-        "zero": int(row.word("zero") or engine.zero),
+        "recompute": RECOMPUTES.index(row.word("recompute") or framework.recompute),  # pyright: ignore[reportArgumentType]
+        "schedule": SCHEDULES.index(row.word("schedule") or _schedule(shape, framework, pp)),  # pyright: ignore[reportArgumentType]
+        "zero": int(row.word("zero") or framework.zero),
     }
     batch = layout["micro_batch"] * layout["micro_batches"] * dp
     return Case(
@@ -219,7 +221,7 @@ def _case(row: _Row, line: int, base: Path, load: Callable[[str], Engine]) -> Ca
         model=row.text("model") or f"{shape.family} h{shape.hidden_size} L{shape.num_layers}",
         shape=shape,
         chip=chip.name,
-        engine=engine,
+        framework=framework,
         precision=precision,
         hardware=Hardware.of_chip(chip, per_node, _network(row)),
         seq_len=seq_len,
@@ -233,23 +235,23 @@ def _case(row: _Row, line: int, base: Path, load: Callable[[str], Engine]) -> Ca
 # ---------------------------------------------------------------------------------------------- shapes
 
 
-def _shape(row: _Row, base: Path) -> Shape:
+def _shape(row: _CaseRow, base: Path) -> NetworkSpec:
     """The model's, with the sizes that the row gives; without a known model, one of those sizes alone."""
     model = row.text("model")
     given = {name: row.numbers[name] for name in RESIZABLE if name in row.numbers}
-    if model and (known_shape(model) or (base / model).exists()):
-        return _resized(find_shape(model, base), given)
+    if model and (known_network(model) or (base / model).exists()):
+        return _resized(find_network(model, base), given)
     missing = [name.replace("_", " ") for name in ("hidden_size", "heads", "layers") if name not in given]
     if missing:
         if model:
-            find_shape(model, base)  # says which names come near
+            find_network(model, base)  # says which names come near
         raise InputError(f"without a known model the row needs {', '.join(missing)}")
     return _made(row, given)
 
 
-def _resized(shape: Shape, given: Mapping[str, int]) -> Shape:
+def _resized(shape: NetworkSpec, given: Mapping[str, int]) -> NetworkSpec:
     heads = given.get("heads", shape.blocks[0].heads)
-    if isinstance(shape.config, Llama) and shape.config.kv_heads == shape.config.heads:
+    if isinstance(shape.config, LlamaConfig) and shape.config.kv_heads == shape.config.heads:
         given = {"kv_heads": heads, **given}  # every head has its own, as before
     if shape.family != "llama" and given.get("kv_heads") == heads:
         given = {name: value for name, value in given.items() if name != "kv_heads"}
@@ -258,10 +260,10 @@ def _resized(shape: Shape, given: Mapping[str, int]) -> Shape:
         raise InputError(f"{shape.name} is of the family {shape.family}, which knows no {', '.join(unknown)}")
     changes: dict[str, Any] = {field: given[name] for name, field in fields.items() if field}
     config = replace(shape.config, **changes)
-    return shape if config == shape.config else shape_of(config, shape.name, f"{shape.source}; resized")
+    return shape if config == shape.config else network_of(config, shape.name, f"{shape.source}; resized")
 
 
-def _made(row: _Row, given: Mapping[str, int]) -> Shape:
+def _made(row: _CaseRow, given: Mapping[str, int]) -> NetworkSpec:
     model, hidden, heads = row.text("model"), given["hidden_size"], given["heads"]
     wide = given.get("intermediate_size", given.get("expert_size"))
     context = row.numbers.get("seq_len", 2048)
@@ -272,10 +274,10 @@ def _made(row: _Row, given: Mapping[str, int]) -> Shape:
         if "experts" in given:
             raise InputError("experts are known in the families llama and deepseek only")
         vocabulary = given.get("vocabulary", VOCABULARY["gpt"])
-        config = Gpt(hidden, given["layers"], heads, context, vocabulary, intermediate_size=wide)
-        return shape_of(config, model or "gpt", "")
-    return shape_of(
-        Llama(
+        config = GptConfig(hidden, given["layers"], heads, context, vocabulary, intermediate_size=wide)
+        return network_of(config, model or "gpt", "")
+    return network_of(
+        LlamaConfig(
             hidden_size=hidden,
             layers=given["layers"],
             heads=heads,
@@ -302,13 +304,13 @@ def _family(model: str, given: Mapping[str, int]) -> str:
 # --------------------------------------------------------------------------------------------- choices
 
 
-def _newest(shape: Shape) -> bool:
+def _newest(shape: NetworkSpec) -> bool:
     """Whether it is of V3's generation: experts chosen by sigmoid scores, trained in fp8 (V3 report, 2.1.2, 3.3)."""
     return isinstance(shape.config, ModelConfig) and shape.config.scoring_func == "sigmoid"
 
 
-def _engine_name(row: _Row, shape: Shape, chip: Chip) -> str:
-    name = re.sub(r"[\s_]+", "-", row.text("engine").lower())
+def _framework_name(row: _CaseRow, shape: NetworkSpec, chip: Chip) -> str:
+    name = re.sub(r"[\s_]+", "-", row.text("framework").lower())
     name = re.sub(r"-?v?\d+(\.\d+)*$", "", name) or name  # Megatron-Core v0.9
     if chip.kind == "cpu" and name in ("", "motley"):
         return "motley-cpu-plain" if row.word("precision") == "fp32" else "motley-cpu"
@@ -321,24 +323,24 @@ def _engine_name(row: _Row, shape: Shape, chip: Chip) -> str:
     return "megatron-core" if shape.family != "gpt" or "fp8" in chip.flops else "megatron"
 
 
-def _precision(row: _Row, shape: Shape, chip: Chip, engine: Engine) -> str:
-    possible = [name for name in chip.flops if name in engine.matmul_efficiency]
-    usual = "fp8" if engine.name == "deepseek" and _newest(shape) and "fp8" in possible else chip.best_precision()
+def _precision(row: _CaseRow, shape: NetworkSpec, chip: Chip, framework: Framework) -> str:
+    possible = [name for name in chip.flops if name in framework.matmul_efficiency]
+    usual = "fp8" if framework.name == "deepseek" and _newest(shape) and "fp8" in possible else chip.best_precision()
     precision = row.word("precision") or usual
     if precision not in possible:
         raise InputError(
-            f"{chip.name} under {engine.name} does not compute in {precision}; possible: {', '.join(possible)}"
+            f"{chip.name} under {framework.name} does not compute in {precision}; possible: {', '.join(possible)}"
         )
     return precision
 
 
-def _schedule(shape: Shape, engine: Engine, pp: int) -> str:
-    if engine.name != "deepseek" or shape.family != "deepseek" or pp == 1:
+def _schedule(shape: NetworkSpec, framework: Framework, pp: int) -> str:
+    if framework.name != "deepseek" or shape.family != "deepseek" or pp == 1:
         return "1f1b"
     return "dualpipe" if _newest(shape) and pp % 2 == 0 else "zero_bubble"
 
 
-def _layout(row: _Row, shape: Shape, seq_len: int, engine: Engine) -> dict[str, int]:
+def _layout(row: _CaseRow, shape: NetworkSpec, seq_len: int, framework: Framework) -> dict[str, int]:
     """Degrees, micro-batch, micro-batches, chunks; what one column says may be worked out from others."""
     numbers = row.numbers
     tp, pp, cp = (numbers.get(name, 1) for name in ("tp", "pp", "cp"))
@@ -361,7 +363,7 @@ def _layout(row: _Row, shape: Shape, seq_len: int, engine: Engine) -> dict[str, 
     if ep > 1 and (not shape.experts or shape.experts % ep or (dp * cp) % ep):
         raise InputError(f"expert parallelism {ep} needs experts and data-parallel ranks that it divides")
     count = batch // (dp * micro)
-    chunks = numbers.get("chunks") or _chunks(engine, shape.num_layers, pp, count)
+    chunks = numbers.get("chunks") or _chunks(framework, shape.num_layers, pp, count)
     return {
         **{"tp": tp, "cp": cp, "ep": ep, "dp": dp, "pp": pp},
         **{"micro_batch": micro, "micro_batches": count, "chunks": chunks},
@@ -375,14 +377,14 @@ def _expert_ranks(experts: int, ranks: int) -> int:
     )
 
 
-def _chunks(engine: Engine, layers: int, pp: int, micro_batches: int) -> int:
+def _chunks(framework: Framework, layers: int, pp: int, micro_batches: int) -> int:
     """Chunks of a stage where the row does not say: Megatron-Core interleaves as deep as layers allow."""
-    if engine.name != "megatron-core" or pp == 1 or micro_batches % pp:
+    if framework.name != "megatron-core" or pp == 1 or micro_batches % pp:
         return 1
     return max(1, min(layers // pp, MOST_CHUNKS))
 
 
-def _batch(row: _Row, dp: int, seq_len: int) -> tuple[int, int]:
+def _batch(row: _CaseRow, dp: int, seq_len: int) -> tuple[int, int]:
     """(micro-batch, global batch) in sequences."""
     numbers = row.numbers
     tokens = numbers.get("batch_tokens")
@@ -403,7 +405,7 @@ def _batch(row: _Row, dp: int, seq_len: int) -> tuple[int, int]:
     return micro, batch
 
 
-def _network(row: _Row) -> float | None:
+def _network(row: _CaseRow) -> float | None:
     """Bytes/s of a node; columns are in gigabits unless they say GB/s."""
     if "network" not in row.cells:
         return None
@@ -413,7 +415,7 @@ def _network(row: _Row) -> float | None:
     return row.number("network")[0] * GIGA / 8 * BITS_IN[unit]
 
 
-def _measured(row: _Row, batch: int, seq_len: int, gpus: int) -> float | None:
+def _measured(row: _CaseRow, batch: int, seq_len: int, gpus: int) -> float | None:
     """Seconds of a step; a unit in the cell goes before the header's. Without any, `evaluate.py` decides."""
     column = row.table.measured
     if column is None or "measured" not in row.cells:

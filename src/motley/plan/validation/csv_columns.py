@@ -47,7 +47,7 @@ HEADERS = {  # field → what its column may be called, in `_words` of it; "num"
     "recompute": "recompute, recomputation, activation recomputation, activation recompute, activation checkpointing, "
     "checkpointing, gradient checkpointing, recompute granularity",
     "precision": "precision, dtype, data type, number format",
-    "engine": "engine, framework, training system",
+    "framework": "framework, engine, training system",
     "schedule": "schedule, pipeline schedule, pp schedule",
     "zero": "zero, zero stage, distributed optimizer",
     "network": "network, network bandwidth, node network, network per node, network gbps, network gb per s",
@@ -82,7 +82,7 @@ OF_A_CHIP = {"gpu", "chip", "device", "accelerator"}
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredColumn:
     """What a measured column holds.
 
     Attributes:
@@ -97,7 +97,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Table:
+class CaseTable:
     """Cells by field.
 
     Attributes:
@@ -110,12 +110,12 @@ class Table:
 
     rows: tuple[tuple[int, dict[str, str] | InputError], ...]
     units: dict[str, str]
-    measured: Measured | None
+    measured: MeasuredColumn | None
     ignored: tuple[str, ...]
     decimal_comma: bool
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> CaseTable:
     """Raises InputError where the file as a whole is no table of cases."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -135,7 +135,7 @@ def read_table(path: Path) -> Table:
     header = lines[0][1]
     fields, units, measured, ignored = _columns(path, header)
     rows = [(number, _row(path, number, fields, row)) for number, row in lines[1:]]
-    return Table(tuple(rows), units, measured, tuple(ignored), decimal_comma=delimiter == ";")
+    return CaseTable(tuple(rows), units, measured, tuple(ignored), decimal_comma=delimiter == ";")
 
 
 def number_in(text: str, decimal_comma: bool = False) -> tuple[float, str] | None:
@@ -152,12 +152,12 @@ def number_in(text: str, decimal_comma: bool = False) -> tuple[float, str] | Non
 # --------------------------------------------------------------------------------------------- headers
 
 
-def _columns(path: Path, header: Sequence[str]) -> tuple[list[str], dict[str, str], Measured | None, list[str]]:
+def _columns(path: Path, header: Sequence[str]) -> tuple[list[str], dict[str, str], MeasuredColumn | None, list[str]]:
     """(field of each column, "" for those not used; units; what `measured` holds; headers not used)."""
     fields: list[str] = []
     units: dict[str, str] = {}
     ignored: list[str] = []
-    measured: Measured | None = None
+    measured: MeasuredColumn | None = None
     for cell in header:
         field, unit = field_of(cell)
         if field == "measured":
@@ -198,22 +198,22 @@ def field_of(header: str) -> tuple[str, str]:
     return "", inside
 
 
-def measured_of(header: str) -> Measured | None:
+def measured_of(header: str) -> MeasuredColumn | None:
     """What a header that names a time of a step, or a rate of tokens or sequences, says about its cells."""
     words = set(_words(header)) - {"measured"} if "throughput" in header.lower() else set(_words(header))
     per_second = "per" in words or "throughput" in words or "rate" in words
     for per, names in zip(("token", "sequence"), OF_A_RATE, strict=True):
         if words & names and words & {"s", "sec", "second"} and per_second:
             known = names | OF_A_CHIP | AROUND_A_TIME | {"s", "sec", "second", "per", "throughput", "rate"}
-            return Measured(per, of_a_chip=bool(words & OF_A_CHIP)) if words <= known else None
+            return MeasuredColumn(per, of_a_chip=bool(words & OF_A_CHIP)) if words <= known else None
     if words in ({"tgs"}, {"tps"}):
-        return Measured("token", of_a_chip=words == {"tgs"})
+        return MeasuredColumn("token", of_a_chip=words == {"tgs"})
     units = words & SECONDS_IN.keys()
     of_a_step = words & OF_A_STEP or not words & {"training", "train", "total"}
     named = words & OF_A_TIME or (units and words & OF_A_STEP) or words in ({"seconds"}, {"milliseconds"})
     if len(units) > 1 or not named or not of_a_step or not words - units <= AROUND_A_TIME:
         return None
-    return Measured("step", SECONDS_IN[units.pop()] if units else None)
+    return MeasuredColumn("step", SECONDS_IN[units.pop()] if units else None)
 
 
 def _words(text: str) -> list[str]:

@@ -1,9 +1,9 @@
-"""Fit the planner's engine constants to published measurements and write them to `src/motley/plan/engines/`.
+"""Fit the planner's framework constants to published measurements and write them to `src/motley/plan/frameworks/`.
 
-    python benchmarks/fit_engines.py --vtrain vtrain_single_node_a100.csv [--quick]
+    python benchmarks/fit_frameworks.py --vtrain vtrain_single_node_a100.csv [--quick]
 
 What is fitted to what: `megatron` to a random 70 % of vTrain's single-node rows and four rows of Megatron's own paper;
-the other engines start from it and move only the constants named below, each held by a prior, to the few rows that are
+the other frameworks start from it and move only the constants named below, each held by a prior, to the few rows that are
 published for them (`calibration.csv`, use = fit). Rows with use = held are never looked at here. `deepseek` is not
 fitted at all but derived from the others and its report. `motley-cpu` comes from benchmarks/plan_own_runtime.py.
 
@@ -22,16 +22,16 @@ from budget import QUICK_SECONDS, Budget, kept
 from scipy.optimize import least_squares
 
 from motley.files import write_text
-from motley.plan.cost_model.framework import Engine
+from motley.plan.cost_model.framework import Framework
 from motley.plan.validation.accuracy import Case, predict, read_cases
 
 HERE = Path(__file__).parent
-OUT = HERE.parent / "src/motley/plan/engines"
+OUT = HERE.parent / "src/motley/plan/frameworks"
 SEED, TRAIN_SHARE = 0, 0.7
 QUICK_SHARE = 10  # one row of so many
 Priors = dict[str, tuple[float, float]]  # constant → (centre, spread of its logarithm)
 
-START = Engine(
+START = Framework(
     name="megatron",
     description="Megatron-LM and Megatron-DeepSpeed of 2022: attention not fused, gradients exchanged at the end.",
     matmul_efficiency={"bf16": 0.9, "fp16": 0.9, "fp32": 0.9},
@@ -75,7 +75,7 @@ START = Engine(
     most_tensor=8,
     most_context=16,
     most_zero=3,
-    zero_over="team",
+    zero_over="group",
     schedules=("1f1b", "interleaved"),
     mtp_with_head=False,
     balanced_stages=False,
@@ -188,13 +188,13 @@ PARENT = {"torchtitan-eager": "torchtitan"}
 SM_SHARE = 112 / 132  # V3 report 3.2.2: 20 of an H800's 132 multiprocessors are kept for communication
 
 
-def fp8_gain(titan: Engine) -> float:
+def fp8_gain(titan: Framework) -> float:
     """What products in fp8 reach of fp8's dense rate over what they reach of bf16's in bf16, measured in torchtitan."""
     return titan.matmul_efficiency["fp8"] / titan.matmul_efficiency["bf16"]
 
 
-def deepseek(core: Engine, titan: Engine) -> Engine:
-    """DeepSeek's own trainer, put together from its report and other engines' constants: no measurement of it is used.
+def deepseek(core: Framework, titan: Framework) -> Framework:
+    """DeepSeek's own trainer, put together from its report and other frameworks' constants: no measurement of it is used.
 
     Products and attention are Megatron-Core's on the multiprocessors left for computing; fp8 gains on bf16 what it
     gains in torchtitan; DualPipe hides the expert exchange, dispatch goes in fp8, combining in bf16 (report 3.2, 3.3).
@@ -213,7 +213,7 @@ def deepseek(core: Engine, titan: Engine) -> Engine:
     )
 
 
-def motley(titan: Engine, core: Engine) -> Engine:
+def motley(titan: Framework, core: Framework) -> Framework:
     """Our own runtime on accelerators: assumed to reach what PyTorch's own trainer reaches, until it is measured."""
     return replace(
         titan,
@@ -232,7 +232,7 @@ def motley(titan: Engine, core: Engine) -> Engine:
     )
 
 
-def with_values(start: Engine, names: list[str], logs: np.ndarray) -> Engine:
+def with_values(start: Framework, names: list[str], logs: np.ndarray) -> Framework:
     """`start` with some constants replaced; `matmul_efficiency` sets every format but fp8, which has its own."""
     values = dict(zip(names, np.exp(logs).tolist(), strict=True))
     rate = dict(start.matmul_efficiency)
@@ -247,11 +247,11 @@ def with_values(start: Engine, names: list[str], logs: np.ndarray) -> Engine:
     return replace(start, matmul_efficiency=rate, **values)
 
 
-def under(cases: list[Case], engine: Engine) -> list[Case]:
-    return [replace(case, engine=engine) for case in cases]
+def under(cases: list[Case], framework: Framework) -> list[Case]:
+    return [replace(case, framework=framework) for case in cases]
 
 
-def fit(start: Engine, priors: Priors, cases: list[Case], weights: np.ndarray) -> Engine:
+def fit(start: Framework, priors: Priors, cases: list[Case], weights: np.ndarray) -> Framework:
     names = list(priors)
     centre = np.log([value for value, _ in priors.values()])
     spread = np.array([value for _, value in priors.values()])
@@ -264,33 +264,33 @@ def fit(start: Engine, priors: Priors, cases: list[Case], weights: np.ndarray) -
     return with_values(start, names, least_squares(residuals, centre, max_nfev=60).x)
 
 
-def with_corrections(engine: Engine, cases: list[Case]) -> Engine:
+def with_corrections(framework: Framework, cases: list[Case]) -> Framework:
     """Measured points of a layer's time: what the formula misses at each (rows, hidden size, tp), training rows."""
     points: dict[tuple[float, float, float], float] = {}
     measured = np.array([case.measured_seconds for case in cases])
     for _ in range(6):
         table = tuple((*key, factor) for key, factor in sorted(points.items()))
-        misses = np.log(measured / predict(under(cases, replace(engine, measured=table))))
+        misses = np.log(measured / predict(under(cases, replace(framework, measured=table))))
         cells = defaultdict(list)
         for case, miss in zip(cases, misses, strict=True):
             rows = float(case.layout["micro_batch"] * case.seq_len)
             cells[rows, float(case.shape.hidden_size), float(case.layout["tp"])].append(miss)
         for key, own in cells.items():
             points[key] = points.get(key, 1.0) * float(np.exp(np.mean(own)))
-    return replace(engine, measured=tuple((*key, round(factor, 4)) for key, factor in sorted(points.items())))
+    return replace(framework, measured=tuple((*key, round(factor, 4)) for key, factor in sorted(points.items())))
 
 
-def unfitted(name: str) -> Engine:
-    """What rows are read with before any engine is fitted."""
+def unfitted(name: str) -> Framework:
+    """What rows are read with before any framework is fitted."""
     return replace(START, name=name, matmul_efficiency={**START.matmul_efficiency, "fp8": 0.6})
 
 
 def megatron_paper() -> list[Case]:
     """The rows of calibration.csv that `megatron` is fitted to besides vTrain's."""
-    return [case for case in read_cases(HERE / "calibration.csv", unfitted) if case.engine.name == "megatron"]
+    return [case for case in read_cases(HERE / "calibration.csv", unfitted) if case.framework.name == "megatron"]
 
 
-def fit_megatron(train: list[Case], paper: list[Case]) -> Engine:
+def fit_megatron(train: list[Case], paper: list[Case]) -> Framework:
     """The formula's constants, then the points where measured layers differ from it."""
     weights = np.concatenate([np.ones(len(train)), np.full(len(paper), 4.0)])
     return with_corrections(fit(START, MEGATRON, train + paper, weights), train)
@@ -307,10 +307,10 @@ def errors(cases: list[Case]) -> np.ndarray:
     return predict(cases) / np.array([case.measured_seconds for case in cases]) - 1
 
 
-def write(engine: Engine, header: str) -> None:
-    values = {name: rounded(value) for name, value in asdict(engine).items()}
+def write(framework: Framework, header: str) -> None:
+    values = {name: rounded(value) for name, value in asdict(framework).items()}
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=118)
-    write_text(OUT / f"{engine.name}.yaml", f"# {header}\n{body}")
+    write_text(OUT / f"{framework.name}.yaml", f"# {header}\n{body}")
 
 
 def rounded(value: object) -> object:
@@ -339,14 +339,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="megatron alone, to a tenth of the rows; writes nothing")
     arguments = parser.parse_args()
     if arguments.quick:
-        with kept(Budget(QUICK_SECONDS), "fit_engines"):
+        with kept(Budget(QUICK_SECONDS), "fit_frameworks"):
             vtrain = read_cases(arguments.vtrain, unfitted)[::QUICK_SHARE]
             train, test = split(len(vtrain))
-            engine = fit_megatron([vtrain[i] for i in train], megatron_paper())
+            framework = fit_megatron([vtrain[i] for i in train], megatron_paper())
             for name, chosen in (("train", train), ("held out", test)):
-                print(fit_told(name, errors(under([vtrain[i] for i in chosen], engine))))
+                print(fit_told(name, errors(under([vtrain[i] for i in chosen], framework))))
         return
-    written = "Written by benchmarks/fit_engines.py; meaning of each constant: motley.plan.cost_model.framework.Engine."
+    written = (
+        "Written by benchmarks/fit_frameworks.py; meaning of each constant: motley.plan.cost_model.framework.Framework."
+    )
 
     cases = read_cases(HERE / "calibration.csv", unfitted)
     uses = [row["use"] for row in csv.DictReader((HERE / "calibration.csv").open())]
@@ -371,7 +373,7 @@ def main() -> None:
         start = replace(start, measured=(), measured_on="")
         if "fp8" in priors:
             start = replace(start, matmul_efficiency={**start.matmul_efficiency, "fp8": 0.6})
-        own = [case for case in published if case.engine.name == name]
+        own = [case for case in published if case.framework.name == name]
         fitted = fit(start, priors, own, np.full(len(own), 8.0))
         sources = tuple(dict.fromkeys(case.note.split(":")[0] for case in own))
         done[name] = replace(fitted, fitted=(f"started from {PARENT.get(name, 'megatron')}", *sources))
@@ -385,9 +387,9 @@ def main() -> None:
     write(deepseek(core, titan), written)
     write(motley(done["torchtitan"], done["megatron-core"]), written)
     for case in published:
-        off = float(errors(under([case], done[case.engine.name]))[0])
+        off = float(errors(under([case], done[case.framework.name]))[0])
         print(
-            f"{off:+7.1%}  {case.engine.name:17} {case.model:13} {case.gpus:5} {case.chip:15} {case.precision} "
+            f"{off:+7.1%}  {case.framework.name:17} {case.model:13} {case.gpus:5} {case.chip:15} {case.precision} "
             f"{case.note[:50]}"
         )
 
