@@ -76,7 +76,7 @@ def trained(shape: ModelConfig, data: Path, steps: int, speed: float, seed: int)
     for step in range(steps):
         optimizer.zero_grad()
         batch = rows.rows(step * ROWS, ROWS).cut(sequence_length(LENGTHS, SEQ_LEN, step / steps))
-        losses = accumulate(model, batch, len(batch.input_ids), LossWeights(0.0, hints=hints), confined=False)
+        losses = accumulate(model, batch, len(batch.input_ids), LossWeights(0.0, ngrams=hints), confined=False)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(RATE * factor(step, steps, "wsd", round(0.05 * steps), 0.4, 0.05))
         for gate, counts in zip(model.gates(), losses.expert_counts, strict=True):

@@ -29,7 +29,7 @@ from motley.model import SIZES, ModelConfig
 from motley.parallel.communicator import Communicator, free_port
 from motley.parallel.layout import Layout, Zero, coordinates_of, side_by_side
 from motley.parallel.memory_fit import ALLOCATED, in_passing_bytes, row_bytes
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
 from motley.parallel.zero.partition import held_bytes
 from motley.train.config import PretrainConfig
 
@@ -93,7 +93,7 @@ def work(
     comm = Communicator(rank, size, device)
     comm.sum(torch.zeros(1, device=device))  # connected
     before = forget_peak(device)
-    worker = Worker(shape, settings(), layout_of(shape, zero, memory, size), comm)
+    worker = Ranks(shape, settings(), layout_of(shape, zero, memory, size), comm)
     torch.manual_seed(0)
     for part in worker.shards.here:
         with torch.no_grad():
@@ -110,7 +110,7 @@ def measured(
     size: int, device: str, shape: ModelConfig, zero: Zero, memory: tuple[float, ...], timeout: float = 1800.0
 ) -> list[int]:
     """Peak bytes of each worker of a case. Raises TookTooLong after `patience` seconds."""
-    return spawned(work, size, size, free_port(), device, shape, zero, memory, timeout=timeout)
+    return spawned(work, size, size, free_port(), device, shape, zero, memory, patience=timeout)
 
 
 def counted(size: int, shape: ModelConfig, zero: Zero, memory: tuple[float, ...]) -> dict[str, list[float]]:
@@ -142,7 +142,7 @@ def main() -> None:
         with kept(budget, "memory_by_zero"):
             for zero, memory in budget.each(cases):
                 said = counted(size, shape, zero, memory)
-                peaks = measured(size, arguments.device, shape, zero, memory, budget.timeout(1800.0))
+                peaks = measured(size, arguments.device, shape, zero, memory, budget.patience(1800.0))
                 ratios = [real / (held + run) for real, held, run in zip(peaks, *said.values(), strict=True)]
                 found.append({"zero": zero, "memory": memory, "peak_bytes": peaks, "ratios": ratios}
                              | {f"counted_{name}_bytes": value for name, value in said.items()})  # fmt: skip

@@ -95,8 +95,8 @@ def measured(axes: list[str], steps: int, format_: Format, budget: Budget) -> di
         cases = [case for case in CASES if case.axis == axis]
         rows = []
         for case in budget.each(map(quick, cases) if budget.seconds else cases, least=2):
-            timeout = budget.timeout(COMM_TIMEOUT_SECONDS)
-            ((seconds, most),) = spawned(measure, 1, case, format_, steps, timeout=timeout)
+            timeout = budget.patience(COMM_TIMEOUT_SECONDS)
+            ((seconds, most),) = spawned(measure, 1, case, format_, steps, patience=timeout)
             flops = training_flops_per_token(case.shape, case.seq_len) * case.rows * case.seq_len
             rows.append({"size": case.size, "seconds": seconds, "bytes": most, "flops": flops})
             note(f"{axis:8} {case.size:6,}  {1e3 * seconds:9,.1f} ms  {most / 1e6:8,.0f} MB  {flops / 1e9:9,.1f} GFLOP")

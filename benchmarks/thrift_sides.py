@@ -135,7 +135,7 @@ class Ours:
         self.model.initialize(seed)
         self.model.to(device)
         self.model.compute_dtype = recipe.dtype
-        self.weights = LossWeights(mtp=recipe.mtp_weight, hints=hints)
+        self.weights = LossWeights(mtp=recipe.mtp_weight, ngrams=hints)
         self.optimizer = Optimizer(
             self.model.named_parameters(), recipe.optimizer, recipe.weight_decay, recipe.dtype, recipe.embedding_rate
         )
@@ -207,9 +207,9 @@ class Ordinary:
                 loss = seen = self.forward(ids, targets)
             else:
                 states = self.forward(ids).flatten(0, 1).to(self.recipe.dtype)
-                expected = self.hints.ngrams.expected(ids)
+                expected = self.hints.counts.expected(ids)
                 head = self.model.lm_head.weight
-                both = blended_cross_entropy(states, head, targets.flatten(), expected, self.hints.weight)
+                both = blended_cross_entropy(states, head, targets.flatten(), expected, self.hints.share)
                 loss, seen = (total / int((targets >= 0).sum()) for total in both)
         loss.backward()
         return seen.item()

@@ -2,7 +2,7 @@
 
     python benchmarks/uneven.py --speeds 1:2:4:1 [--capped] [--straggler] [--quick] [--json]
 
-Workers are processes on this machine, made unequal (motley.emulation.cpu_throttle): by waiting after each piece of work, or
+Rankss are processes on this machine, made unequal (motley.emulation.cpu_throttle): by waiting after each piece of work, or
 with --capped by a control group that gives each its share of CPU time. In turns, step by step, each trains on its own,
 all at the same time but without a word to each other; then all together, with rows in proportion to measured speed;
 then with the even split that an engine for equal chips makes. The ideal is the sum of the rates on their own: rows of a
@@ -34,9 +34,9 @@ from motley.model import SIZES, Transformer
 from motley.parallel.communicator import Communicator, free_port
 from motley.parallel.layout import side_by_side
 from motley.parallel.load_balance import LoadBalancer
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
 from motley.train.config import PretrainConfig
-from motley.train.trainer import short_pauses
+from motley.train.trainer import without_long_collections
 
 SHAPE = replace(SIZES["nano"], vocab_size=512)
 SEQ_LEN, MICRO_BATCH = 64, 4
@@ -78,7 +78,7 @@ class Way:
             layout = replace(layout, rates=tuple(speeds))  # as a start finds them (motley.parallel.build)
         model = Transformer(SHAPE)
         model.initialize(0)
-        self.worker = Worker(SHAPE, config, layout, comm, model)
+        self.worker = Ranks(SHAPE, config, layout, comm, model)
         if not comm.alone:
             self.worker.take_state((dict(model.state_dict()), {}) if comm.leads else None)
         self.worker.replica.pace = slow.pace
@@ -157,10 +157,8 @@ def work(
     comm = Communicator(rank, len(speeds))
     dist.init_process_group("gloo", rank=rank, world_size=comm.size)
     slow = throttle(speeds[rank], how)  # type: ignore[arg-type]
-    with short_pauses():  # as `motley pretrain` does
-        answer = (
-            compared(comm, slow, speeds, rows, rounds, timeout) if rounds else straggling(comm, slow, speeds, rows)
-        )
+    with without_long_collections():  # as `motley pretrain` does
+        answer = compared(comm, slow, speeds, rows, rounds, timeout) if rounds else straggling(comm, slow, speeds, rows)
     results.put((rank, answer | {"way": slow.by}))
     dist.barrier()
     dist.destroy_process_group()
@@ -170,7 +168,7 @@ def run_crew(
     speeds: list[float], how: str, rows: int, rounds: int, timeout: float = COMM_TIMEOUT_SECONDS
 ) -> list[dict[str, Any]]:
     """What each worker of a crew found, in the order of ranks. Raises TookTooLong."""
-    return spawned(work, len(speeds), speeds, free_port(), how, rows, rounds, timeout, timeout=timeout)
+    return spawned(work, len(speeds), speeds, free_port(), how, rows, rounds, timeout, patience=timeout)
 
 
 def outcome(answers: list[dict[str, Any]], rows: int) -> dict[str, Any]:
@@ -216,7 +214,7 @@ def main() -> None:
     budget = Budget(QUICK_SECONDS if arguments.quick else None)
     try:
         with kept(budget, "uneven"):
-            timeout = budget.timeout(COMM_TIMEOUT_SECONDS)
+            timeout = budget.patience(COMM_TIMEOUT_SECONDS)
             outcomes = [outcome(run_crew(speeds, how, rows, rounds, timeout), rows) for _ in range(runs)]
     except TookTooLong as slow:
         raise SystemExit(f"uneven: {slow}; this machine is too slow or too busy for it") from None

@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import motley.parallel.carry_out
 import torch
 
 import motley.parallel.build
-import motley.parallel.carry_out
 import motley.parallel.elastic.agent
 from motley.data.stream import Batch, TokenStream
 from motley.errors import InputError

@@ -18,7 +18,6 @@ from layouts import TWO_STAGES, settings
 from spawned_ranks import on_ranks
 from tiny_models import DEEP, FEW, Rows, random_model
 
-from motley.cli import main
 from motley.emulation import cpu_throttle
 from motley.emulation.cpu_throttle import GROUP, Throttle, _groups, throttle
 from motley.emulation.link_delay import DelayedLinks

@@ -44,7 +44,7 @@ def assert_laid_out_as_planned(plan: dict[str, Any], config: ModelConfig) -> Non
     islands = islands_of_plan(plan, config)
     assert [rank for island in islands for rank in island.ranks] == list(range(plan["chips"]))
     assert len(slots_of(plan, hosts_of(plan, [f"{pool['pool']}=here" for pool in plan["pools"]]))) == plan["chips"]
-    numbers = list(dict.fromkeys(group["island"] for group in plan["teams"]))
+    numbers = list(dict.fromkeys(group["island"] for group in plan["groups"]))
     assert len(islands) == len(numbers) == (2 if plan["inner_steps"] else 1)
     for number, island in zip(numbers, islands, strict=True):
         groups, layout = [group for group in plan["groups"] if group["island"] == number], island.layout

@@ -1,34 +1,36 @@
-"""What a training run writes down while it runs: metrics.jsonl for everyone, TensorBoard events beside it.
+"""What a training run records while it runs: metrics.jsonl, and a copy for TensorBoard.
 
-    kind      written                 values beside step, tokens, seconds
-    train     every step              loss, mtp_loss, balance_loss (nats per token), learning_rate, grad_norm,
-                                      tokens_per_second, memory_bytes; imbalance: per MoE layer, MTP's last, load of the
-                                      busiest expert over the mean (1: all alike; minus 1 it is called MaxVio)
-    valid     at each validation      loss, bits_per_byte
-    experts   with it                 load: share of the routed tokens per expert, one list per MoE layer
-                                      (with fp16 on one process: loss_scale)
-    crew      when workers start      names, islands (where there are several), teams, lanes, stages of all workers;
-                                      predicted_step_seconds with a plan: of a step, or of computing a round
-    workers   every step of a crew,   rows of each lane, step_seconds; of each worker tokens_per_second (its own),
-              or every round of       share (of the rows), busy_seconds, wait_seconds by kind, other_seconds,
-              islands (round: its     idle_share, memory_bytes, sent_bytes, received_bytes, link_bytes_per_second,
-              number)                 loss_scales
-    timeline  a few of these steps    step_seconds; spans of each worker: kind, micro-batch, workers waited for, start,
-              and rounds              end (train/stopwatch.py; of a round train/doings.py). Of several islands, those of
-                                      steps are of the first (island)
-    islands   at each meeting         round, its steps, round_seconds; of each island its inner_steps, rows [first,
-                                      count], island_tokens, learned (of steps not skipped), busy_seconds,
-                                      waited_seconds, bytes_sent
-    event     when something happens  message
+    kind        written                 values beside step, tokens, seconds
+    train       every step              loss, mtp_loss, balance_loss (nats per token), learning_rate, grad_norm,
+                                        tokens_per_second, memory_bytes; imbalance: per MoE layer, MTP's last, load of
+                                        the busiest expert over the mean (1 is perfect balance; MaxVio is this minus 1)
+                                        (with fp16 in a single process: loss_scale)
+    valid       at each validation      loss, bits_per_byte
+    experts     with it                 load: share of the routed tokens per expert, one list per MoE layer
+    ranks       when ranks start        of each rank: names, islands (if there are several), groups, replicas, stages;
+                                        with a plan predicted_step_seconds: of a step, or of the computing in a round
+    step_stats  every step of several   rows of each replica, step_seconds; of each rank tokens_per_second (of its
+                ranks, or every round   replica, waits excluded), share (of the rows), busy_seconds, wait_seconds by
+                of several islands      kind, other_seconds, idle_share, memory_bytes, sent_bytes, received_bytes,
+                (round: its number)     link_bytes_per_second, loss_scales
+    timeline    some of these steps     step_seconds; spans of each rank: kind, micro-batch, ranks waited for, start,
+                and rounds              end (parallel/telemetry/step_timer.py; of a round diloco/round_stats.py). With
+                                        several islands, steps are those of the first (island)
+    outer_step  at each outer step      round, its steps, round_seconds; of each island inner_steps, rows [first,
+                                        count], island_tokens, learned (steps not skipped), busy_seconds,
+                                        waited_seconds, bytes_sent
+    event       when something happens  message
 
-Of several islands, `train` tells of the first alone, and between two meetings `tokens` counts what it took.
+With several islands, `train` is about the first one, and between two outer steps `tokens` counts only its tokens.
 
-metrics.jsonl is the truth (one JSON object a line, written at once); the events are a copy for TensorBoard.
+metrics.jsonl is the record that counts: one JSON object a line, written at once. Earlier versions called some kinds and
+fields otherwise (`OLD_KINDS`, `OLD_FIELDS`); such records are read and written under their present names.
 """
 
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,23 +45,26 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
-KINDS = ("train", "valid", "experts", "crew", "workers", "timeline", "islands", "event")
-RECENT_STEPS = 2  # workers that lose each other are at most one step apart
+KINDS = ("train", "valid", "experts", "ranks", "step_stats", "timeline", "outer_step", "event")
+OLD_KINDS = {"crew": "ranks", "workers": "step_stats", "islands": "outer_step"}
+OLD_FIELDS = {"ranks": {"teams": "groups", "lanes": "replicas"}}
+"""Of a kind under its present name: what a field was called, and what it is called now."""
+RECENT_STEPS = 2  # ranks that lose contact are at most one step apart
 POSITION = ("step", "tokens", "seconds")  # where in the run: not curves of their own
 
 
 class MetricsWriter:
     """Appends records to `folder`/metrics.jsonl and to `folder`/tensorboard.
 
-    A run that goes on from a checkpoint forgets what it wrote after that checkpoint, so that the file reads
-    as if the run had never been interrupted.
+    A run that resumes from a checkpoint removes the records after that checkpoint, so that the file reads as if the run
+    had never been interrupted.
 
     Args:
         folder: the stage's run folder; made if missing.
-        resume_step: step of the checkpoint the run goes on from; 0 starts the file anew.
+        resume_step: step of the checkpoint that the run resumes from; 0 starts the file anew.
 
     Attributes:
-        forgotten: last step whose records were forgotten, or 0.
+        forgotten: last step whose records were removed, or 0.
 
     Raises:
         InputError: a line of an existing file is broken, other than a half-written last one.
@@ -70,14 +75,15 @@ class MetricsWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.path = self._folder / METRICS_FILE
         self.forgotten = _keep_until(self.path, resume_step)
-        self._file = self.path.open("ab", buffering=0)  # a record is on its way to the disk when `write` returns
+        self._file = self.path.open("ab", buffering=0)  # the system has a record when `write` returns
         self._events: SummaryWriter | None = None  # opened with the first record: its import takes seconds
 
     def write(self, kind: str, *, step: int, **values: Any) -> None:
         """Write one record: `write("train", step=1, tokens=4096, seconds=1.2, loss=8.3)`.
 
-        JSON knows no NaN or infinity: such values are written as null.
+        JSON has no NaN or infinity: such values are written as null.
         """
+        kind, values = present_form(kind, values)
         if kind not in KINDS:
             raise ValueError(f"unknown kind of record {kind!r}; known are {', '.join(KINDS)}")
         record = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
@@ -88,7 +94,7 @@ class MetricsWriter:
             self._write_events(record)
 
     def flush(self) -> None:
-        """Put everything written so far on disk; call it before a checkpoint is declared complete."""
+        """Sync everything written so far to disk; call it before a checkpoint is declared complete."""
         with self._full_disk_in_a_sentence():
             os.fsync(self._file.fileno())
             if self._events is not None:
@@ -127,16 +133,16 @@ class MetricsWriter:
             for layer, imbalance in enumerate(imbalances(record["load"])):
                 events.add_scalar(f"experts/imbalance_of_moe_layer_{layer}", imbalance, step)
             return
-        if kind in ("crew", "timeline"):
+        if kind in ("ranks", "timeline"):
             return
-        if kind == "workers":
+        if kind == "step_stats":
             for name in ("share", "idle_share", "tokens_per_second", "loss_scales"):
-                for worker, value in enumerate(record[name]):
-                    events.add_scalar(f"workers/{name}_{worker}", value, step)
+                for rank, value in enumerate(record[name]):
+                    events.add_scalar(f"step_stats/{name}_{rank}", value, step)
             return
-        if kind == "islands":
+        if kind == "outer_step":
             for island, waited in enumerate(record["waited_seconds"]):
-                events.add_scalar(f"islands/waited_seconds_{island}", waited, step)
+                events.add_scalar(f"outer_step/waited_seconds_{island}", waited, step)
             return
         for name, value in record.items():
             if isinstance(value, int | float) and name not in POSITION:
@@ -153,7 +159,7 @@ class MetricsWriter:
 
 
 class Silence:
-    """What the workers that do not lead write: nothing."""
+    """In the place of a MetricsWriter on ranks that write no records."""
 
     forgotten = 0
 
@@ -167,12 +173,12 @@ class Silence:
     def __exit__(self, *_: object) -> None: ...
 
 
-class Recent:
-    """What every worker remembers of the last two steps, so that another can write what a dead worker 0 did not.
+class RecentRecords:
+    """Records of the last two steps, kept on every rank: if rank 0 exits, another one writes what it did not.
 
     Args:
-        writer: where worker 0 writes at once.
-        records: what was written lately, by whoever led; those of them that the file may lack are written first.
+        writer: to which rank 0 writes at once.
+        records: of the last steps, also of an earlier rank 0; they are written first, as the file may lack them.
     """
 
     def __init__(self, writer: MetricsWriter | Silence, records: list[dict[str, Any]]) -> None:
@@ -191,7 +197,7 @@ class Recent:
 
 
 def records_of(folder: Path, step: int) -> list[dict[str, Any]]:
-    """What is known of one step of a run: what a crew that parts before its next step (`Recent`) has to write again."""
+    """The records of one step of a run: `RecentRecords` of ranks that resume after it."""
     if not (Path(folder) / METRICS_FILE).is_file():
         return []
     return [record for record in read_metrics(folder) if record["step"] == step]
@@ -209,7 +215,8 @@ def imbalances(load: list[list[float]]) -> list[float]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records of a metrics.jsonl (or of the run folder that holds it), in order.
 
-    A half-written last line, as a killed run leaves it, is passed over.
+    Records of earlier versions come under their present names. A half-written last line, as a killed process leaves it,
+    is skipped.
 
     Raises:
         InputError: no such file, or a line that is no record, with its number.
@@ -222,7 +229,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the folder of a training run") from None
     # Every whole line ends in a newline: what follows the last one is empty or half-written.
-    return [_record(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
+    records = [_record(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
+    if old := sorted({record["kind"] for record in records} & OLD_KINDS.keys()):
+        present = ", ".join(f"{kind} as {OLD_KINDS[kind]}" for kind in old)
+        warnings.warn(f"{path} was written by an earlier version; its records are read under new names: {present}", stacklevel=2)
+    return [upgraded(record) for record in records]
+
+
+def upgraded(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the present names of its kind and fields, which stay in order."""
+    kind, values = present_form(record["kind"], {name: value for name, value in record.items() if name != "kind"})
+    return {"kind": kind, **values}
+
+
+def present_form(kind: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(kind, values) of a record, under their present names."""
+    kind = OLD_KINDS.get(kind, kind)
+    fields = OLD_FIELDS.get(kind, {})
+    return kind, {fields.get(name, name): value for name, value in values.items()}
 
 
 def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -230,7 +254,7 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
         raise InputError(f"{path}, line {number} is not valid JSON ({error}); remove the line to go on") from None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or not isinstance(record.get("kind"), str):
         raise InputError(f"{path}, line {number} is no record of a training run: it needs a kind and a step")
     return record
 

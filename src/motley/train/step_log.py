@@ -11,7 +11,7 @@ from typing import Any
 from motley.progress import Progress, note
 from motley.train.allocator import memory_bytes
 from motley.train.expert_balance import imbalance
-from motley.train.metrics import MetricsWriter, Recent, Silence
+from motley.train.metrics import MetricsWriter, RecentRecords, Silence
 from motley.train.run_state import Position, RunState
 from motley.train.step import StepLosses
 from motley.train.strategy import StepEnd, Strategy
@@ -73,7 +73,7 @@ class StepLog:
                 shown=strategy.leads,
             )
         )  # fmt: skip
-        self.metrics = Recent(file, state.recent)
+        self.metrics = RecentRecords(file, state.recent)
         forgotten = strategy.led(lambda: file.forgotten)
         if forgotten > at.step:
             state.news.append(f"steps {at.step + 1} to {forgotten} are computed again, from the state after {at.step}")

@@ -42,8 +42,8 @@ def introduction(
     return {
         "names": [f"{chip}, {host}" if several else chip for chip, host in zip(chips, hosts, strict=True)],
         **({"islands": islands} if len(set(islands)) > 1 else {}),
-        "teams": [first_teams[own] + group for own, group in zip(islands, groups, strict=True)],
-        "lanes": [first_lanes[own] + replica for own, replica in zip(islands, replicas, strict=True)],
+        "groups": [first_teams[own] + group for own, group in zip(islands, groups, strict=True)],
+        "replicas": [first_lanes[own] + replica for own, replica in zip(islands, replicas, strict=True)],
         "stages": stages,
         **({"predicted_step_seconds": max(foreseen)} if planned else {}),
     }
