@@ -5,14 +5,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import motley.parallel.carry_out
 import torch
 
 import motley.parallel.build
 import motley.parallel.elastic.agent
+import motley.train.trainer
 from motley.data.stream import Batch, TokenStream
 from motley.errors import InputError
-from motley.parallel.load_balance import Shares
+from motley.parallel.load_balance import LoadBalancer
 from motley.train.config import PretrainConfig
 from motley.train.pretrain import pretrain
 
@@ -37,11 +37,11 @@ def member(gates: Path, said: Path, program: str, make: str, arguments: dict[str
     """One `motley pretrain --live` in a process of its own, on a processor of some kind."""
     torch.set_num_threads(1)
     Gated.gates = gates
-    motley.parallel.carry_out.TokenStream = Gated  # type: ignore[misc]
+    motley.train.trainer.TokenStream = Gated  # type: ignore[misc]
     motley.parallel.build.sources = lambda: program
     for module in (motley.parallel.build, motley.parallel.elastic.agent):
         module.kind_of_chip = lambda device: make  # type: ignore[attr-defined]
-    Shares.measured = lambda *_: None  # type: ignore[method-assign]  who gets no rows comes to no gate
+    LoadBalancer.measured = lambda *_: None  # type: ignore[method-assign]  who gets no rows comes to no gate
     try:
         pretrain(PretrainConfig(**arguments))
     except InputError as error:

@@ -9,19 +9,20 @@ import torch
 from tiny_models import DEEP, FEW, Rows, error, random_model
 
 from motley.model import SIZES, ModelConfig, experts
-from motley.parallel import buckets as traffic
-from motley.parallel.communicator import Crew
-from motley.parallel.layout import Layout, Team
-from motley.parallel.rank import Worker
+from motley.parallel import buckets as buckets
+from motley.parallel.communicator import Communicator
+from motley.parallel.layout import Layout, PipelineGroup
+from motley.parallel.rank import Ranks
 from motley.train.config import PretrainConfig
-from motley.train.ngram_targets import Hints, Ngrams
-from motley.train.optimizer import Optimizer
+from motley.train.ngram_targets import NgramCounts, NgramTargets
+from motley.train.optimizer import Optimizer, State
 from motley.train.step import LossWeights, accumulate
-from motley.train.validation import loss_of
+from motley.train.strategy import TrainingState
+from motley.train.validation import summed_nats
 
 ROWS, STEPS = 7, 2
 FEW_ROWS = 2  # held out: fewer than the lanes of three and more workers
-TWO_STAGES = Layout((Team(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2),), zero=1)
+TWO_STAGES = Layout((PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2),), zero=1)
 
 
 def settings(**chosen: Any) -> PretrainConfig:
@@ -34,14 +35,14 @@ def settings(**chosen: Any) -> PretrainConfig:
 def random_layout(size: int, chance: random.Random) -> Layout:
     """Workers dealt into teams; each team cut into lanes, stages, expert groups at random."""
     ranks = list(range(size))
-    teams = []
+    groups = []
     while ranks:
         count = chance.randint(1, len(ranks))
         own, ranks = ranks[:count], ranks[count:]
         stages = chance.choice([s for s in (1, 2, 3, 4) if count % s == 0])
         width = count // stages
         by_stage = [own[stage * width : (stage + 1) * width] for stage in range(stages)]
-        lanes = tuple(tuple(by_stage[stage][lane] for stage in range(stages)) for lane in range(width))
+        replicas = tuple(tuple(by_stage[stage][replica] for stage in range(stages)) for replica in range(width))
         layers = (0,)
         while sum(layers) != DEEP.num_hidden_layers:  # only ends may hold nothing but embedding or head
             middle = [chance.randint(1, 2) for _ in range(stages - 2)]
@@ -53,14 +54,14 @@ def random_layout(size: int, chance: random.Random) -> Layout:
             ends = [0, *cuts, DEEP.n_routed_experts]
             spread = tuple(ends[i + 1] - ends[i] for i in range(sharing))
         schedule = chance.choice(["1f1b", "zero_bubble"])
-        teams.append(Team(lanes, layers, spread, schedule, micro_batch=chance.randint(1, 3)))  # type: ignore[arg-type]
-    lanes = sum(len(team.lanes) for team in teams)
-    whole = all(team.stages == team.expert_lanes == 1 for team in teams)  # what ZeRO 2 and 3 are for
+        groups.append(PipelineGroup(replicas, layers, spread, schedule, micro_batch=chance.randint(1, 3)))  # type: ignore[arg-type]
+    replicas = sum(len(group.replicas) for group in groups)
+    whole = all(group.stages == group.expert_replicas == 1 for group in groups)  # what ZeRO 2 and 3 are for
     return Layout(
-        tuple(teams),
+        tuple(groups),
         zero=chance.choice([0, 1, 2, 3] if whole else [0, 1]),  # type: ignore[arg-type]
         memory=tuple(chance.choice([1.0, 2e9, 5e9]) for _ in range(size)),  # none, or plenty
-        rates=tuple(chance.choice([0.01, 1.0, 3.0]) for _ in range(lanes)),
+        rates=tuple(chance.choice([0.01, 1.0, 3.0]) for _ in range(replicas)),
     )
 
 
@@ -77,8 +78,8 @@ def of_one_process(
     for step in range(STEPS):
         optimizer.zero_grad()
         rows, length = Rows().rows(step * config.batch_rows, config.batch_rows), config.length(step)
-        hints = Hints(counted(device), config.ngram_weight) if config.ngram_weight else None
-        step_weights = dataclasses.replace(weights, hints=hints)
+        hints = NgramTargets(counted(device), config.ngram_weight) if config.ngram_weight else None
+        step_weights = dataclasses.replace(weights, ngrams=hints)
         losses = accumulate(model, rows.cut(length), 2 * Rows.seq_len // length, step_weights, confined=True)
         first = first or {n: p.grad.cpu().clone() for n, p in model.named_parameters() if p.grad is not None}
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
@@ -86,44 +87,49 @@ def of_one_process(
         for gate, counts in zip(model.gates(), losses.expert_counts, strict=False):
             gate.rebalance(counts.to(device), config.bias_speed)
         seen.append((losses.main, losses.mtp, losses.balance, norm, [c.tolist() for c in losses.expert_counts]))
-    held_out = loss_of(model, confined=True)(Rows(), FEW_ROWS)  # type: ignore[arg-type]
+    held_out = summed_nats(model, Rows(), FEW_ROWS, confined=True)  # type: ignore[arg-type]
     return first, seen, {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, held_out
 
 
-def counted(device: str | torch.device = "cpu") -> Ngrams:
+def pair(state: TrainingState | None) -> tuple[State, State] | None:
+    """(weights, optimizer state)."""
+    return None if state is None else (dict(state.weights), dict(state.optimizer))
+
+
+def counted(device: str | torch.device = "cpu") -> NgramCounts:
     """Of the rows of the first steps, as if they were a text."""
-    return Ngrams.of(Rows().rows(0, 40).input_ids.flatten().numpy(), DEEP.vocab_size, torch.device(device))
+    return NgramCounts.of(Rows().rows(0, 40).input_ids.flatten().numpy(), DEEP.vocab_size, torch.device(device))
 
 
 def take_steps(
-    crew: Crew,
+    comm: Communicator,
     layouts: list[tuple[Layout, PretrainConfig, int]],
     shape: ModelConfig = DEEP,
     message_bytes: int = 1 << 14,
 ) -> list[Any]:
     """What every layout of the list makes of the same steps."""
-    experts.PAD, traffic.MESSAGE_BYTES = FEW, message_bytes
+    experts.PAD, buckets.MESSAGE_BYTES = FEW, message_bytes
     results = []
     for layout, config, seed in layouts:
-        worker = Worker(shape, config, layout, crew)
-        whole = random_model(seed, shape).state_dict() if crew.leads else None
-        worker.take_state(None if whole is None else (dict(whole), {}))
-        if config.ngram_weight and worker.place.last:
-            worker.take_hints(counted(crew.device))
+        ranks = Ranks(shape, config, layout, comm)
+        whole = random_model(seed, shape).state_dict() if comm.leads else None
+        ranks.take_state(None if whole is None else (dict(whole), {}))
+        if config.ngram_weight and ranks.coordinates.last:
+            ranks.learn_ngrams(counted(comm.device))
         gradient, seen = {}, []
         for step in range(STEPS):
-            losses, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
+            losses, norm = ranks.gradient(ranks.read(Rows(), step))  # type: ignore[arg-type]
             if step == 0:
                 gradient = {
-                    part.label: (part.name, part.start, part.stop, worker.shards.view(part).grad.clone())  # type: ignore[union-attr]
-                    for part in worker.shards.here
-                    if part.owner == crew.rank and worker.shards.view(part).grad is not None
+                    part.label: (part.name, part.start, part.stop, ranks.buffers.view(part).grad.clone())  # type: ignore[union-attr]
+                    for part in ranks.buffers.here
+                    if part.owner == comm.rank and ranks.buffers.view(part).grad is not None
                 }
-            worker.update(losses, norm, 0.01)
-            worker.share_again()
+            ranks.update(losses, norm, 0.01)
+            ranks.share_rows()
             seen.append((losses.main, losses.mtp, losses.balance, norm, [c.tolist() for c in losses.expert_counts]))
-        held_out = worker.held_out_loss(Rows(), FEW_ROWS)  # type: ignore[arg-type]
-        state = worker.whole_state()
+        held_out = ranks.held_out_loss(Rows(), FEW_ROWS)  # type: ignore[arg-type]
+        state = pair(ranks.state())
         results.append((gradient, seen, state and state[0], held_out))
     return results
 
@@ -166,5 +172,5 @@ MEMORY = (1.0, 3.0, 2.0)
 
 
 def layout(zero: int) -> Layout:
-    teams = tuple(Team(((rank,),), (8,), micro_batch=1) for rank in range(3))
-    return Layout(teams, zero=zero, memory=MEMORY, rates=(1.0, 3.0, 6.0))  # type: ignore[arg-type]
+    groups = tuple(PipelineGroup(((rank,),), (8,), micro_batch=1) for rank in range(3))
+    return Layout(groups, zero=zero, memory=MEMORY, rates=(1.0, 3.0, 6.0))  # type: ignore[arg-type]

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from layouts import ROWS, settings
-from spawned_ranks import on_crew
+from spawned_ranks import on_ranks
 from tiny_models import DEEP, FEW, Rows, error, random_model
 
 from motley.fleet.device import ACTIVATIONS, Format
 from motley.model import ModelConfig, experts
-from motley.parallel.communicator import Crew
+from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
 from motley.train.step import LossWeights, accumulate
 
 Case = tuple[ModelConfig, Layout, int, list[Format], list[float]]
@@ -22,24 +22,24 @@ SMOOTH = dataclasses.replace(DEEP, num_experts_per_tok=DEEP.n_routed_experts)
 
 
 def employed(
-    crew: Crew, shape: ModelConfig, layout: Layout, seed: int, formats: list[Format], scales: list[float]
-) -> Worker:
+    comm: Communicator, shape: ModelConfig, layout: Layout, seed: int, formats: list[Format], scales: list[float]
+) -> Ranks:
     experts.PAD = FEW
-    worker = Worker(shape, settings(), layout, crew, formats=formats)
-    worker.scales.values = list(scales)
-    whole = random_model(seed, shape).state_dict() if crew.leads else None
-    worker.take_state(None if whole is None else (dict(whole), {}))
-    return worker
+    ranks = Ranks(shape, settings(), layout, comm, formats=formats)
+    ranks.scaler.values = list(scales)
+    whole = random_model(seed, shape).state_dict() if comm.leads else None
+    ranks.take_state(None if whole is None else (dict(whole), {}))
+    return ranks
 
 
-def first_gradients(crew: Crew, cases: list[Case]) -> list[Any]:
+def first_gradients(comm: Communicator, cases: list[Case]) -> list[Any]:
     """Of every case: (this worker's parts of the first step's gradient, culprits)."""
     results = []
     for case in cases:
-        worker = employed(crew, *case)
-        losses, _ = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
-        parts = [part for part in worker.shards.trained if part.owner == crew.rank]
-        gradient = [(part, worker.shards.view(part).grad) for part in parts]
+        ranks = employed(comm, *case)
+        losses, _ = ranks.gradient(ranks.read(Rows(), 0))  # type: ignore[arg-type]
+        parts = [part for part in ranks.buffers.trained if part.owner == comm.rank]
+        gradient = [(part, ranks.buffers.view(part).grad) for part in parts]
         results.append(
             ([(p.name, p.start, p.stop, grad.clone()) for p, grad in gradient if grad is not None], losses.culprits)
         )
@@ -48,7 +48,7 @@ def first_gradients(crew: Crew, cases: list[Case]) -> list[Any]:
 
 def distances(size: int, cases: list[Case], reference: Format = "fp32") -> list[float]:
     """How far the gradient of each case is from a single process's in one format, relative to its length."""
-    by_worker = on_crew(size, first_gradients, cases)
+    by_worker = on_ranks(size, first_gradients, cases)
     found = []
     for index, (shape, _, seed, *_) in enumerate(cases):
         model = random_model(seed, shape)

@@ -18,6 +18,7 @@ from layouts import TWO_STAGES, settings
 from spawned_ranks import on_ranks
 from tiny_models import DEEP, FEW, Rows, random_model
 
+from motley.cli import main
 from motley.emulation import cpu_throttle
 from motley.emulation.cpu_throttle import GROUP, Throttle, _groups, throttle
 from motley.emulation.link_delay import DelayedLinks
@@ -25,10 +26,10 @@ from motley.emulation.roles import roles_of, speeds_of
 from motley.errors import InputError
 from motley.model import experts
 from motley.parallel.communicator import Communicator
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
+from motley.parallel.run import pretrain
 from motley.train.checkpoint import checkpoints
 from motley.train.config import PretrainConfig
-from motley.train.pretrain import pretrain
 from motley.train.run_folder import open_run
 
 FLEET = """
@@ -239,7 +240,7 @@ def test_version_2_without_a_cpu_controller_for_new_groups_waits_instead_and_lea
 
 def test_the_removed_way_priority_is_answered_with_one_sentence(capsys: pytest.CaptureFixture[str]):
     for words in (["--emulate-by", "priority"], ["--emulate-by=priority"]):
-        assert run(["pretrain", "--emulate=1:2", *words]) == 2
+        assert main(["pretrain", "--emulate=1:2", *words]) == 2
         said = capsys.readouterr().err
         assert said.startswith("motley pretrain: --emulate-by priority was removed; choose cap (")
         assert " or wait (" in said
@@ -311,9 +312,9 @@ def step_with_and_without_cables(comm: Communicator) -> list[Any]:
     experts.PAD = FEW
     found = []
     for cable in (links(comm.rank, "a", "b", latency=0.001, rate=1e9), None):
-        worker = Worker(DEEP, settings(), TWO_STAGES, Communicator(comm.rank, comm.size, links=cable))
-        worker.take_state((dict(random_model(3, DEEP).state_dict()), {}) if comm.leads else None)
-        losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
+        ranks = Ranks(DEEP, settings(), TWO_STAGES, Communicator(comm.rank, comm.size, links=cable))
+        ranks.take_state((dict(random_model(3, DEEP).state_dict()), {}) if comm.leads else None)
+        losses, norm = ranks.gradient(ranks.read(Rows(), 0))  # type: ignore[arg-type]
         found.append((losses.main, losses.balance, norm))
     return found
 

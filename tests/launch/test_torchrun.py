@@ -21,7 +21,7 @@ from tiny_models import SHAPE
 from motley.cli import main
 from motley.errors import InputError
 from motley.launch.torchrun import LaunchConfig, Slot, hosts_of, launch, nodes_of, slots_of, torchrun_words
-from motley.parallel.layout import from_plan, place_of
+from motley.parallel.layout import coordinates_of, from_plan
 
 
 def random_plan(chance: random.Random) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_torchrun_numbers_the_ranks_as_the_runtime_reads_the_plan(seed: int):
     assert sorted(started) == list(range(layout.workers))
     host_of = {rank: node.host for node in nodes for rank in node.ranks}
     for rank, (chip,) in started.items():
-        place = place_of(layout, rank)
+        place = coordinates_of(layout, rank)
         planned = plan["groups"][place.team_number]["stages"][place.stage]["pool"]
         assert host_of[rank] in hosts[planned]
         assert int(chip) < next(pool["chips_per_node"] for pool in plan["pools"] if pool["pool"] == planned)

@@ -19,9 +19,9 @@ from motley.model import experts
 from motley.parallel.communicator import Communicator
 from motley.parallel.consistency import COMPARE_EVERY, MASK, checksum
 from motley.parallel.layout import Layout, PipelineGroup, side_by_side
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
+from motley.parallel.run import pretrain
 from motley.train.config import PretrainConfig
-from motley.train.pretrain import pretrain
 
 
 def test_a_checksum_sees_a_bit_and_two_that_cancel_in_a_sum() -> None:
@@ -41,21 +41,21 @@ def fingerprints_of(comm: Communicator, cases: list[Layout], disturbed: list[Any
     """What is said of the copies after a step, and after (worker, weight or bias) was changed by one bit."""
     experts.PAD, found = FEW, []
     for layout, change in zip(cases, disturbed, strict=True):
-        worker = Worker(DEEP, settings(), layout, comm)
+        ranks = Ranks(DEEP, settings(), layout, comm)
         whole = random_model(1, DEEP).state_dict() if comm.leads else None
-        worker.take_state(None if whole is None else (dict(whole), {}))
-        losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
-        worker.update(losses, norm, 1e-2)
-        worker.share_again(1)
-        worker.compare_copies(1)
+        ranks.take_state(None if whole is None else (dict(whole), {}))
+        losses, norm = ranks.gradient(ranks.read(Rows(), 0))  # type: ignore[arg-type]
+        ranks.update(losses, norm, 1e-2)
+        ranks.share_rows(1)
+        ranks.check_copies(1)
         if change is not None and comm.rank == change[0]:
             held = [
-                *(worker.shards.view(part).data for part in worker.shards.here if part.name == change[1]),
-                *(buffer for name, buffer in worker.model.named_buffers() if name == change[1]),
+                *(ranks.buffers.view(part).data for part in ranks.buffers.here if part.name == change[1]),
+                *(buffer for name, buffer in ranks.model.named_buffers() if name == change[1]),
             ]
             held[0].view(-1).view(torch.int32)[-1] ^= 1
         try:
-            worker.share_again(2)
+            ranks.share_rows(2)
             found.append("")
         except InputError as error:
             found.append(str(error))
@@ -97,19 +97,19 @@ def test_of_two_copies_nobody_knows_which_is_right_and_copies_of_a_table_in_two_
 def disturbed(rank: int, port: int, at: int, said: Path, arguments: dict[str, Any]) -> None:
     """`motley pretrain` on one of two workers; worker 1's weights change by one bit in step `at`, as if it rounded."""
     torch.set_num_threads(1)
-    if not arguments.get("live"):
+    if not arguments.get("elastic"):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    update, taken = Worker.update, 0
+    update, taken = Ranks.update, 0
 
-    def one_bit_off(self: Worker, *values: Any) -> None:
+    def one_bit_off(self: Ranks, *values: Any) -> None:
         nonlocal taken
         update(self, *values)
         taken += self.comm.size == 2
         if taken == at and self.comm.rank == 1:
-            part = self.shards.here[-1]
-            self.shards.view(part).data.view(-1).view(torch.int32)[0] ^= 1
+            part = self.buffers.here[-1]
+            self.buffers.view(part).data.view(-1).view(torch.int32)[0] ^= 1
 
-    Worker.update = one_bit_off  # type: ignore[method-assign]
+    Ranks.update = one_bit_off  # type: ignore[method-assign]
     try:
         pretrain(PretrainConfig(**arguments))
     except InputError as error:
@@ -122,7 +122,7 @@ def disturbed(rank: int, port: int, at: int, said: Path, arguments: dict[str, An
     [
         ({"zero": 0}, 3, COMPARE_EVERY),
         ({"zero": 0, "checkpoint_every": 4}, 3, 4),  # before it is written
-        ({"live": True, "patience": 60.0}, 1, None),
+        ({"elastic": True, "comm_timeout": 60.0}, 1, None),
     ],
 )
 def test_a_run_whose_copies_differ_stops_with_a_sentence(

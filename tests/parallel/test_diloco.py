@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import children, command, torchrun, until
 from island_runs import PIPELINE, SHAPE, Skipped, island_of, learn, settings
+from layouts import pair
 from plans import SHAPE as PLANNED
 from plans import plan_of
 from safetensors.torch import load_file
@@ -138,7 +139,7 @@ def run_cases(comm: Communicator, names: Sequence[str]) -> dict[str, Any]:
         sizes, speeds, chosen, layouts = CASES[name]
         island = island_of(comm, sizes, speeds, settings(**chosen), 2, layouts)
         meetings = learn(island, 4, skipped=SKIPPED.get(name))
-        state = island.whole_state()
+        state = pair(island.state())
         held_out = island.held_out_loss(Rows(), 3)  # type: ignore[arg-type]
         found[name] = None if state is None else state[0], [meeting.numbers() for meeting in meetings], held_out
     return found
@@ -181,8 +182,8 @@ def early(comm: Communicator, left: Path) -> None:
     """Island 1 sends only once island 0 has sent and taken another step."""
     island = island_of(comm, [1, 1], [1.0, 1.0], settings(overlap=2, fragments=2), 4, {})
     for number in range(4):
-        losses, norm = island.worker.gradient(Rows(), 0, island.rows)  # type: ignore[arg-type]
-        island.worker.update(losses, norm, 0.01)
+        losses, norm = island.gradient(island.read(Rows(), 0))  # type: ignore[arg-type]
+        island.update(losses, norm, 0.01)
         if (comm.rank, number) == (0, 1):
             left.touch()
         deadline = time.monotonic() + 60

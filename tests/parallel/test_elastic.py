@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import motley.parallel.carry_out
 import pytest
 import torch.distributed as dist
 from commands import STEPS, TINY, children, command, events, losses, records, steps_done, torchrun, until, wait
@@ -25,9 +24,9 @@ from motley.model import ModelConfig
 from motley.parallel.communicator import Communicator, free_port
 from motley.parallel.elastic.agent import ElasticCommunicator, _part
 from motley.parallel.elastic.rendezvous import Door
+from motley.parallel.run import pretrain
 from motley.train.config import PretrainConfig
-from motley.train.metrics import MetricsWriter, Recent, read_metrics, records_of
-from motley.train.pretrain import pretrain
+from motley.train.metrics import MetricsWriter, RecentRecords, read_metrics, records_of
 from motley.train.trainer import Course, Position, stop_requests
 
 
@@ -89,7 +88,7 @@ def test_a_crew_that_goes_on_and_parts_before_its_first_step_keeps_what_is_writt
     course = Course(Position(step=5), recent=records_of(tmp_path, 5))
     for message in ("first", "second"):  # crews that meet and part again
         with MetricsWriter(tmp_path, course.written) as file:
-            Recent(file, course.recent).write("event", step=5, message=message)
+            RecentRecords(file, course.recent).write("event", step=5, message=message)
     assert read_metrics(tmp_path)[:2] == written
     assert [record["message"] for record in read_metrics(tmp_path)[2:]] == ["first", "second"]
 
@@ -173,7 +172,7 @@ def test_a_live_crew_loses_one_and_gains_one_and_learns_what_one_process_learns(
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_a_live_worker_that_is_to_share_its_state_is_refused(zero: Any, tmp_path: Path):
     with pytest.raises(InputError, match=f"^--live beside --zero {zero}: .* leave --zero out") as refused:
-        pretrain(PretrainConfig(out=tmp_path, live=True, zero=zero, device="cpu"))
+        pretrain(PretrainConfig(out=tmp_path, elastic=True, zero=zero, device="cpu"))
     assert "\n" not in str(refused.value)
 
 
@@ -184,7 +183,7 @@ def test_workers_share_what_was_asked_for_and_live_ones_nothing():
         (island,), _ = motley.parallel.build.islands_for(PretrainConfig(**settings), shape, Communicator(0, 2), None)
         return island.layout.zero
 
-    assert [zero(), zero(zero=0), zero(zero=3), zero(live=True), zero(live=True, zero=0)] == [1, 0, 3, 0, 0]
+    assert [zero(), zero(zero=0), zero(zero=3), zero(elastic=True), zero(elastic=True, zero=0)] == [1, 0, 3, 0, 0]
     with pytest.raises(InputError, match=r"^--zero 2 beside --plan: the plan says itself what workers share"):
         motley.parallel.build.islands_for(PretrainConfig(zero=2), shape, Communicator(0, 2), {"groups": []})
 

@@ -15,7 +15,7 @@ from motley.model import Transformer, experts
 from motley.parallel import p2p as parcels
 from motley.parallel.communicator import Communicator
 from motley.parallel.full_state import gather, scatter
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
 
 PARCEL = 1 << 14
 SMALL = 100_000  # bytes: names of parts, which workers tell each other
@@ -65,22 +65,22 @@ def peaks(comm: Communicator, cases: list[tuple[int, str]]) -> list[tuple[int, .
     stay, of the largest part) of each case."""
     experts.PAD, parcels.PARCEL_NUMBERS, found = FEW, PARCEL // 4, []
     for zero, optimizer in cases:
-        worker = Worker(WIDE, settings(optimizer=optimizer), layout(zero), comm)
+        ranks = Ranks(WIDE, settings(optimizer=optimizer), layout(zero), comm)
         whole = Transformer(WIDE)
         whole.initialize(0)
-        worker.take_state((dict(whole.state_dict()), {}) if comm.leads else None)
-        losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
-        worker.update(losses, norm, 0.01)
+        ranks.take_state((dict(whole.state_dict()), {}) if comm.leads else None)
+        losses, norm = ranks.gradient(ranks.read(Rows(), 0))  # type: ignore[arg-type]
+        ranks.update(losses, norm, 0.01)
         # What is put on this device cannot be read again: nothing of a state may lie there on its way.
         elsewhere = dataclasses.replace(comm, device=torch.device("meta"))
         with LiveBytes() as gathering:
-            state = gather(worker.model, worker.shards, worker.optimizer, elsewhere)
+            state = gather(ranks.model, ranks.buffers, ranks.optimizer, elsewhere)
         with LiveBytes() as handing_out:
-            scatter(state, worker.model, worker.shards, worker.optimizer, elsewhere)
+            scatter(state, ranks.model, ranks.buffers, ranks.optimizer, elsewhere)
         size = sum(tensor.nbytes for kind in state or () for tensor in kind.values())
-        states = worker.optimizer.state_tensors()
+        states = ranks.optimizer.state_tensors()
         stays = sum(tensor.nbytes for name, tensor in states.items() if not name.endswith(":momentum"))
-        largest = max(4 * part.numbers for part in worker.shards.all_parts)
+        largest = max(4 * part.numbers for part in ranks.buffers.all_parts)
         found.append((gathering.peak, handing_out.peak, size, stays, largest))
     return found
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import ROWS, STEPS, TWO_STAGES, assert_same_steps, random_layout, settings, take_steps
+from layouts import ROWS, STEPS, TWO_STAGES, assert_same_steps, pair, random_layout, settings, take_steps
 from spawned_ranks import on_ranks
 from tiny_models import DEEP, FEW, ODD, Rows, random_model
 
@@ -14,7 +14,7 @@ from motley.parallel import buckets as buckets
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout, PipelineGroup
 from motley.parallel.pipeline.runner import order
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
 from motley.train.config import PretrainConfig
 from motley.train.optimizer import Optimizer
 from motley.train.step import LossWeights, accumulate
@@ -24,13 +24,13 @@ from motley.train.validation import summed_nats
 def odd_steps(comm: Communicator, name: str, recompute: bool) -> Any:
     experts.PAD = FEW
     config = settings(recompute=recompute)
-    worker = Worker(ODD[name], config, TWO_STAGES, comm)
+    ranks = Ranks(ODD[name], config, TWO_STAGES, comm)
     whole = dict(random_model(3, ODD[name]).state_dict()) if comm.leads else None
-    worker.take_state(None if whole is None else (whole, {}))
-    losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
-    worker.update(losses, norm, 0.01)
-    held_out = worker.held_out_loss(Rows(), 1)  # type: ignore[arg-type]
-    state = worker.whole_state()
+    ranks.take_state(None if whole is None else (whole, {}))
+    losses, norm = ranks.gradient(ranks.read(Rows(), 0))  # type: ignore[arg-type]
+    ranks.update(losses, norm, 0.01)
+    held_out = ranks.held_out_loss(Rows(), 1)  # type: ignore[arg-type]
+    state = pair(ranks.state())
     return losses.main, losses.balance, norm, held_out, state and sorted(state[0])
 
 
@@ -69,14 +69,14 @@ def starved_steps(comm: Communicator) -> Any:
     experts.PAD, buckets.MESSAGE_BYTES = FEW, 1 << 14
     found = {}
     for name, layout in SHARING_OUT.items():
-        worker = Worker(DEEP, settings(), layout, comm)
+        ranks = Ranks(DEEP, settings(), layout, comm)
         model = random_model(4, DEEP)
         starve(model)
-        worker.take_state((dict(model.state_dict()), {}) if comm.leads else None)
+        ranks.take_state((dict(model.state_dict()), {}) if comm.leads else None)
         for step in range(STEPS):
-            losses, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
-            worker.update(losses, norm, 0.01)
-        found[name] = worker.whole_state()
+            losses, norm = ranks.gradient(ranks.read(Rows(), step))  # type: ignore[arg-type]
+            ranks.update(losses, norm, 0.01)
+        found[name] = pair(ranks.state())
     return found
 
 

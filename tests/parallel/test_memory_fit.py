@@ -23,17 +23,16 @@ from motley.parallel.memory_fit import (
     MemoryBudgets,
     budget,
     check_gathering,
-    check_memory,
     gathered_bytes,
     row_bytes,
-    state_bytes,
     within_memory,
 )
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
+from motley.parallel.run import pretrain
 from motley.train.config import PretrainConfig
+from motley.train.input_checks import check_memory, state_bytes
 from motley.train.metrics import read_metrics
 from motley.train.optimizer import Optimizer
-from motley.train.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("tiny_nano")
 
@@ -65,7 +64,7 @@ def test_running_out_of_memory_says_which_option_helps(tmp_path: Path, monkeypat
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(Worker, "gradient", out_of_memory)
+    monkeypatch.setattr(Ranks, "gradient", out_of_memory)
     config = PretrainConfig(
         out=tmp_path / "run", data=(str(tmp_path / "text.txt"),), steps=2, seq_len=32, device="cpu", precision="fp32"
     )
@@ -165,13 +164,13 @@ def test_memory_above_the_budget_is_an_event_and_a_line(
     """A leak of half a gigabyte in the third step."""
     fleet = tmp_path / "fleet.yaml"
     fleet.write_text("pools: [{name: one, chip: desktop-core, chips_per_node: 1, emulated: {memory: 400 MB}}]")
-    update, leaked = Worker.update, []
+    update, leaked = Ranks.update, []
 
-    def leaking(self: Worker, *arguments: Any) -> None:
+    def leaking(self: Ranks, *arguments: Any) -> None:
         update(self, *arguments)
         leaked.append(torch.ones(125_000_000 if len(leaked) == 2 else 1))
 
-    monkeypatch.setattr(Worker, "update", leaking)
+    monkeypatch.setattr(Ranks, "update", leaking)
     config = run_settings(tmp_path / "run", data, steps=5, emulate=str(fleet))
     pretrain(config, emulation=EmulatedFleet.asked_by(config))
     events = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "event"]

@@ -16,7 +16,8 @@ from motley.data.pack import DataConfig, prepare
 from motley.model import ModelConfig, Transformer, save
 from motley.parallel.elastic.rendezvous import Door
 from motley.train.config import PretrainConfig
-from motley.train.pretrain import own
+from motley.train.input_checks import own_model
+from motley.train.pretrain import own_inputs
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +76,13 @@ def test_a_newcomer_with_other_data_or_another_model_is_sent_away_and_the_crew_t
 ) -> None:
     out = tmp_path / "run"
     settings: dict[str, Any] = {"precision": "fp32", "steps": 100_000, "seq_len_warmup": "", "valid_every": 100_000}
-    comm = start([*command(out, data, shape, **settings), "--live"])
+    comm = start([*command(out, data, shape, **settings), "--elastic"])
     until(lambda: steps_done(out) >= 1, comm)
     for given, named in (
         ({"data": other}, "this worker has --data "),
         ({"shape": "nano"}, "this worker has --model nano, the crew at work has "),
     ):
-        words = [*command(out, **({"data": data, "shape": shape} | given), **settings), "--live"]
+        words = [*command(out, **({"data": data, "shape": shape} | given), **settings), "--elastic"]
         stranger = subprocess.run(words, capture_output=True, text=True)
         assert stranger.returncode == 2, stranger.stderr
         assert named in stranger.stderr
@@ -141,15 +142,15 @@ def test_text_is_the_data_in_use_as_long_as_nobody_changed_it(text: Path, tmp_pa
     shutil.copy(text, file)
     config = PretrainConfig(data=(str(file),))
     used = prepare(DataConfig(data=config.data), tmp_path / "prepared").folder
-    fingerprint = own(PretrainConfig(data=(str(used),)), used)["--data"]
-    assert own(config, used)["--data"] == fingerprint
+    fingerprint = own_inputs(PretrainConfig(data=(str(used),)), used)["--data"]
+    assert own_inputs(config, used)["--data"] == fingerprint
     other = f"other than {used} was made from (different: "
-    assert own(PretrainConfig(data=config.data, seed=1), used)["--data"] == f"{other}seed)"
-    assert own(PretrainConfig(), used)["--data"] == f"{other}data)"
+    assert own_inputs(PretrainConfig(data=config.data, seed=1), used)["--data"] == f"{other}seed)"
+    assert own_inputs(PretrainConfig(), used)["--data"] == f"{other}data)"
     file.write_text("changed")
-    assert own(config, used)["--data"] == f"{other}files)"
-    assert own(PretrainConfig(data=("nowhere.txt",)), used)["--data"] == "missing (nowhere.txt does not exist)"
-    assert own(config, tmp_path)["--data"] == "missing"
+    assert own_inputs(config, used)["--data"] == f"{other}files)"
+    assert own_inputs(PretrainConfig(data=("nowhere.txt",)), used)["--data"] == "missing (nowhere.txt does not exist)"
+    assert own_inputs(config, tmp_path)["--data"] == "missing"
 
 
 def test_weights_are_told_apart_by_their_bytes_and_networks_by_their_shape(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from motley.fleet.inventory import Fleet, parse_fleet
 from motley.launch.torchrun import hosts_of, slots_of
 from motley.model import ModelConfig
 from motley.parallel.layout import islands_of_plan
+from motley.parallel.number_formats import check_formats
 from motley.parallel.zero.partition import held_bytes
 from motley.train.metrics import read_metrics
-from motley.train.mixed_precision import check_formats
 
 CHIPS = ("desktop-core", "EPYC-9004-core", "A100", "RTX-3090", "V100", "T4")
 

@@ -18,7 +18,7 @@ import torch
 from commands import command, losses, torchrun
 from island_runs import PIPELINE, island_of, learn
 from island_runs import settings as island_settings
-from layouts import settings
+from layouts import pair, settings
 from safetensors.torch import load_file, save_file
 from spawned_ranks import on_ranks
 from tiny_models import DEEP, FEW, ODD, Rows, error, random_model
@@ -26,21 +26,21 @@ from tiny_models import DEEP, FEW, ODD, Rows, error, random_model
 from motley.data.tokenizer import train_tokenizer
 from motley.model import experts
 from motley.parallel.communicator import Communicator
-from motley.parallel.diloco.diloco import Island
+from motley.parallel.diloco.diloco import Diloco
 from motley.parallel.full_state import TIED
 from motley.parallel.layout import Layout, PipelineGroup, side_by_side
-from motley.parallel.rank import Worker
-from motley.train.checkpoint import checkpoints, save_checkpoint
-from motley.train.trainer import Course, begin
+from motley.parallel.rank import Ranks
+from motley.train.checkpoint import checkpoints, resume, save_checkpoint
+from motley.train.run_state import RunState
 
 LEARNING_RATE = 0.01
 
 
-def write(run: Path, island: Island, course: Course) -> None:
+def write(run: Path, strategy: Ranks | Diloco, course: RunState) -> None:
     """A checkpoint, as the loop writes it."""
     facts = {"step": course.at.step, "position": dataclasses.asdict(course.at)}
-    own = {"guard": dataclasses.asdict(course.guard), "scales": dataclasses.asdict(island.worker.scales)}
-    save_checkpoint(run, island, facts, own, train_tokenizer(["one two three"], 270))
+    own = {"guard": dataclasses.asdict(course.guard), "scales": dataclasses.asdict(strategy.scaler)}
+    save_checkpoint(run, strategy, facts, own, train_tokenizer(["one two three"], 270))
 
 
 def assert_same_tensors(found: Path, expected: Path) -> None:
@@ -50,15 +50,15 @@ def assert_same_tensors(found: Path, expected: Path) -> None:
         assert ours[name].float().equal(tensor.float()), (found, name)
 
 
-def a_step(island: Island, rows: range) -> tuple[float, float, torch.Tensor | None]:
+def a_step(strategy: Ranks | Diloco, rows: range) -> tuple[float, float, torch.Tensor | None]:
     """(loss, gradient norm, at the island's leader all weights after it) of a step on these rows."""
-    worker = island.worker
-    found, norm = worker.gradient(Rows(), 0, rows)  # type: ignore[arg-type]
-    worker.update(found, norm, LEARNING_RATE)
-    state = worker.whole_state()
+    ranks = strategy.ranks if isinstance(strategy, Diloco) else strategy
+    found, norm = ranks.gradient(ranks.read_rows(Rows(), 0, rows))  # type: ignore[arg-type]
+    ranks.update(found, norm, LEARNING_RATE)
+    state = pair(ranks.state())
     if state is None:
         return found.main, norm, None
-    names = sorted(state[0].keys() - ({TIED} if worker.config.tie_word_embeddings else set()))
+    names = sorted(state[0].keys() - ({TIED} if ranks.shape.tie_word_embeddings else set()))
     return found.main, norm, torch.cat([state[0][name].flatten() for name in names])
 
 
@@ -90,21 +90,20 @@ SHAPES = {"V3": DEEP, **ODD}
 def go_on(comm: Communicator, layout: Layout, run: Path, again: Path, shape: str, chosen: dict[str, Any]) -> list[Any]:
     """Write again what a crew takes from the run's newest checkpoint; the next step, a checkpoint, the step after."""
     experts.PAD = FEW
-    worker = Worker(SHAPES[shape], settings(out=run, **chosen), layout, comm)
-    island = Island(worker, comm, [tuple(range(comm.size))], [1.0], 1)
+    ranks = Ranks(SHAPES[shape], settings(out=run, **chosen), layout, comm)
     if (run / "checkpoints").is_dir():
-        course = begin(island)
-        write(again, island, course)
+        course = resume(ranks)
+        write(again, ranks, course)
     else:
-        course = Course()
-        island.take_state((dict(random_model(5, SHAPES[shape]).state_dict()), {}) if comm.leads else None)
+        course = RunState()
+        ranks.take_state((dict(random_model(5, SHAPES[shape]).state_dict()), {}) if comm.leads else None)
     steps = []
     for number in range(2):
         step = course.at.step + number
-        steps.append(a_step(island, range(7 * step, 7 * step + 7)))
+        steps.append(a_step(ranks, range(7 * step, 7 * step + 7)))
         if number == 0:
             course.at.step += 1
-            write(run, island, course)
+            write(run, ranks, course)
             course.at.step -= 1
     return steps
 
@@ -143,13 +142,13 @@ def learn_on(
     write the run's next one, and the step after that is the unharmed run's.
     """
     config = island_settings(out=run, steps=99, **chosen)
-    said, read, course = io.StringIO(), None, Course()
+    said, read, course = io.StringIO(), None, RunState()
 
-    def beginning() -> Island:
+    def beginning() -> Diloco:
         nonlocal course
         island = island_of(comm, sizes, [1.0] * len(sizes), config, ROUND, layouts)
         if (run / "checkpoints").is_dir():
-            course = begin(island)
+            course = resume(island)
         return island
 
     if (run / "checkpoints").is_dir():
@@ -158,7 +157,7 @@ def learn_on(
         write(again, island, course)
         read = a_step(island, ROWS)
     island = beginning()
-    learn(island, course.at.step + ROUND)
+    learn(island, course.at.step + ROUND, start=course.at.step)
     course.at.step += ROUND
     write(run, island, course)
     return said.getvalue(), read, a_step(island, ROWS)

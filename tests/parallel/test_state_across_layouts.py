@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import settings
+from layouts import pair, settings
 from spawned_ranks import on_ranks
 from tiny_models import DEEP, FEW, Rows, error, random_model
 
 from motley.model import experts
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout, PipelineGroup, side_by_side
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
 
 CHAIN = [  # each takes over from the one before
     dataclasses.replace(side_by_side(3, 4, 2, zero=1), memory=(1.0, 4.0, 1.0)),
@@ -38,12 +38,12 @@ def take_turns(comm: Communicator, layouts: list[Layout], optimizer: str) -> Any
     state: Any = (dict(random_model(5, DEEP).state_dict()), {}) if comm.leads else None
     losses = []
     for step, layout in enumerate(layouts):
-        worker = Worker(DEEP, settings(optimizer=optimizer), layout, comm)
-        worker.take_state(state)
-        found, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
-        worker.update(found, norm, 0.01)
+        ranks = Ranks(DEEP, settings(optimizer=optimizer), layout, comm)
+        ranks.take_state(state)
+        found, norm = ranks.gradient(ranks.read(Rows(), step))  # type: ignore[arg-type]
+        ranks.update(found, norm, 0.01)
         losses.append((found.main, norm))
-        if (state := worker.whole_state()) is not None:
+        if (state := pair(ranks.state())) is not None:
             state = tuple({name: tensor.clone() for name, tensor in kind.items()} for kind in state)
     return losses, state
 

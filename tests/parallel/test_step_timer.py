@@ -14,7 +14,7 @@ from motley.errors import CommunicationError
 from motley.model import experts
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout, PipelineGroup, side_by_side
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
 from motley.parallel.telemetry.dashboard import MOST_LINES, ranks_table
 from motley.parallel.telemetry.step_stats import DRAWN, StepStats, all_spans, introduction, is_drawn
 from motley.parallel.telemetry.step_timer import KINDS, WAITS, Span, StepTimer, visible
@@ -100,15 +100,15 @@ def test_what_cannot_be_seen_is_left_out_and_does_not_part_its_neighbours():
 
 def one_step(comm: Communicator, layout: Layout) -> tuple[StepStats, list[list[Span]], dict[str, Any]]:
     experts.PAD = FEW
-    worker = Worker(DEEP, settings(), layout, comm)
-    worker.take_state((dict(random_model(0, DEEP).state_dict()), {}) if comm.leads else None)
+    ranks = Ranks(DEEP, settings(), layout, comm)
+    ranks.take_state((dict(random_model(0, DEEP).state_dict()), {}) if comm.leads else None)
     comm.everyone([0.0])
-    worker.update(*worker.gradient(Rows(), 0), 1e-3)  # type: ignore[arg-type]
-    worker.share_again()
+    ranks.update(*ranks.gradient(ranks.read(Rows(), 0)), 1e-3)  # type: ignore[arg-type]
+    ranks.share_rows()
     spans = comm.all_values(list(comm.watch.spans))
-    for drawn, all_of_it in zip(all_spans(comm, worker.timing.step_seconds), spans, strict=True):
+    for drawn, all_of_it in zip(all_spans(comm, ranks.stats.step_seconds), spans, strict=True):
         assert {tuple(span[:3]) for span in drawn} <= {span[:3] for span in all_of_it}
-    return worker.timing, spans, introduction(comm, worker.place, ROWS)
+    return ranks.stats, spans, introduction(comm, ranks.coordinates, ROWS)
 
 
 @pytest.mark.parametrize(

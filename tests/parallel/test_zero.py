@@ -14,7 +14,7 @@ from motley.parallel import buckets as buckets
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import IslandLayout, Layout
 from motley.parallel.memory_fit import dealt
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
 from motley.parallel.zero.partition import bytes_kept_once, held_bytes, shards_of, update_work
 
 
@@ -23,17 +23,17 @@ def keep(comm: Communicator, cases: list[tuple[int, str, float, str]]) -> list[A
     experts.PAD, buckets.MESSAGE_BYTES = FEW, 1 << 16
     found = []
     for zero, optimizer, mtp, moments in cases:
-        worker = Worker(WIDE, settings(optimizer=optimizer, mtp_weight=mtp, moments=moments), layout(zero), comm)
+        ranks = Ranks(WIDE, settings(optimizer=optimizer, mtp_weight=mtp, moments=moments), layout(zero), comm)
         whole = Transformer(WIDE)
         whole.initialize(0)
-        worker.take_state((dict(whole.state_dict()), {}) if comm.leads else None)
-        losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
-        worker.update(losses, norm, 0.01)
+        ranks.take_state((dict(whole.state_dict()), {}) if comm.leads else None)
+        losses, norm = ranks.gradient(ranks.read(Rows(), 0))  # type: ignore[arg-type]
+        ranks.update(losses, norm, 0.01)
         with LiveBytes() as live:
-            worker.shards.reduce()
-            worker.shards.spread()
-        states = sum(tensor.nbytes for tensor in worker.optimizer.state_tensors().values())
-        kept = (worker.shards.weights.flat.nbytes, worker.shards.gradients.flat.nbytes, states)
+            ranks.buffers.reduce()
+            ranks.buffers.spread()
+        states = sum(tensor.nbytes for tensor in ranks.optimizer.state_tensors().values())
+        kept = (ranks.buffers.weights.flat.nbytes, ranks.buffers.gradients.flat.nbytes, states)
         found.append((kept, live.peak))
     return found
 
@@ -107,12 +107,12 @@ def passing(comm: Communicator) -> list[int]:
     experts.PAD, buckets.MESSAGE_BYTES = FEW, 1 << 16
     peaks = []
     for zero in (2, 3):
-        worker = Worker(WIDE, settings(micro_batch=1), layout(zero), comm)
+        ranks = Ranks(WIDE, settings(micro_batch=1), layout(zero), comm)
         whole = Transformer(WIDE)
         whole.initialize(0)
-        worker.take_state((dict(whole.state_dict()), {}) if comm.leads else None)
+        ranks.take_state((dict(whole.state_dict()), {}) if comm.leads else None)
         with LiveBytes() as live:
-            worker.gradient(Rows(), 0)  # type: ignore[arg-type]
+            ranks.gradient(ranks.read(Rows(), 0))  # type: ignore[arg-type]
         peaks.append(live.peak)
     return peaks
 

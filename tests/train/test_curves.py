@@ -12,7 +12,7 @@ from tiny_models import DEEP, FEW, Rows, random_model
 from motley.model import experts
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout, PipelineGroup
-from motley.parallel.rank import Worker
+from motley.parallel.rank import Ranks
 from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
 
@@ -64,14 +64,14 @@ def of_one_process(name: OptimizerName) -> list[float]:
 
 def of_a_crew(comm: Communicator, layout: Layout, optimizer: OptimizerName) -> list[float]:
     experts.PAD = FEW
-    worker = Worker(DEEP, settings(optimizer=optimizer), layout, comm)
+    ranks = Ranks(DEEP, settings(optimizer=optimizer), layout, comm)
     whole: dict[str, Any] | None = dict(random_model(0, DEEP).state_dict()) if comm.leads else None
-    worker.take_state(None if whole is None else (whole, {}))
+    ranks.take_state(None if whole is None else (whole, {}))
     losses = []
     for step in range(STEPS):
-        found, norm = worker.gradient(Rows(), step)  # type: ignore[arg-type]
-        worker.update(found, norm, LEARNING_RATE)
-        worker.share_again()
+        found, norm = ranks.gradient(ranks.read(Rows(), step))  # type: ignore[arg-type]
+        ranks.update(found, norm, LEARNING_RATE)
+        ranks.share_rows()
         losses.append(found.main)
     return losses
 

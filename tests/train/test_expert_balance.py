@@ -15,7 +15,7 @@ from spawned_ranks import run
 from motley.evaluate.report import write_report
 from motley.model import SIZES
 from motley.train.config import PretrainConfig, SftConfig
-from motley.train.expert_balance import FASTEST, SLOWEST, TRAVEL, Balance, ByLength, imbalance, patience
+from motley.train.expert_balance import FASTEST, SLOWEST, TRAVEL, ByLength, ExpertBalance, imbalance, patience
 from motley.train.metrics import read_metrics
 from motley.train.run_folder import as_begun, kept_speed, open_run
 
@@ -83,10 +83,10 @@ def test_imbalance_is_the_busiest_load_over_the_mean() -> None:
 
 
 def watched(loads: list[list[float]], steps: int = 120, shape=NANO) -> list[tuple[int, str]]:  # type: ignore[no-untyped-def]
-    balance, said = Balance(), []
+    balance, said = ExpertBalance(), []
     for step, load in enumerate(loads):
         said += [(step, sentence) for sentence in balance.complaint(load, shape, steps, 1e-3)]
-        balance = Balance(**json.loads(json.dumps(dataclasses.asdict(balance))))  # as through a checkpoint
+        balance = ExpertBalance(**json.loads(json.dumps(dataclasses.asdict(balance))))  # as through a checkpoint
     return said
 
 

@@ -21,22 +21,23 @@ from motley.fleet.device import Format
 from motley.fleet.probe import Machine, MatmulRate, choose_dtype, device_name
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout, PipelineGroup, from_plan, side_by_side
-from motley.parallel.rank import Worker
+from motley.parallel.number_formats import asked_format, check_formats, number_formats, wire_dtype
+from motley.parallel.overflow import culprits
 from motley.train import loss_scaler as scale
 from motley.train import mixed_precision as precision
 from motley.train.checkpoint import checkpoints
 from motley.train.loss import summed_cross_entropy
-from motley.train.loss_scaler import LossScaler, culprits
-from motley.train.mixed_precision import asked_format, check_formats, number_formats, wire_dtype
+from motley.train.loss_scaler import LossScaler
 from motley.train.pretrain import pretrain
-from motley.train.run_folder import Run
+from motley.train.run_folder import RunFolder
 from motley.train.step import LossWeights, accumulate
+from motley.train.strategy import SingleProcess
 
 pytestmark = pytest.mark.usefixtures("tiny_nano", "few")
 
 
 def beside(size: int, zero: int) -> Layout:
-    """Workers of speeds 1, 2, 3 ... that each compute with the whole model."""
+    """SingleProcesss of speeds 1, 2, 3 ... that each compute with the whole model."""
     layout = side_by_side(size, DEEP.num_hidden_layers, 2)
     return dataclasses.replace(layout, zero=zero, rates=tuple(1.0 + rank for rank in range(size)))  # type: ignore[arg-type]
 
@@ -77,12 +78,12 @@ SHARED = Layout((PipelineGroup(((0,), (1,)), (4,), (2, 2), micro_batch=2), Pipel
 
 def overflow(comm: Communicator, layout: Layout, formats: list[Format], values: list[float], factor: float) -> Any:
     """(culprits, is the norm finite, what is said, scales afterwards) of a step; weights of layer 1 times `factor`."""
-    worker = employed(comm, DEEP, layout, 0, formats, values)
-    for part in worker.shards.here:
+    ranks = employed(comm, DEEP, layout, 0, formats, values)
+    for part in ranks.buffers.here:
         if part.name == "model.layers.1.self_attn.o_proj.weight":
-            worker.shards.view(part).data *= factor
-    losses, norm = worker.gradient(Rows(), 0)  # type: ignore[arg-type]
-    return losses.culprits, norm < float("inf"), worker.scales.follow(losses.culprits), worker.scales.values
+            ranks.buffers.view(part).data *= factor
+    losses, norm = ranks.gradient(ranks.read(Rows(), 0))  # type: ignore[arg-type]
+    return losses.culprits, norm < float("inf"), ranks.scaler.follow(losses.culprits), ranks.scaler.values
 
 
 @pytest.mark.parametrize(
@@ -180,16 +181,16 @@ def test_a_run_finds_its_scale_and_goes_on_exactly(data: Path, tmp_path: Path, m
     assert len(checkpoints(whole)) > 1
     stop = len(train_losses(whole)) - len(events(whole)) - 3
 
-    def stopped(self: Worker, *arguments: Any) -> None:
+    def stopped(self: SingleProcess, *arguments: Any) -> None:
         nonlocal stop
         stop -= 1
         if not stop:
             raise KeyboardInterrupt
         update(self, *arguments)
 
-    update = Worker.update
+    update = SingleProcess.update
     with monkeypatch.context() as once:
-        once.setattr(Worker, "update", stopped)
+        once.setattr(SingleProcess, "update", stopped)
         with pytest.raises(KeyboardInterrupt):
             pretrain(run_settings(out, data, **asked))
     assert len(train_losses(out)) < 30
@@ -303,7 +304,7 @@ def decide(comm: Communicator, folder: Path, layout: Layout, asked: list[Any], c
     precision.device_name = lambda device: "the name of them all"  # type: ignore[assignment]
     precision.probe = measure  # type: ignore[assignment]
     wish = asked_format(asked[comm.rank], None, layout, comm.rank)
-    return number_formats(wish, comm, Run(folder, None), measure), measuring
+    return number_formats(wish, comm, RunFolder(folder, None), measure), measuring
 
 
 def test_each_kind_of_chip_decides_once_for_itself_unless_told(tmp_path: Path) -> None:
@@ -333,14 +334,14 @@ def test_a_run_that_goes_on_with_another_chip_of_the_same_name_measures_again(tm
     now = dataclasses.replace(measured(device_name(cpu), fp32=1), chip=capabilities(cpu))
     other = dataclasses.replace(now, chip="with bf16", compute_dtype="bf16")
     named = dataclasses.replace(now, chip=None, cores=7)
-    run = Run(tmp_path, None)
+    run = RunFolder(tmp_path, None)
     for kept, found in ((other, now), (now, now), (named, named)):
         (tmp_path / "machine.json").write_text(json.dumps(kept.to_dict()))
         assert run.machine(cpu, now) == found
 
 
 def wait_for_measuring(comm: Communicator, folder: Path) -> list[Format]:
-    """Worker 1's chip is measured for longer than workers are patient otherwise."""
+    """Ranks 1's chip is measured for longer than workers are patient otherwise."""
 
     def measure(**_: Any) -> Machine:
         time.sleep(4)
@@ -349,7 +350,7 @@ def wait_for_measuring(comm: Communicator, folder: Path) -> list[Format]:
     precision.kind_of_chip = lambda device: str(comm.rank)  # type: ignore[assignment]
     precision.probe = measure  # type: ignore[assignment]
     comm = dataclasses.replace(comm, timeout=2.0).acquainted()
-    return number_formats("auto", comm, Run(folder, None), lambda: measured("quick", fp32=1))
+    return number_formats("auto", comm, RunFolder(folder, None), lambda: measured("quick", fp32=1))
 
 
 def test_workers_wait_for_one_that_measures_as_long_as_that_may_take(tmp_path: Path) -> None:

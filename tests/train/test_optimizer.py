@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from motley.model import native
-from motley.train.loss_spike import PATIENCE, WINDOW, Guard
+from motley.train.loss_spike import PATIENCE, WINDOW, LossSpikeGuard
 from motley.train.lr_schedule import factor
 from motley.train.optimizer import MOMENTS, Optimizer, as_matrices, by_muon, learning, orthogonalize
 
@@ -327,7 +327,7 @@ def test_a_run_shorter_than_its_warmup_is_not_an_error() -> None:
 
 
 def test_steps_that_are_not_finite_are_skipped_and_the_run_stops_when_they_go_on() -> None:
-    guard = Guard()
+    guard = LossSpikeGuard()
     assert guard.verdict(2.0, 1.0, finite=True) is None
     for _ in range(PATIENCE - 1):
         reason = guard.verdict(float("nan"), 1.0, finite=False)
@@ -340,7 +340,7 @@ def test_steps_that_are_not_finite_are_skipped_and_the_run_stops_when_they_go_on
 
 
 def test_a_leap_of_loss_and_gradient_is_skipped_and_a_good_step_forgives() -> None:
-    guard = Guard()
+    guard = LossSpikeGuard()
     for _ in range(WINDOW):
         assert guard.verdict(2.0, 1.0, finite=True) is None
     assert "jumped" in (guard.verdict(3.5, 20.0, finite=True) or "")
@@ -350,7 +350,7 @@ def test_a_leap_of_loss_and_gradient_is_skipped_and_a_good_step_forgives() -> No
 
 
 def test_a_loss_near_zero_may_double() -> None:
-    guard = Guard()
+    guard = LossSpikeGuard()
     for _ in range(WINDOW):
         guard.verdict(0.03, 0.5, finite=True)
     assert guard.verdict(0.09, 13.0, finite=True) is None
@@ -358,6 +358,6 @@ def test_a_loss_near_zero_may_double() -> None:
 
 
 def test_early_leaps_are_not_judged_before_anything_is_usual() -> None:
-    guard = Guard()
+    guard = LossSpikeGuard()
     assert guard.verdict(2.0, 1.0, finite=True) is None
     assert guard.verdict(9.0, 500.0, finite=True) is None

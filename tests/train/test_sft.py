@@ -102,7 +102,7 @@ def test_held_out_loss_and_bits_per_byte_are_those_of_whole_logits(
     assert reading.bits_per_byte == pytest.approx(nats / np.log(2) / reading.bytes, rel=1e-5)
 
 
-def sft(*arguments: object) -> subprocess.CompletedProcess[str]:
+def motley_sft(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "motley", "sft", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
@@ -111,7 +111,7 @@ def test_a_model_learns_its_conversations_and_says_them(base: Path, tmp_path: Pa
     file = tmp_path / "conversations.jsonl"
     file.write_text(as_lines(CONVERSATIONS * 12))
     out = tmp_path / "run"
-    done = sft(
+    done = motley_sft(
         "--model", base, "--data", file, "--out", out, "--steps", 150, "--batch-rows", 4, "--seq-len", 64,
         "--learning-rate", 0.01, "--precision", "fp32", "--device", "cpu", "--valid-every", 50,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def test_a_line_that_is_no_conversation_is_named(line: str, said: str, base: Pat
 def test_a_conversation_longer_than_a_row_is_said(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "conversations.jsonl"
     file.write_text(as_lines([*CONVERSATIONS, [Message("user", "word " * 500), Message("assistant", "long")]]))
-    done = sft(
+    done = motley_sft(
         "--model", base, "--data", file, "--out", tmp_path / "run", "--steps", 1, "--seq-len", 64, "--device", "cpu"
     )
     assert "Traceback" not in done.stderr
@@ -176,10 +176,10 @@ def test_a_conversation_longer_than_a_row_is_said(base: Path, tmp_path: Path) ->
 
 
 def test_a_model_without_conversation_tokens_or_without_weights_is_refused(base: Path, tmp_path: Path) -> None:
-    done = sft("--model", tmp_path, "--data", tmp_path / "x.jsonl", "--out", tmp_path / "run")
+    done = motley_sft("--model", tmp_path, "--data", tmp_path / "x.jsonl", "--out", tmp_path / "run")
     assert done.returncode == 2
     assert "holds no model" in done.stderr
-    done = sft("--model", base, "--seq-len", 64, "--out", tmp_path / "run")
+    done = motley_sft("--model", base, "--seq-len", 64, "--out", tmp_path / "run")
     assert done.returncode == 2
     assert "--data is missing" in done.stderr
 
@@ -193,7 +193,7 @@ def test_a_pretrained_run_goes_on_as_fine_tuning(tmp_path: Path) -> None:
     assert subprocess.run([*command, *common], capture_output=True).returncode == 0
     file = tmp_path / "conversations.jsonl"
     file.write_text(as_lines(CONVERSATIONS * 3))
-    done = sft("--model", tmp_path / "base", "--data", file, "--out", tmp_path / "chat", *common, "--json")
+    done = motley_sft("--model", tmp_path / "base", "--data", file, "--out", tmp_path / "chat", *common, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 3
     before, after = load(tmp_path / "base" / "model"), load(tmp_path / "chat" / "model")

@@ -16,9 +16,9 @@ from motley.fleet.device import Format
 from motley.model import fp8
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout, PipelineGroup, side_by_side
+from motley.parallel.number_formats import number_formats
 from motley.train import mixed_precision as precision
-from motley.train.mixed_precision import number_formats
-from motley.train.run_folder import Run
+from motley.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("few")
 
@@ -39,15 +39,15 @@ def test_the_gradient_of_any_layout_is_that_of_one_process_in_fp8_but_for_what_i
 
 def losses(comm: Communicator, layout: Layout, formats: list[Format], steps: int) -> Any:
     """(loss of every step, weights afterwards, held-out loss)."""
-    worker = employed(comm, SMOOTH, layout, 0, formats, [1.0] * comm.size)
+    ranks = employed(comm, SMOOTH, layout, 0, formats, [1.0] * comm.size)
     seen = []
     for step in range(steps):
-        found, norm = worker.gradient(Rows(), step % 2)  # type: ignore[arg-type]
-        worker.update(found, norm, 0.01)
-        worker.share_again()
+        found, norm = ranks.gradient(ranks.read(Rows(), step % 2))  # type: ignore[arg-type]
+        ranks.update(found, norm, 0.01)
+        ranks.share_rows()
         seen.append(found.main)
-    weights = torch.cat([p.detach().flatten() for p in worker.model.parameters()])
-    return seen, weights, worker.held_out_loss(Rows(), ROWS)  # type: ignore[arg-type]
+    weights = torch.cat([p.detach().flatten() for p in ranks.model.parameters()])
+    return seen, weights, ranks.held_out_loss(Rows(), ROWS)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow(4)
@@ -72,8 +72,8 @@ def test_fp8_is_said_aloud_where_it_is_emulated(tmp_path: Any, capsys: pytest.Ca
     assert "worker 0 computes in fp8, which CPUs do through fp32" in " ".join(capsys.readouterr().err.split())
 
 
-def unmeasured(folder: Any) -> tuple[Run, Any]:
-    return Run(folder, None), lambda: pytest.fail("nothing is to be measured")
+def unmeasured(folder: Any) -> tuple[RunFolder, Any]:
+    return RunFolder(folder, None), lambda: pytest.fail("nothing is to be measured")
 
 
 @pytest.mark.parametrize("fault", ["an older chip", "no Triton", "another result", "no compiler", "none"])

@@ -207,7 +207,7 @@ def _replanned(journey: Journey, stage: str, machine: Machine, console: Console)
     left = promised - spent
     new = replan(plan, stage, left, step, levels_of(machine.device, journey.facts["asked"]["level"]))
     revision = {"before": stage, "left_seconds": left, "step_seconds": step, "level": new.level,
-                "pretrain_steps": new.pretrain.steps, "finetune_steps": new.sft.steps}  # fmt: skip
+                "pretrain_steps": new.pretrain.steps, "finetune_steps": new.finetune.steps}  # fmt: skip
     for one in stages:
         if one["seconds"] is None:
             one["planned_seconds"] = new.seconds[one["name"]]
@@ -261,7 +261,7 @@ class Stages:
     def sft(self) -> dict[str, Any]:
         out = self.config.out
         settings = dataclasses.replace(
-            self.plan.sft, out=out / "sft", model=out / "pretrain", data=(str(self.conversations),)
+            self.plan.finetune, out=out / "sft", model=out / "pretrain", data=(str(self.conversations),)
         )
         return sft(settings, self.machine) or {}
 

@@ -35,7 +35,7 @@ class Level:
     size: str
     vocab_size: int
     pretrain: PretrainConfig
-    sft: SftConfig
+    finetune: SftConfig
     pretrain_tokens: int
     finetune_tokens: int
     accuracy: float | None

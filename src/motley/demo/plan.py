@@ -65,7 +65,7 @@ class DemoPlan:
 
     level: str
     pretrain: PretrainConfig
-    sft: SftConfig
+    finetune: SftConfig
     problems: int
     evaluated: int
     text_bytes: int
@@ -102,7 +102,7 @@ class DemoPlan:
 
     @property
     def finetune_tokens(self) -> int:
-        return self.sft.steps * self.sft.batch_rows * self.sft.seq_len
+        return self.finetune.steps * self.finetune.batch_rows * self.finetune.seq_len
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -147,7 +147,7 @@ def make_plan(
 
     def tried(level: Level) -> tuple[float, float]:
         pair = []
-        for config in (level.pretrain, level.sft):
+        for config in (level.pretrain, level.finetune):
             key = (level.shape, config.batch_rows, config.seq_len, config.mtp_weight)
             if key not in known:
                 note(f"trying a few steps of the network `{level.size}`")
@@ -199,14 +199,14 @@ def problems_for(level: Level, tokens: float) -> int:
 
 def training_seconds(level: Level, pace: tuple[float, float]) -> float:
     """Of both training stages with all the tokens that the level needs."""
-    steps = (level.pretrain_tokens / tokens_of(level.pretrain), level.finetune_tokens / tokens_of(level.sft))
+    steps = (level.pretrain_tokens / tokens_of(level.pretrain), level.finetune_tokens / tokens_of(level.finetune))
     return sum(number * seconds for number, seconds in zip(steps, pace, strict=True)) * OVERHEAD + 2 * FIXED_SECONDS
 
 
 def least_seconds(level: Level, machine: Machine) -> float:
     """Of the same at the fastest product that the machine was seen to make: what takes longer need not be tried."""
     tokens = level.pretrain_tokens + level.finetune_tokens
-    return training_flops_per_token(level.shape, level.sft.seq_len) * tokens / (1e9 * machine.peak_gflops())
+    return training_flops_per_token(level.shape, level.finetune.seq_len) * tokens / (1e9 * machine.peak_gflops())
 
 
 def tokens_of(config: TrainingConfig) -> int:
@@ -238,7 +238,7 @@ def fitted(levels: Sequence[Level], paces: Paces, slower: float, minutes: float,
     training = left(level, times)
     share = level.pretrain_tokens / tokens_of(level.pretrain) * pace[0] * OVERHEAD / (needed - 2 * FIXED_SECONDS)
     plan = DemoPlan(
-        level.name, dataclasses.replace(level.pretrain, seed=seed), dataclasses.replace(level.sft, seed=seed),
+        level.name, dataclasses.replace(level.pretrain, seed=seed), dataclasses.replace(level.finetune, seed=seed),
         problems=0, evaluated=EVALUATED, text_bytes=text_bytes(times * level.pretrain_tokens), step_seconds=pace,
         enough_minutes=enough, seconds=other_seconds(level, slower, times),
     )  # fmt: skip
@@ -298,7 +298,7 @@ def step_again(plan: DemoPlan, machine: Machine, pretrain_seconds: float) -> flo
 
     pretrain_seconds: that pretraining took.
     """
-    trial = _step_seconds(plan.skill, plan.sft, machine)
+    trial = _step_seconds(plan.skill, plan.finetune, machine)
     pace = pretrain_seconds / (plan.pretrain.steps * OVERHEAD * plan.step_seconds[0]) * plan.step_seconds[1]
     return math.sqrt(trial * pace)
 
@@ -307,8 +307,8 @@ def _at_level(plan: DemoPlan, levels: Sequence[Level], training: float) -> DemoP
     """The richest level of the plan's network whose fine-tuning takes at most `training` seconds, else the easiest."""
     able = [level for level in levels if level.shape == plan.skill.shape] or [plan.skill]
     step = plan.step_seconds[1] * OVERHEAD
-    found = next((one for one in able if one.finetune_tokens / tokens_of(one.sft) * step <= training), able[-1])
-    return dataclasses.replace(plan, level=found.name, sft=dataclasses.replace(found.sft, seed=plan.seed))
+    found = next((one for one in able if one.finetune_tokens / tokens_of(one.finetune) * step <= training), able[-1])
+    return dataclasses.replace(plan, level=found.name, finetune=dataclasses.replace(found.finetune, seed=plan.seed))
 
 
 def _both_stages(plan: DemoPlan, share: float, training: float) -> DemoPlan:

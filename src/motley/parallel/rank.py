@@ -207,7 +207,7 @@ class Ranks:
         """
         compare = step // COMPARE_EVERY < reached // COMPARE_EVERY
         try:
-            self._share_again(reached if compare else None)
+            self.share_rows(reached if compare else None)
         except CommunicationError as error:
             return error
         return None
@@ -219,9 +219,13 @@ class Ranks:
         seconds = self.stats.step_seconds
         return [("timeline", {"step_seconds": seconds, "spans": all_spans(self.comm, seconds)})]
 
-    def _share_again(self, compared_after: int | None) -> None:
-        """Rows balance what lies between two waits for everyone. Owners (ZeRO) wait for each other's updates anyway;
-        where each updates all by itself, that is part of what its rows must leave time for.
+    def share_rows(self, compared_after: int | None = None) -> None:
+        """Tell everyone how long this rank worked, and share out the next step's rows by what all tell.
+
+        Rows balance what lies between two waits for everyone. Owners (ZeRO) wait for each other's updates anyway; where
+        each updates all by itself, that is part of what its rows must leave time for.
+
+        compared_after: the step after which copies of weights are compared; None: not now.
         """
         span = self.runner.span_seconds + (0.0 if self.layout.zero else self.comm.timer.seconds["optimizer"])
         own = [] if compared_after is None else self.copies.checksums()

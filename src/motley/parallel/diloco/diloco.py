@@ -211,6 +211,11 @@ class Diloco:
         """Whether all islands are at the same step, with nothing under way."""
         return self.taken == 0
 
+    @property
+    def step(self) -> int:
+        """The run's step that this island has reached."""
+        return self.round.step(self.number, self.taken)
+
     def read(self, stream: TokenStream, step: int) -> Batch:
         return self.ranks.read_rows(stream, step, self.round.rows(self.number, self.taken))
 
@@ -225,7 +230,7 @@ class Diloco:
         reached, rows = self.round.step(self.number, self.taken + 1), len(self.round.rows(self.number, self.taken))
         lost = self.ranks.balance_rows(step, reached)
         counted = self.island_round.tokens
-        outer = self._moved(losses.tokens, learned, seconds())
+        outer = self.moved(losses.tokens, learned, seconds())
         tokens = losses.tokens if outer is None else round(outer.tokens - counted)
         end = StepEnd(reached, tokens, rows, self.between_rounds, lost=lost)
         if lost is None:
@@ -236,7 +241,7 @@ class Diloco:
             end.round_seconds, end.round_busy = outer.seconds, [one.busy_seconds for one in outer.islands]
         return end
 
-    def _moved(self, tokens: int, learned: bool, seconds: float) -> OuterStep | None:
+    def moved(self, tokens: int, learned: bool, seconds: float) -> OuterStep | None:
         """The island took one step on `tokens` tokens. At a round's end: how it went.
 
         learned: whether the step was not skipped.
