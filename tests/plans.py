@@ -11,7 +11,7 @@ from motley.model import ModelConfig
 from motley.plan.network.spec import deepseek
 from motley.plan.report.plan_file import spelled_out
 from motley.plan.search.search import Searcher
-from motley.plan.workload import Job
+from motley.plan.workload import Workload
 
 
 def plan_of(pools: dict[str, tuple[int, int]], teams: list[tuple[list[str], int, list[int]]]) -> dict[str, Any]:
@@ -40,12 +40,12 @@ def plan_of(pools: dict[str, tuple[int, int]], teams: list[tuple[list[str], int,
         {"pool": name, "chips": chips[name], "nodes": nodes, "chips_per_node": each}
         for name, (nodes, each) in pools.items()
     ]
-    return {"pools": listed, "teams": written, "step_seconds": 1.0}
+    return {"pools": listed, "groups": written, "step_seconds": 1.0}
 
 
 def planned(fleet: Fleet, config: ModelConfig, rows: int, seq_len: int = 64) -> dict[str, Any] | None:
     """The plan as it would be read from its file."""
-    found = Searcher(fleet, Job(deepseek(config), 1e6, seq_len, rows)).best()
+    found = Searcher(fleet, Workload(deepseek(config), 1e6, seq_len, rows)).best()
     return None if found is None else json.loads(json.dumps(spelled_out(found)))
 
 
@@ -67,7 +67,7 @@ def plan_file(
     plan = planned(parse_fleet(fleet, "fleet"), config, rows=64)
     assert plan is not None
     assert plan["chips"] == 2
-    for team in plan["teams"]:
+    for team in plan["groups"]:
         team.update(changed)
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
