@@ -40,7 +40,7 @@ def plan_of(pools: dict[str, tuple[int, int]], teams: list[tuple[list[str], int,
         {"pool": name, "chips": chips[name], "nodes": nodes, "chips_per_node": each}
         for name, (nodes, each) in pools.items()
     ]
-    return {"pools": listed, "teams": written, "step_seconds": 1.0}
+    return {"pools": listed, "groups": written, "step_seconds": 1.0}
 
 
 def planned(fleet: Fleet, config: ModelConfig, rows: int, seq_len: int = 64) -> dict[str, Any] | None:
@@ -67,7 +67,7 @@ def plan_file(
     plan = planned(parse_fleet(fleet, "fleet"), config, rows=64)
     assert plan is not None
     assert plan["chips"] == 2
-    for team in plan["teams"]:
+    for team in plan["groups"]:
         team.update(changed)
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))

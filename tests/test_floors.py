@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 FLOORS = [  # ground first; a room may use the floors below its own, not its neighbours
     {"errors"},
-    {"files", "progress", "apportion"},
+    {"apportion", "files", "progress", "tables"},
     {"page"},
     {"svg"},
     {"model", "fleet"},

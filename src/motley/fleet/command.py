@@ -1,13 +1,11 @@
 """The commands `motley fleet probe`, `show` and `chips`."""
 
-import io
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from motley.errors import InputError
@@ -19,6 +17,7 @@ from motley.fleet.picture import fleet_page
 from motley.fleet.probe import Machine, describe, probe
 from motley.fleet.show import chip_table, fleet_table, machine_table
 from motley.fleet.write import fleet_text
+from motley.tables import as_text
 
 MOST_SECONDS = 50.0
 WIDTH = 150
@@ -86,9 +85,8 @@ def probe_summary(result: dict[str, Any]) -> str:
             f"rank {pair['one']} to {pair['other']}: {pair['bytes_per_second'] / 1e9:,.2f} GB/s, "
             f"{1e6 * pair['latency_seconds']:,.0f} us"
         )
-    return rendered(
-        *tables, *lines, f"Written to {result['fleet']}; draw it with `motley fleet show {result['fleet']}`."
-    )
+    written = f"Written to {result['fleet']}; draw it with `motley fleet show {result['fleet']}`."
+    return as_text(*tables, *lines, written, width=WIDTH)
 
 
 def fleet_show(config: ShowConfig) -> dict[str, Any]:
@@ -115,7 +113,7 @@ def as_facts(fleet: Fleet, name: str) -> dict[str, Any]:
 
 
 def show_summary(result: dict[str, Any]) -> str:
-    return rendered(fleet_table(load_fleet(Path(result["fleet"]))), f"Drawn: {result['page']}")
+    return as_text(fleet_table(load_fleet(Path(result["fleet"]))), f"Drawn: {result['page']}", width=WIDTH)
 
 
 def fleet_chips(config: ChipsConfig) -> dict[str, Any]:
@@ -128,21 +126,15 @@ def chips_summary(result: dict[str, Any]) -> str:
     if not result["one"]:
         chips = [find_chip(chip["name"]) for chip in result["chips"]]
         keys = [f"{key}: {text}" for key, text in sources.items()]
-        return rendered(chip_table(chips), "Sources of single cells: `motley fleet chips NAME`. Keys:", *keys)
+        return as_text(
+            chip_table(chips), "Sources of single cells: `motley fleet chips NAME`. Keys:", *keys, width=WIDTH
+        )
     chip = find_chip(result["chips"][0]["name"])
     table = Table(title=chip.name, title_justify="left")
     for name in ("figure", "value", "source"):
         table.add_column(name)
     for key, (text, source) in chip.cells.items():
         table.add_row(key, text, f"{source}: {sources[source]}")
-    return rendered(table, chip.note or "", f"also called: {', '.join(chip.aliases)}" if chip.aliases else "")
-
-
-def rendered(*parts: Table | str) -> str:
-    """Tables and lines as plain text of a fixed width."""
-    console = Console(width=WIDTH, file=io.StringIO())
-    with console.capture() as captured:
-        for part in parts:
-            if part:
-                console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
-    return captured.get().rstrip()
+    return as_text(
+        table, chip.note or "", f"also called: {', '.join(chip.aliases)}" if chip.aliases else "", width=WIDTH
+    )

@@ -1,15 +1,14 @@
 """Plans, predictions and replays as text for the terminal."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from motley.fleet.units import size_text
 from motley.page import in_count
 from motley.progress import in_words
+from motley.tables import as_text
 
 WIDTH = 130
 BAR = 24
@@ -87,7 +86,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         parts.append(
             f"Plan: {plan['plan_file']}; picture: {plan['page']}; replay: motley plan simulate {plan['plan_file']}"
         )
-    return rendered(*parts)
+    return as_text(*parts, width=WIDTH)
 
 
 def loss_text(expected: Mapping[str, Any]) -> str:
@@ -167,7 +166,7 @@ def describe_text(result: Mapping[str, Any]) -> str:
         rows.add_row(
             part["name"], f"{part['parameters']:,}", f"{part['active']:,}", f"{part['forward_flops'] / 1e9:,.4g}"
         )
-    return rendered(facts, rows)
+    return as_text(facts, rows, width=WIDTH)
 
 
 def evaluate_text(result: Mapping[str, Any]) -> str:
@@ -219,7 +218,7 @@ def evaluate_text(result: Mapping[str, Any]) -> str:
             f"worst {result['worst_relative_error']:.1%}, worst decile {result['worst_decile_relative_error']:.1%}, "
             f"rank correlation {_correlation(result['rank_correlation'])}",
         ]
-    return rendered(*parts)
+    return as_text(*parts, width=WIDTH)
 
 
 def simulate_text(result: Mapping[str, Any]) -> str:
@@ -241,23 +240,13 @@ def simulate_text(result: Mapping[str, Any]) -> str:
         f"best: {in_words(result['suggested_interval_seconds'])}",
     )
     facts.add_row("lost to", ", ".join(f"{name} {share:.1%}" for name, share in result["lost_share"].items()))
-    return rendered(facts, f"Picture: {result['page']}" if "page" in result else "")
+    return as_text(facts, f"Picture: {result['page']}" if "page" in result else "", width=WIDTH)
 
 
 def seconds_text(seconds: float) -> str:
     if seconds >= 100:
         return in_words(seconds)
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-def rendered(*parts: Table | str) -> str:
-    """Tables and lines as plain text of a fixed width."""
-    console = Console(width=WIDTH, file=io.StringIO())
-    with console.capture() as captured:
-        for part in parts:
-            if part:
-                console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
-    return captured.get().rstrip()
 
 
 def _table(title: str) -> Table:
