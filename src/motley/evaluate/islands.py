@@ -26,7 +26,7 @@ CAPTION = (
 
 
 def islands_section(stage: Stage) -> Html:
-    """What each island did between outer steps; empty without islands."""
+    """The section about inner steps, tokens and waits of each island; empty without islands."""
     rounds = stage.of_kind("outer_step")
     if not rounds:
         return Html("")
@@ -65,7 +65,7 @@ def _timelines(stage: Stage) -> Iterator[Html]:
 
 
 def timeline_svg(rows: Sequence[Sequence[Span]], about: Mapping[str, Any]) -> str:
-    """What every rank did in a round: `rows` of spans, one of each rank; ordered by island."""
+    """Timeline of a round: `rows` of spans, one of each rank; ordered by island."""
     islands = about["islands"]
     shown = sorted(range(len(rows)), key=lambda rank: islands[rank])[:MOST_ROWS]
     bottom = 8 + ROW * len(shown)

@@ -78,7 +78,7 @@ def chosen_timelines(timelines: Sequence[Mapping[str, Any]], ranks: int, settled
 
 
 def _step_sentence(steps: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
-    """How long a step or round took, and how long by the plan."""
+    """Measured and predicted time of a step or round."""
     measured = statistics.median(step["step_seconds"] for step in steps)
     ranks = len(about["names"])
     sentence = f"{ranks} ranks; a {_each(about)} takes {seconds_text(measured)} (median of {len(steps):,})"
@@ -91,12 +91,12 @@ def _step_sentence(steps: Sequence[Mapping[str, Any]], about: Mapping[str, Any])
 
 
 def _warm(about: Mapping[str, Any]) -> int:
-    """How many records are of the warm-up."""
+    """Number of records of the warm-up."""
     return 1 if "islands" in about else SETTLED - 1
 
 
 def _each(about: Mapping[str, Any]) -> str:
-    """What one record is about."""
+    """The unit of one record."""
     return "round" if "islands" in about else "step"
 
 
@@ -185,7 +185,7 @@ def _timeline_figure(timeline: Mapping[str, Any], about: Mapping[str, Any], rank
 
 
 def timeline_svg(rows: Sequence[Sequence[Span]], about: Mapping[str, Any], ranks: Sequence[int]) -> str:
-    """What every rank did in a step: `rows` of spans, one for each of `ranks`."""
+    """Timeline of a step: `rows` of spans, one for each of `ranks`."""
     shown = rows[:MOST_ROWS]
     bottom = 8 + ROW * len(shown)
     axes = Axes((0, max(span.end for row in rows for span in row)), (0, 1), LEFT, WIDTH - 20, 4, bottom)

@@ -396,7 +396,7 @@ def _transcript(sample: Mapping[str, Any]) -> Html:
 
 
 def _limits(model: Mapping[str, Any], trained: Sequence[Stage], problems: Mapping[str, Any]) -> Html:
-    """What must be said beside the numbers, from the numbers."""
+    """Limits of the results that a reader must know, derived from the numbers."""
     limits = []
     total = as_number(model.get("parameters"))
     if total is not None and total < 1e9:
@@ -431,7 +431,7 @@ def _missing(
     problems: Mapping[str, Any],
     text: Mapping[str, Any],
 ) -> list[str]:
-    """What a full report would show and this run does not have."""
+    """Parts of a full report that this run has no data for."""
     checks = {
         "the machine (no journey.json with one)": journey.get("machine"),
         "when it was started": journey.get("started"),

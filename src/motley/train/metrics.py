@@ -48,7 +48,7 @@ EVENTS_FOLDER = "tensorboard"
 KINDS = ("train", "valid", "experts", "ranks", "step_stats", "timeline", "outer_step", "event")
 OLD_KINDS = {"crew": "ranks", "workers": "step_stats", "islands": "outer_step"}
 OLD_FIELDS = {"ranks": {"teams": "groups", "lanes": "replicas"}}
-"""Of a kind under its present name: what a field was called, and what it is called now."""
+"""By the present name of a kind: old name → present name of a field."""
 RECENT_STEPS = 2  # ranks that lose contact are at most one step apart
 POSITION = ("step", "tokens", "seconds")  # where in the run: not curves of their own
 
