@@ -14,10 +14,10 @@ def assert_all_workers_are_told(out: Path, said: str, islands: list[int], page: 
     workers = range(len(islands))
     records = read_metrics(out)
     comms, told, timelines = (
-        [record for record in records if record["kind"] == kind] for kind in ("crew", "workers", "timeline")
+        [record for record in records if record["kind"] == kind] for kind in ("ranks", "step_stats", "timeline")
     )
     assert comms[0]["islands"] == islands
-    assert comms[0]["lanes"] == list(workers)
+    assert comms[0]["replicas"] == list(workers)
     assert [record["step"] for record in told] == [5, 10, 15]
     for record in told:
         assert sum(record["share"]) == pytest.approx(1)
@@ -34,7 +34,7 @@ def assert_all_workers_are_told(out: Path, said: str, islands: list[int], page: 
         [f"{worker}", f"{island}"] for worker, island in zip(workers, islands, strict=True)
     ]
     drawn = write_report(out, page).read_text(encoding="utf-8")
-    assert "the workers of all islands" in drawn
-    assert "Who waited for whom: round 2" in drawn
+    assert "the ranks of all islands" in drawn
+    assert "Timeline of round 2" in drawn
     for worker, island in zip(workers, islands, strict=True):
-        assert f"island {island} · worker {worker}" in drawn
+        assert f"island {island} · rank {worker}" in drawn

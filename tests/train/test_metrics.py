@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from motley.errors import InputError
-from motley.train.metrics import MetricsWriter, imbalances, read_metrics
+from motley.train.metrics import MetricsWriter, imbalances, read_metrics, upgraded
 
 
 def write_steps(folder: Path, first: int, last: int, resume_step: int = 0) -> None:
@@ -111,3 +111,38 @@ def test_imbalance_is_the_busiest_expert_over_its_fair_share():
 def test_an_unknown_kind_of_record_is_refused(tmp_path: Path):
     with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match="unknown kind"):
         writer.write("trian", step=1)
+
+
+OLD_RECORDS = """
+{"kind": "crew", "step": 0, "names": ["a", "b"], "islands": [0, 1], "teams": [0, 1], "lanes": [0, 1], "stages": [0, 0]}
+{"kind": "train", "step": 1, "tokens": 10, "seconds": 1.0, "loss": 3.0}
+{"kind": "workers", "step": 1, "rows": [4, 4], "share": [0.5, 0.5], "round": 1, "step_seconds": 1.0}
+{"kind": "islands", "step": 1, "round": 1, "waited_seconds": [0.0, 0.5]}
+"""
+
+
+def test_records_of_earlier_versions_are_read_under_their_present_names(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(OLD_RECORDS.lstrip())
+    with pytest.warns(UserWarning, match="crew as ranks, islands as outer_step, workers as step_stats"):
+        ranks, train, stats, outer = read_metrics(tmp_path)
+    place = {"islands": [0, 1], "groups": [0, 1], "replicas": [0, 1], "stages": [0, 0]}
+    assert ranks == {"kind": "ranks", "step": 0, "names": ["a", "b"], **place}
+    assert train == {"kind": "train", "step": 1, "tokens": 10, "seconds": 1.0, "loss": 3.0}
+    assert (stats["kind"], stats["rows"], stats["round"]) == ("step_stats", [4, 4], 1)
+    assert outer == {"kind": "outer_step", "step": 1, "round": 1, "waited_seconds": [0.0, 0.5]}
+    assert [upgraded(record) for record in (ranks, train, stats, outer)] == [ranks, train, stats, outer]
+
+
+def test_a_resumed_run_of_an_earlier_version_has_all_records_under_present_names(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(OLD_RECORDS.lstrip())
+    with pytest.warns(UserWarning, match="earlier version"), MetricsWriter(tmp_path, resume_step=1) as writer:
+        writer.write("ranks", step=1, names=["a"], groups=[0], replicas=[0], stages=[0])
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["ranks", "train", "step_stats", "outer_step", "ranks"]
+
+
+def test_what_old_code_writes_is_written_under_present_names(tmp_path: Path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("crew", step=0, names=["a"], teams=[0], lanes=[0], stages=[0])
+    names = {"names": ["a"], "groups": [0], "replicas": [0], "stages": [0]}
+    assert read_metrics(tmp_path) == [{"kind": "ranks", "step": 0, **names}]

@@ -1,4 +1,4 @@
-"""`motley data` and `motley tasks`: what the command line asks of this room."""
+"""`motley data` and `motley tasks`."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ class DataCommandConfig(DataConfig):
     """Prepare text for pretraining."""
 
     out: Path = Path("runs/data")
-    """Folder to make; found again if it was made from the same input."""
+    """Folder to write; kept as it is if it was made from the same input."""
 
 
 def data(config: DataCommandConfig) -> dict[str, Any]:

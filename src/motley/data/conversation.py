@@ -1,4 +1,4 @@
-"""Conversations as token ids: the one place that puts control tokens into a sequence.
+"""Encode conversations as token ids; no other code puts control tokens into a sequence.
 
 The text form is DeepSeek-V3.1's; B and E stand for the begin and end tokens:
 
@@ -64,7 +64,7 @@ def check_conversation(messages: Sequence[Message]) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """What stands around the parts of a conversation; a field is the name of a control token, or ordinary text.
+    """The markers around the parts of a conversation; a field is the name of a control token, or ordinary text.
 
     `no_think` is given to the model in place of `think`; `answer` is what an answer without thinking begins with.
     """
@@ -97,12 +97,12 @@ class ConversationEncoder:
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """A whole conversation for training.
 
-        The loss is on what the assistant says by itself: reasoning, `</think>` after it, content and the end
-        token. `<｜Assistant｜><think>` and `<｜Assistant｜></think>` are given, as they are in `prompt`. An
-        earlier answer whose reasoning is left out carries no loss: without it, it would teach guessing.
+        The loss is on what the assistant generates: reasoning, `</think>` after it, content and the end token.
+        `<｜Assistant｜><think>` and `<｜Assistant｜></think>` are given, as they are in `prompt`. An earlier answer
+        whose reasoning is left out has no loss: the model would learn to guess.
 
         Raises:
-            InputError: not a conversation, or no assistant says anything.
+            InputError: not a conversation, or no message of an assistant has content.
         """
         check_conversation(messages)
         if not any(message.role == "assistant" for message in messages):
@@ -110,7 +110,7 @@ class ConversationEncoder:
         return self._encoded(self._parts(messages))
 
     def prompt(self, messages: Sequence[Message], thinking: bool = True) -> list[int]:
-        """The ids after which the model speaks; they end in the form's `think`, or `no_think` if not `thinking`.
+        """The ids of a prompt for the model; they end in the form's `think`, or `no_think` if not `thinking`.
 
         Raises:
             InputError: not a conversation, or the last message is not a user's.
@@ -156,7 +156,7 @@ class ConversationEncoder:
         return Encoded(ids, mask)
 
     def chat_template(self) -> str:
-        """The same form as a Jinja template for other tools, with a variable `thinking` (true by default).
+        """The form as a Jinja template for other tools, with a variable `thinking` (true by default).
 
         Such tools render text first and then look for control tokens in all of it, so there a user *can* type
         `<｜User｜>` and be believed. For ordinary text both give the same ids.
@@ -226,7 +226,7 @@ class AnswerSplitter:
         return delta
 
     def finish(self) -> tuple[str, str]:
-        """What is left of a character that was begun and not completed (U+FFFD), or of a spelled end of thinking."""
+        """Text held back: an incomplete character (U+FFFD), or the beginning of an end of thinking in ordinary text."""
         reasoning, content = self._sorted(self._decoder.finish())
         return (reasoning + self._end_think.finish() if self.reasoning else reasoning), content
 

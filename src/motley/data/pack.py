@@ -1,4 +1,4 @@
-"""Documents or conversations to a folder of token shards (`motley.data.shards` describes its files).
+"""Turn documents or conversations into a folder of token shards (`motley.data.shards` describes its files).
 
     documents ─► duplicates dropped ─► train / valid ─► token ids ─► shards
     conversations ─► token ids ─► duplicates dropped ─► train / valid ─► rows of whole conversations ─► shards
@@ -39,7 +39,7 @@ Writers: TypeAlias = dict[Split, ShardWriter]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it becomes tokens."""
+    """Sources of text, and how to tokenize and split them."""
 
     data: tuple[str, ...] = ()
     """Files and folders (txt, md, py, jsonl, parquet, each plain, .gz or .zst), or hf:NAME[:CONFIG] for a
@@ -51,7 +51,7 @@ class DataConfig:
     valid_share: float = VALID_SHARE
     """Share of the documents kept for validation, chosen by their hash; at least one, or the end of one."""
     seed: int = 0
-    """Which documents are kept for validation."""
+    """Selects the documents that are kept for validation."""
     max_bytes: int | None = None
     """Stop after this many bytes of text."""
     max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
@@ -62,7 +62,7 @@ class DataConfig:
 
 
 def prepare(config: DataConfig, out: Path) -> Prepared:
-    """Make the data folder `out` from the sources in `config`, or find it made from the same ones.
+    """Make the data folder `out` from the sources in `config`, unless it exists and was made from the same ones.
 
     Reads the sources twice where a tokenizer is trained: once for the sample, once to encode.
 
@@ -105,7 +105,7 @@ def _check(config: DataConfig) -> None:
 
 
 def inputs_of(config: DataConfig) -> dict[str, Any]:
-    """From what the folder is made, as JSON values; equal ones give the same folder."""
+    """The inputs that the folder is made from, as JSON values; equal inputs give the same folder."""
     values = asdict(config)
     if config.tokenizer is not None:
         values["tokenizer"] = _hash_of(Tokenizer.load(config.tokenizer))
@@ -120,7 +120,7 @@ def _hash_of(tokenizer: Tokenizer) -> str:
 
 
 def _documents(config: DataConfig) -> Iterator[Document]:
-    """Everything the config names, cut off after `max_bytes`."""
+    """All documents of the config's sources, up to `max_bytes`."""
     left = config.max_bytes
     source = iter_documents(config.data, config.max_document_bytes) if config.data else standard_library_documents()
     for document in source:
@@ -134,7 +134,7 @@ def _documents(config: DataConfig) -> Iterator[Document]:
 
 
 class _Distinct:
-    """The documents of a config that hold text, each once, as (text, hash); counts them and what it leaves out.
+    """The distinct non-empty documents of a config as (text, hash); counts them and those it leaves out.
 
     Equal means equal text, apart from white space at both ends and the kind of line ends. Only hashes are
     kept.
@@ -380,7 +380,7 @@ def inputs_of_conversations(
     valid_share: float = VALID_SHARE,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """From what `pack_conversations`, of the same arguments, makes a folder, as JSON values."""
+    """The inputs of `pack_conversations` with the same arguments, as JSON values."""
     settings = {"tokenizer": _hash_of(tokenizer), "seq_len": seq_len, "valid_share": valid_share, "seed": seed}
     return {"conversations": inputs, **settings}
 
@@ -424,7 +424,7 @@ class _RowFiller:
 
 
 def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put things of these lengths into rows: longest first, each into the fullest row that has room.
+    """Pack items of these lengths into rows: longest first, each into the fullest row with room (best fit).
 
     Returns:
         The indices in each row; rows in the order in which they were begun.

@@ -1,4 +1,4 @@
-"""A folder of token shards: how it is written, found again and opened.
+"""A folder of token shards: write it, find it again, open it.
 
 It holds `data.json` (what is in it, from what it was made, statistics), `tokenizer.json`, and for each shard,
 as NumPy arrays that are memory-mapped when read:
@@ -37,7 +37,7 @@ SHARD_TOKENS = 1 << 24  # a shard is written when it holds this many; 32 MB as u
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """What one split holds. `characters` and `bytes` (UTF-8) are of the text alone; `tokens` are all tokens.
+    """Statistics of one split. `characters` and `bytes` (UTF-8) are of the text alone; `tokens` are all tokens.
 
     `rows` and `loss_tokens` (tokens that are trained on) are 0 for text, where rows depend on the reader.
     """
@@ -87,7 +87,7 @@ class Prepared:
 
     @property
     def tokens(self) -> int:
-        """Of both splits, control tokens included."""
+        """Tokens of both splits, control tokens included."""
         return self.train.tokens + self.valid.tokens
 
     @property
@@ -133,7 +133,7 @@ class Prepared:
 
 
 def find(out: Path, inputs: Mapping[str, Any] | None) -> Prepared | None:
-    """What is in `out` if it was made from `inputs`, None if there is nothing; clears up after a killed run.
+    """The data in `out` if it was made from `inputs`, None if there is none; removes what a killed process left.
 
     Raises:
         InputError: `out` was made from other inputs, or is no data folder.

@@ -1,4 +1,4 @@
-"""Files, folders and hub datasets to documents, one at a time and never more than a bounded amount in memory.
+"""Read files, folders and hub datasets as documents, one at a time, in bounded memory.
 
 A source is the path of a file, of a folder (read recursively in sorted order, through links, each folder once;
 files of other kinds and hidden ones are passed over), or `hf:NAME[:CONFIG]`, a dataset streamed from the Hugging
@@ -8,8 +8,8 @@ Face hub or from a folder laid out like one.
     jsonl            one document per line, in the field `text`; conversations in the field `messages`
     parquet          one document per row, in the columns of the same names
 
-each plain, or compressed as .gz or .zst. Whatever is wrong with an input is one InputError that names the
-file, and the line or row where there is one.
+each plain, or compressed as .gz or .zst. An invalid input raises an InputError that names the file, and the line or
+row if there is one.
 """
 
 import hashlib
@@ -102,9 +102,9 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def fingerprint_files(paths: Sequence[str | Path]) -> str:
-    """A hash over names, sizes and times of change of all files: another hash, another input.
+    """A hash over names, sizes and modification times of all files; inputs with different hashes differ.
 
-    Of a dataset on the hub only the name counts: that it has changed there is not seen.
+    Of a dataset on the hub only the name is hashed: changes there are not detected.
     """
     digest = hashlib.sha256()
     for source in _sources(paths):

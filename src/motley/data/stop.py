@@ -1,4 +1,4 @@
-"""Where a text that arrives in pieces is to end."""
+"""Cut a text that arrives in pieces at a stop text."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 class StopAtText:
     """Passes text on up to the first of some stop texts (the one that is complete first), wherever the pieces are cut.
 
-    What may be the beginning of a stop text is held back until the next piece decides. `rest` is what the piece that
-    completed it held behind it.
+    Text that may begin a stop text is held back until the next piece decides. `rest` is the text after the stop text in
+    the piece that completed it.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ class StopAtText:
         return self._take(len(self._held) - self._begun())
 
     def finish(self) -> str:
-        """What was held back: the text ended before it became a stop text."""
+        """Text that was held back and did not become a stop text."""
         return self._take(len(self._held))
 
     def _begun(self) -> int:

@@ -2,9 +2,9 @@
 
     position ─► epoch, index in the epoch ─► permutation keyed by (seed, epoch) ─► row ─► tokens
 
-Nothing is remembered between calls: row number `position` depends on the seed and on `position` alone. So the
-state of a stream is one integer in the checkpoint, and any number of readers share the work by asking for
-different positions, today and after a restart with another number of readers.
+There is no state between calls: row number `position` depends on the seed and on `position` alone. So a checkpoint
+holds one integer of a stream, and ranks share the work by reading different positions, also after a restart with
+another number of ranks.
 """
 
 from dataclasses import dataclass
@@ -126,7 +126,7 @@ class TokenStream:
         return np.concatenate([shard.tokens[: int(len(shard.tokens) * share)] for shard in self._shards])
 
     def row_numbers(self, position: int, count: int) -> np.ndarray:
-        """Which rows of the files stand at these positions of the stream, int64 [count]."""
+        """Rows of the files at these positions of the stream, int64 [count]."""
         positions = np.arange(position, position + count, dtype=np.int64)
         epochs, indices = np.divmod(positions, self.rows_per_epoch)
         if self.shuffle:
@@ -176,7 +176,7 @@ class TokenStream:
 
 
 def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a shuffle of `size` things puts `indices`, without holding the shuffled list.
+    """Positions of `indices` after a shuffle of `size` items, without storing the permutation.
 
     A Feistel network permutes the pairs (left, right) of a grid just larger than `size`, each round adding to
     one half a hash of the other; what falls outside `size` is sent through again until it falls inside
@@ -184,7 +184,7 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
 
     Args:
         indices: int64, each in [0, size).
-        size: how many things are shuffled.
+        size: number of items.
         seed: which shuffle; with `epoch` the key of the hash.
         epoch: every epoch has a shuffle of its own.
     """

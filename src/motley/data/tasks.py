@@ -49,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Worked:
-    """How an entry is put to the model and solved; one of several wordings asks the same question."""
+    """Question and solution of an entry; `wordings` are several forms of the same question."""
 
     wordings: tuple[str, ...]
     thinking: str
@@ -288,7 +288,7 @@ EASIER: dict[str, Family] = {
         _spell_backward,
     ),
 }  # fmt: skip
-"""The same kinds of problem with less to do in each, for machines on which the whole cannot be learned in minutes."""
+"""Easier problems of the same kinds, for machines on which the full ones cannot be learned in minutes."""
 
 
 def family_named(name: str) -> Family:
@@ -300,7 +300,7 @@ def family_named(name: str) -> Family:
 
 
 def substance(question: str) -> str:
-    """What a question is about, whatever its wording: its numbers, single letters and signs, sorted.
+    """The numbers, single letters and signs of a question, sorted: the same for all its wordings.
 
     Two questions of equal substance count as the same problem: `27 + 58` and `58 + 27`, or the same three numbers of a
     countdown in another order.
@@ -383,7 +383,7 @@ def _scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
 
 
 def conversation(problem: Problem) -> tuple[Message, Message]:
-    """The problem as a user asks it, and the assistant's worked answer."""
+    """The problem as a user's question and the assistant's answer with its reasoning."""
     return Message("user", problem.question), Message("assistant", problem.answer, problem.thinking)
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE with DeepSeek's control tokens.
+"""Encode and decode text: byte-level BPE with DeepSeek's control tokens.
 
 Two kinds of tokens live in one vocabulary. *Ordinary* tokens stand for bytes of text; all 256 bytes are among
 them, so any text has an encoding and comes back exactly. *Control* tokens (`<｜User｜>`, `<think>`, …) stand
@@ -145,7 +145,7 @@ class Tokenizer:
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """All ids that stand for structure; none of them comes out of `encode`."""
+        """Ids of all control tokens; `encode` returns none of them."""
         return self._control_ids
 
     def encode(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""`motley eval` and `motley report`: what the command line asks of this room."""
+"""`motley eval` and `motley report`."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class EvalConfig:
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Everything the settings ask for; parts that were not asked for are absent."""
+    """Run the requested measurements; the result has no entries for others."""
     if config.count < 1:
         raise InputError(f"--count is {config.count}; it must be at least 1")
     result: dict[str, Any] = {"model": str(config.model)}
@@ -86,7 +86,7 @@ def summary(result: dict[str, Any]) -> str:
         lines += [
             f"{name:<18} {row['accuracy']:6.1%} ± {row['standard_error']:.1%}  of {row['count']}" for name, row in rows
         ]
-    return "\n".join(lines) or "nothing was asked for: give --data, --families or both"
+    return "\n".join(lines) or "nothing to measure: give --data, --families or both"
 
 
 @dataclass(frozen=True)

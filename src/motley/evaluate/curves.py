@@ -74,7 +74,7 @@ def _loss_curves(train: list[dict[str, Any]], valid: list[dict[str, Any]], field
 
 
 def _expert_charts(experts: list[dict[str, Any]], train: list[dict[str, Any]]) -> list[Html]:
-    """Who was busy at the end, and how uneven it was on the way: at every step, in older runs at validations."""
+    """Load of the experts at the end, and imbalance over the run: of every step, in older runs of validations."""
     load = experts[-1]["load"]
     if not load:
         return []
@@ -94,8 +94,8 @@ def _expert_charts(experts: list[dict[str, Any]], train: list[dict[str, Any]]) -
     mean = Curve("mean", x, smoothed([sum(row) / len(row) for row in uneven]), FIRST)
     chart = line_chart([*layers, mean, worst], "step", "busiest expert / even share")
     number = len(load[0])
-    said = f"1 is perfect balance; the busiest of {number} experts took {max(uneven[-1]) / number:.0%} at the end."
-    return [heat, figure("Imbalance on the way", chart, said)]
+    caption = f"1 is perfect balance; the busiest of {number} experts took {max(uneven[-1]) / number:.0%} at the end."
+    return [heat, figure("Imbalance over the run", chart, caption)]
 
 
 def _chart(title: str, curves: Sequence[Curve], x_label: str, y_label: str, small: bool = False) -> list[Html]:

@@ -1,4 +1,4 @@
-"""How many fresh problems does a model answer right, thinking included?"""
+"""Share of new problems that a model answers correctly, with reasoning."""
 
 import math
 import random

@@ -16,7 +16,7 @@ from motley.errors import InputError
 from motley.evaluate.charts import interval_chart
 from motley.evaluate.curves import Stage, stage_section
 from motley.evaluate.islands import islands_section
-from motley.evaluate.ranks import crew_section
+from motley.evaluate.ranks import ranks_section
 from motley.files import read_json, write_text
 from motley.fleet import Machine, describe
 from motley.model import ModelConfig
@@ -37,6 +37,7 @@ from motley.page import (
     whole_page,
 )
 from motley.plan import active_parameters, kv_cache_bytes_per_token, mtp_parameters, parameters
+from motley.svg import tile
 from motley.train.metrics import METRICS_FILE, read_metrics
 
 JOURNEY_FILE = "journey.json"
@@ -139,7 +140,7 @@ def _page(run: Path, journey: Mapping[str, Any], stages: Sequence[Stage]) -> str
         *[
             section
             for stage in trained
-            for section in (stage_section(stage), crew_section(stage), islands_section(stage))
+            for section in (stage_section(stage), ranks_section(stage), islands_section(stage))
         ],
         _results(problems, text),
         _limits(model, trained, problems),
@@ -179,20 +180,20 @@ def _tiles(
     if accuracy is not None:
         low, high = interval_95(problems)
         note = f"95 % interval {in_percent(low)} to {in_percent(high)}"
-        tiles.append(_tile("New problems answered right", in_percent(accuracy), note))
+        tiles.append(tile("New problems answered right", in_percent(accuracy), note))
     bits = as_number(text.get("bits_per_byte"))
     if bits is None:  # not evaluated separately: the last validation says it too
         validations = [record for stage in stages for record in stage.of_kind("valid")]
         bits = next((b for r in reversed(validations) if (b := as_number(r.get("bits_per_byte"))) is not None), None)
     if bits is not None:
-        tiles.append(_tile("Held-out text", f"{bits:.3f}", "bits per byte; less is better"))
+        tiles.append(tile("Held-out text", f"{bits:.3f}", "bits per byte; less is better"))
     if (total := as_number(model.get("parameters"))) is not None:
         active = as_number(model.get("active_parameters"))
-        tiles.append(_tile("Parameters", in_count(total), f"{in_count(active)} active per token" if active else ""))
+        tiles.append(tile("Parameters", in_count(total), f"{in_count(active)} active per token" if active else ""))
     tokens = sum(as_number(stage.records[-1].get("tokens")) or 0 for stage in stages if stage.records)
     if tokens:
         tiles.append(
-            _tile(
+            tile(
                 "Trained on",
                 in_count(tokens),
                 "tokens" + (", all stages together" if len(stages) > 1 else ""),
@@ -202,18 +203,8 @@ def _tiles(
     if seconds:
         predicted = sum(stage.predicted_seconds or 0 for stage in stages)
         note = f"predicted {in_time(predicted)}" if predicted else ""
-        tiles.append(_tile("Wall time", in_time(seconds), note))
+        tiles.append(tile("Wall time", in_time(seconds), note))
     return tiles
-
-
-def _tile(label: str, value: str, note: str) -> Html:
-    return element(
-        "div",
-        element("div", label, class_="label"),
-        element("div", value, class_="value"),
-        element("div", note, class_="note"),
-        class_="tile",
-    )
 
 
 def _strip(stages: Sequence[Stage]) -> Html:
@@ -405,7 +396,7 @@ def _transcript(sample: Mapping[str, Any]) -> Html:
 
 
 def _limits(model: Mapping[str, Any], trained: Sequence[Stage], problems: Mapping[str, Any]) -> Html:
-    """What must be said beside the numbers, from the numbers."""
+    """Limits of the results that a reader must know, derived from the numbers."""
     limits = []
     total = as_number(model.get("parameters"))
     if total is not None and total < 1e9:
@@ -440,7 +431,7 @@ def _missing(
     problems: Mapping[str, Any],
     text: Mapping[str, Any],
 ) -> list[str]:
-    """What a full report would show and this run does not have."""
+    """Parts of a full report that this run has no data for."""
     checks = {
         "the machine (no journey.json with one)": journey.get("machine"),
         "when it was started": journey.get("started"),

@@ -29,7 +29,7 @@ PREFILL_AT_ONCE = 512  # tokens of each prompt computed in one call; bounds the 
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed a prompt: `ids` without the end token, and whether it ended by itself ("stop") or was cut."""
+    """A generated answer: `ids` without the end token; "stop" if the model ended it, "length" if it was cut."""
 
     ids: list[int]
     finish_reason: Literal["stop", "length"]

@@ -1,4 +1,4 @@
-"""From logits to the next token."""
+"""Sample the next token from logits."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from motley.errors import InputError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an answer is drawn (defaults: DeepSeek-R1's recommendation).
+    """Settings of sampling (defaults: DeepSeek-R1's recommendation).
 
-    temperature: 0 takes the most probable token. top_p: the smallest set of tokens with at least this probability is
-    drawn from. max_tokens: longest answer. seed: the same seed gives the same answer. stop: texts that end the answer.
+    temperature: 0 takes the most probable token. top_p: sample from the smallest set of tokens with at least this
+    probability. max_tokens: longest answer. seed: the same seed gives the same answer. stop: texts that end the answer.
     """
 
     temperature: float = 0.6
@@ -36,7 +36,7 @@ class BrokenLogits(RuntimeError):
 
 
 class Sampler:
-    """Draws tokens for one request; the generator is its own, so that requests do not disturb each other."""
+    """Samples tokens of one request with a random generator of its own, so that requests are independent."""
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params

@@ -1,7 +1,7 @@
 """One layer: attention, then experts (or a dense MLP), each with its norm before and its residual around.
 
-A further generation brings another class with the same `forward` and `new_state`, and `make_block` chooses it;
-embedding, experts, head, checkpoint and cache do not ask which attention a block has.
+Another architecture adds a class with the same `forward` and `new_state` and a line in `make_block`; embedding,
+experts, head, checkpoint and cache do not depend on the kind of attention.
 """
 
 import torch
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config.hidden_size, config.intermediate_size)
 
     def new_state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LatentState:
-        """What decoding keeps of this layer, empty, for `batch` rows of at most `capacity` tokens."""
+        """An empty cache of this layer for `batch` rows of at most `capacity` tokens."""
         return self.self_attn.new_state(batch, capacity, dtype, device)
 
     def forward(self, x: Tensor, where: Where, state: LatentState | None = None) -> tuple[Tensor, Routing | None]:

@@ -1,4 +1,4 @@
-"""What decoding remembers, for a batch of rows that may differ in length.
+"""The cache for decoding a batch of rows that may differ in length.
 
     row 0   ■ ■ ■ ■ ■ □ □        ■ held      lengths = [5, 3]
     row 1   ■ ■ ■ □ □ □ □        □ free      capacity = 7
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class LayerState(Protocol):
-    """What one layer keeps for each token."""
+    """The cache of one layer."""
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch."""
@@ -57,10 +57,10 @@ class Cache:
         self.layers = layers
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.longest = 0  # bound on lengths known without asking the device
+        self.longest = 0  # bound on lengths that is known without waiting for the device
 
     def positions(self, seq: int) -> Tensor:
-        """Where the next `seq` tokens of each row go: [batch, seq]. Raises ValueError when they do not fit."""
+        """Positions of the next `seq` tokens of each row: [batch, seq]. Raises ValueError if they do not fit."""
         if self.longest + seq > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens a row; {self.longest} + {seq} do not fit")
         return self.lengths[:, None] + torch.arange(seq, device=self.lengths.device)

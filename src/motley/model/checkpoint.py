@@ -47,7 +47,7 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")  # of FP8 weights; U8 holds the
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What one tensor on disk is in memory: a parameter, or a slice of a stacked one."""
+    """The tensor in memory that one on disk is stored from: a parameter, or a slice of a stacked one."""
 
     name: str
     expert: int | None = None

@@ -1,4 +1,4 @@
-"""Where in a folder is the model? Commands take a run or a checkpoint; this finds what is meant."""
+"""Find the model in a folder: commands accept a run or a checkpoint."""
 
 from pathlib import Path
 

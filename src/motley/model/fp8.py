@@ -25,18 +25,19 @@ from motley.model.quantize import TILE, Block, dequantize, quantize
 
 ALONG_ROW, ALONG_TOKENS, SQUARE = (1, TILE), (TILE, 1), (TILE, TILE)
 FAR = 2e-2
-"""Of a row of a result: sums in a tensor core keep about 14 binary digits (V3 report, 3.3.2), a mistake is larger."""
+"""Largest relative error of a row that rounding explains: sums in a tensor core keep about 14 binary digits (V3 report,
+3.3.2); a wrong scale or tile gives a larger one."""
 
 
 def lacking() -> str | None:
-    """What a GPU's products in fp8 need besides the GPU, in a few words; None where nothing is missing."""
+    """The software that products in fp8 on a GPU need and that is missing, in a few words; None: nothing is missing."""
     return None if find_spec("triton") else "our kernels need Triton, which is not installed"
 
 
 def wrong(device: torch.device) -> str | None:
-    """What the products on a device and their emulation disagree on; None if they agree.
+    """Where the products on a device differ from their emulation, in words; None if they agree.
 
-    Tried are both kinds of products that training has, of rows in bf16 and of sizes that compilers treat apart.
+    Compared are both kinds of products in training, with rows in bf16 and with sizes that are not whole tiles.
     """
     for experts, rows, inputs, outputs, dtype in (
         (0, 256, 384, 512, torch.bfloat16), (2, 256, 384, 512, torch.bfloat16), (0, 130, 300, 200, torch.float32),

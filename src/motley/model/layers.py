@@ -1,4 +1,4 @@
-"""The three layers everything else is made of: Linear, RMSNorm and the gated MLP."""
+"""Linear, RMSNorm and the gated MLP."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from motley.model.native_mlp import native_mlp
 from motley.model.products import wide
 
 WORTH_PACKING = 64
-"""Rows from which on a dense MLP's kernel is faster than the plain path: it rearranges all weights first."""
+"""Rows from which on the kernel of a dense MLP is faster than the plain path: it first packs all weights."""
 
 
 class Linear(nn.Linear):
@@ -45,7 +45,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The same with few passes over memory: on a CPU, five times faster than autograd's chain of small operations."""
+    """`rms_norm_reference` with few passes over memory: on a CPU, five times faster than autograd's many operations."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -67,7 +67,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _NativeRMSNorm(torch.autograd.Function):
-    """The same in one pass over each row."""
+    """`rms_norm_reference` by the kernel, in one pass over each row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -23,7 +23,7 @@ from motley.model.layers import MLP
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router of one layer did with one call's tokens.
+    """Statistics of the router of one layer over the tokens of one call.
 
     counts: int64 [experts], tokens sent to each expert (padding not counted): what the bias follows.
     balance: scalar, sum over the sequences of their balance loss (V3 report, eq. 17-20) weighted by the number of
@@ -93,7 +93,7 @@ class Gate(nn.Module):
     def rebalance(self, counts: Tensor, gamma: float) -> None:
         """Move the bias by gamma towards balance, given the step's global `counts` [experts]."""
         if self.config.topk_method == "noaux_tc":
-            load = counts.long()  # exact: every worker moves its own copy, and none may round another way
+            load = counts.long()  # exact: ranks update copies of the bias, and rounding must not make them differ
             below_mean = torch.sign(load.sum() - len(load) * load)
             self.e_score_correction_bias += gamma * below_mean.to(self.e_score_correction_bias)
 
@@ -129,7 +129,7 @@ class MoE(nn.Module):
         tokens = ones.sum(dim=(1, 2))
 
         def counted(indices: Tensor) -> Tensor:
-            """How often each expert is among `indices` [tokens, k] of what counts, int64 [batch, experts]."""
+            """How often each expert occurs in `indices` [tokens, k], padding excluded: int64 [batch, experts]."""
             indices = indices.unflatten(0, (batch, -1))
             once = ones.expand_as(indices).flatten(1)
             return ones.new_zeros(batch, experts).scatter_add_(1, indices.flatten(1), once)

@@ -8,7 +8,7 @@ from motley.model import native
 
 
 def wide(x: Tensor) -> Tensor:
-    """What a product is computed from: what a CPU does not multiply itself goes through fp32, as sums do inside a GPU.
+    """`x` in the dtype to multiply in: fp32 where the CPU has no instructions for its own; a GPU sums in fp32 as well.
 
     PyTorch's own products of fp16 on CPUs take fifty times as long as bf16's, and those of bf16 on a CPU without such
     instructions some hundreds of times as long as fp32's. The result is rounded once, as theirs is.

@@ -55,7 +55,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | No
 
 
 def _block_mask(start: int, end: int, documents: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores of queries start … end against keys 0 … end: 0 or -inf, [rows or 1, block, end]."""
+    """Mask to add to the scores of queries start … end against keys 0 … end: 0 or -inf, [rows or 1, block, end]."""
     mask = torch.zeros(end - start, end, dtype=dtype)
     mask[:, start:] = torch.full((end - start, end - start), -torch.inf, dtype=dtype).triu(1)
     if documents is None:

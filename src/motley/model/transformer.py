@@ -21,12 +21,12 @@ from motley.model.where import Where
 
 @dataclass(frozen=True)
 class Hidden:
-    """What the training loss is made of.
+    """What the training loss is computed from.
 
     main: [batch, seq, hidden], normed, predicts the next token through the head.
     further: one tensor [batch, seq, hidden] for each MTP depth k: position i predicts token i + k + 1. The last k
         positions have no such token within the row and must not be counted.
-    routings: what each MoE layer's router did, MTP's last, which count only positions that have a token k further.
+    routings: of each MoE layer's router, MTP's last, which count only positions that have a token k further.
     """
 
     main: Tensor
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations."""
+        """Dtype of the activations."""
         return self.compute_dtype or next(self.parameters()).dtype
 
     def gates(self) -> list[Gate]:
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
         mtp: bool = True,
         packed: Tensor | None = None,
     ) -> Hidden:
-        """Everything a training step needs short of the head.
+        """What a training step needs except for the logits.
 
         Args:
             input_ids: int64 [batch, seq].
@@ -167,7 +167,7 @@ class Transformer(nn.Module):
     def further(
         self, main: Tensor, input_ids: Tensor, documents: Tensor | None, packed: Tensor | None = None
     ) -> tuple[list[Tensor], list[Routing]]:
-        """What the MTP modules make of `main`, and what their routers did.
+        """(outputs of the MTP modules, statistics of their routers), given `main`.
 
         packed: [batch, seq] or None, the document of the row that each token belongs to, -1 is padding, where attention
             is not confined to it; None: `documents`. Routers of depth k count a position only if token i + k is in its
@@ -197,7 +197,7 @@ class Transformer(nn.Module):
         return self.model.embed_tokens(input_ids).to(self.dtype)
 
     def where(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None = None) -> Where:
-        """What every block is told about the tokens of one call."""
+        """Positions and documents of the tokens of one call."""
         seq = input_ids.shape[1]
         positions = torch.arange(seq, device=input_ids.device)[None] if cache is None else cache.positions(seq)
         cos, sin = self.rotary(positions, self.dtype)
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         return module(*inputs)
 
     def run_layers(self, x: Tensor, where: Where, cache: Cache | None = None) -> tuple[Tensor, list[Routing]]:
-        """x [batch, seq, hidden] through all layers and the final norm; what the routers of the layers did.
+        """(x [batch, seq, hidden] after all layers and the final norm, statistics of the routers).
 
         A model that holds only some layers has modules in the other places that return their input.
         """

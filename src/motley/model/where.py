@@ -1,4 +1,4 @@
-"""Where the tokens of one call stand: what every block is told beside the activations."""
+"""Positions and documents of the tokens of one call: an argument of every block."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Where:
-    """The same for all layers.
+    """Shared by all layers.
 
     positions [batch, seq]; cos, sin [batch or 1, seq, 1, rope/2].
     documents: [batch, seq] or None, within which attention stays.
     routed: bool [batch, seq] or None, the tokens that routers count; None: all.
-    held: with a cache, positions of the longest row including these tokens: known without asking the device.
+    held: with a cache, positions of the longest row including these tokens; known without waiting for the device.
     """
 
     positions: Tensor

@@ -48,7 +48,7 @@ EVENTS_FOLDER = "tensorboard"
 KINDS = ("train", "valid", "experts", "ranks", "step_stats", "timeline", "outer_step", "event")
 OLD_KINDS = {"crew": "ranks", "workers": "step_stats", "islands": "outer_step"}
 OLD_FIELDS = {"ranks": {"teams": "groups", "lanes": "replicas"}}
-"""Of a kind under its present name: what a field was called, and what it is called now."""
+"""By the present name of a kind: old name → present name of a field."""
 RECENT_STEPS = 2  # ranks that lose contact are at most one step apart
 POSITION = ("step", "tokens", "seconds")  # where in the run: not curves of their own
 
@@ -232,7 +232,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = [_record(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
     if old := sorted({record["kind"] for record in records} & OLD_KINDS.keys()):
         present = ", ".join(f"{kind} as {OLD_KINDS[kind]}" for kind in old)
-        warnings.warn(f"{path} was written by an earlier version; its records are read under new names: {present}", stacklevel=2)
+        warnings.warn(
+            f"{path} was written by an earlier version; its records are read under new names: {present}", stacklevel=2
+        )
     return [upgraded(record) for record in records]
 
 
@@ -254,7 +256,11 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
         raise InputError(f"{path}, line {number} is not valid JSON ({error}); remove the line to go on") from None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or not isinstance(record.get("kind"), str):
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("step"), int)
+        or not isinstance(record.get("kind"), str)
+    ):
         raise InputError(f"{path}, line {number} is no record of a training run: it needs a kind and a step")
     return record
 
