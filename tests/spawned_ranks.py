@@ -107,7 +107,7 @@ def _command(
     if before is not None:
         before()
     try:
-        main()
+        sys.exit(main())
     finally:
         atexit._run_exitfuncs()
 
