@@ -38,6 +38,8 @@ SERVER.set_forkserver_preload(
         "motley.data.command",
         "motley.train.pretrain",
         "motley.train.sft",
+        "motley.parallel.run",
+        "motley.parallel.auto_plan",
     ]
 )
 
