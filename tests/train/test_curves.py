@@ -30,10 +30,13 @@ LAYOUTS = {
         (PipelineGroup(((0,), (1,), (2,)), (4,), micro_batch=2),), zero=1, memory=(1.0, 5.0, 2.0), rates=(1.0, 0.3, 3.0)
     ),
     "a pipeline of 1 and 3 layers beside a whole model": Layout(
-        (PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=3)), zero=0
+        (PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2),
+         PipelineGroup(((2,),), (4,), micro_batch=3)),
+        zero=0,
     ),
     "experts 1 and 3 on two workers, one apart": Layout(
-        (PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=1)), zero=1
+        (PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=1)),
+        zero=1,
     ),
     "gradients kept once (ZeRO 2) by two workers, one with little memory": Layout(
         tuple(PipelineGroup(((rank,),), (4,), micro_batch=size) for rank, size in enumerate((2, 3))),
