@@ -38,6 +38,8 @@ SERVER.set_forkserver_preload(
         "motley.data.command",
         "motley.train.pretrain",
         "motley.train.sft",
+        "motley.parallel.run",
+        "motley.parallel.auto_plan",
     ]
 )
 
@@ -107,7 +109,7 @@ def _command(
     if before is not None:
         before()
     try:
-        main()
+        sys.exit(main())
     finally:
         atexit._run_exitfuncs()
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,28 @@ from motley.cli import COMMANDS, find, main
 SCRIPT = Path(sys.executable).with_name("motley")
 
 
-def motley(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "motley", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+Ran = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_python_m_motley_is_motley() -> None:
-    one = motley()
+@pytest.fixture
+def motley(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ran:
+    """motley(*words): the command in this process, in a folder of its own: what it said, and its exit status."""
+    monkeypatch.chdir(tmp_path)
+
+    def ran(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        try:
+            status = main(words)
+        except SystemExit as left:
+            status = int(left.code or 0)
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(words, status, said.out, said.err)
+
+    return ran
+
+
+def test_python_m_motley_is_motley(motley: Ran) -> None:
+    one = subprocess.run([sys.executable, "-m", "motley"], capture_output=True, text=True)
     other = subprocess.run([str(SCRIPT)], capture_output=True, text=True)
     assert (one.stdout, one.stderr, one.returncode) == (other.stdout, other.stderr, other.returncode)
     assert all(name in one.stdout for name in COMMANDS)
@@ -29,7 +45,7 @@ def test_python_m_motley_is_motley() -> None:
     assert motley("--version").stdout.strip() == __version__
 
 
-def test_an_unknown_command_is_named_with_those_there_are() -> None:
+def test_an_unknown_command_is_named_with_those_there_are(motley: Ran) -> None:
     done = motley("fly")
     assert done.returncode == 2
     assert "no command 'fly'" in done.stderr
@@ -55,7 +71,7 @@ def test_a_command_that_is_a_group_too_names_the_commands_beside_it(capsys: pyte
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_exists_and_explains_itself(name: str) -> None:
+def test_every_command_exists_and_explains_itself(name: str, motley: Ran) -> None:
     command = COMMANDS[name]
     for path in (command.function, command.config, command.report):
         assert path is None or callable(find(path))
@@ -64,7 +80,7 @@ def test_every_command_exists_and_explains_itself(name: str) -> None:
     assert ("--json" in done.stdout) == (command.report is not None)
 
 
-def test_a_wrong_option_is_status_2() -> None:
+def test_a_wrong_option_is_status_2(motley: Ran) -> None:
     done = motley("data", "--no-such-option", "3")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -86,8 +102,8 @@ def test_a_wrong_option_is_status_2() -> None:
         (["demo", "--data", "nowhere.txt"], "nowhere.txt does not exist"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_status_2(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = motley(*arguments, cwd=tmp_path)
+def test_what_the_user_can_mend_is_one_line_and_status_2(arguments: list[str], said: str, motley: Ran) -> None:
+    done = motley(*arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert said in done.stderr
@@ -95,15 +111,15 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(arguments: list[str], s
     assert done.stdout == ""
 
 
-def test_reports_are_one_json_object(tmp_path: Path) -> None:
+def test_reports_are_one_json_object(motley: Ran, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a few words again and again " * 200)
-    tasks = motley("tasks", "--count", 20, "--out", "tasks.jsonl", "--json", cwd=tmp_path)
+    tasks = motley("tasks", "--count", 20, "--out", "tasks.jsonl", "--json")
     assert json.loads(tasks.stdout)["written"] == len((tmp_path / "tasks.jsonl").read_text().splitlines())
-    data = motley("data", "--data", "text.txt", "--vocab-size", 300, "--out", "data", "--json", cwd=tmp_path)
+    data = motley("data", "--data", "text.txt", "--vocab-size", 300, "--out", "data", "--json")
     assert json.loads(data.stdout)["folder"] == "data"
-    again = motley("data", "--data", "text.txt", "--vocab-size", 300, "--out", "data", cwd=tmp_path)
+    again = motley("data", "--data", "text.txt", "--vocab-size", 300, "--out", "data")
     assert "tokens" in again.stdout
-    fleet = motley("fleet", "probe", "--seconds", "0.1", "--json", cwd=tmp_path)
+    fleet = motley("fleet", "probe", "--seconds", "0.1", "--json")
     assert json.loads(fleet.stdout)["machines"][0]["device"]
 
 

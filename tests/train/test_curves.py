@@ -1,4 +1,8 @@
-"""Over hundreds of steps, too, a crew's losses are those of a single process: nothing drifts apart."""
+"""Over many steps, too, a crew's losses are those of a single process: nothing drifts apart.
+
+Rounding keeps them 2e-7 apart, after 20 steps as after 200. What is wrong grows: a learning rate that is 0.1 % off on
+one rank makes 4e-6 within 20 steps, momentum that one rank loses at step 20 makes 1e-6 to 6e-3 by step 30.
+"""
 
 from functools import cache
 from typing import Any
@@ -16,7 +20,7 @@ from motley.parallel.rank import Ranks
 from motley.train.optimizer import Optimizer, OptimizerName
 from motley.train.step import LossWeights, accumulate
 
-STEPS = 200
+STEPS = 50
 LEARNING_RATE = 5e-4
 """At four times this rate a single process parts from itself (0.6 %) once its micro-batch is another: rounding tips a
 router over."""
@@ -26,10 +30,13 @@ LAYOUTS = {
         (PipelineGroup(((0,), (1,), (2,)), (4,), micro_batch=2),), zero=1, memory=(1.0, 5.0, 2.0), rates=(1.0, 0.3, 3.0)
     ),
     "a pipeline of 1 and 3 layers beside a whole model": Layout(
-        (PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=3)), zero=0
+        (PipelineGroup(((0, 1),), (1, 3), schedule="zero_bubble", micro_batch=2),
+         PipelineGroup(((2,),), (4,), micro_batch=3)),
+        zero=0,
     ),
     "experts 1 and 3 on two workers, one apart": Layout(
-        (PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=1)), zero=1
+        (PipelineGroup(((0,), (1,)), (4,), experts=(1, 3), micro_batch=2), PipelineGroup(((2,),), (4,), micro_batch=1)),
+        zero=1,
     ),
     "gradients kept once (ZeRO 2) by two workers, one with little memory": Layout(
         tuple(PipelineGroup(((rank,),), (4,), micro_batch=size) for rank, size in enumerate((2, 3))),
@@ -80,7 +87,7 @@ def of_a_crew(comm: Communicator, layout: Layout, optimizer: OptimizerName) -> l
 @pytest.mark.parametrize(
     ("name", "optimizer"), [*((name, "muon") for name in LAYOUTS), *((n, "adamw") for n in BY_ADAMW)]
 )
-def test_the_losses_of_200_steps_are_those_of_a_single_process(name: str, optimizer: OptimizerName):
+def test_the_losses_of_50_steps_are_those_of_a_single_process(name: str, optimizer: OptimizerName):
     expected = of_one_process(optimizer)
     losses = on_ranks(LAYOUTS[name].workers, of_a_crew, LAYOUTS[name], optimizer)[0]
-    assert max(abs(ours - theirs) / theirs for ours, theirs in zip(losses, expected, strict=True)) <= 1e-5
+    assert max(abs(ours - theirs) / theirs for ours, theirs in zip(losses, expected, strict=True)) <= 1e-6

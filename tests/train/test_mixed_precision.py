@@ -226,12 +226,12 @@ def test_what_overflows_at_any_scale_stops_with_the_way_out(
 def test_fp16_and_fp8_learn_what_fp32_learns(data: Path, tmp_path: Path) -> None:
     found = {}
     for name in ("fp32", "fp16", "fp8"):
-        pretrain(run_settings(tmp_path / name, data, precision=name, steps=100, batch_rows=4, checkpoint_every=100))
+        pretrain(run_settings(tmp_path / name, data, precision=name, steps=50, batch_rows=4, checkpoint_every=50))
         found[name] = [loss for loss, _ in train_losses(tmp_path / name)]
         assert not [event for event in events(tmp_path / name) if "experts of MoE layer" not in event]
     assert found["fp32"][-1] < found["fp32"][0] - 1
-    ends = [sum(losses[-20:]) / 20 for losses in found.values()]
-    assert ends[1:] == pytest.approx(ends[:1] * 2, rel=0.005)
+    ends = [sum(losses[-10:]) / 10 for losses in found.values()]
+    assert ends[1:] == pytest.approx(ends[:1] * 2, rel=0.002)
 
 
 @pytest.mark.parametrize("name", ["full", "compressed queries", "tied"])

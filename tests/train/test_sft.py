@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conversations import CONVERSATIONS, WORDS, as_lines
+from spawned_ranks import MOTLEY, run
 
 from motley.data.conversation import ConversationEncoder, Message
 from motley.data.pack import DataConfig, pack_conversations, prepare
@@ -103,8 +103,7 @@ def test_held_out_loss_and_bits_per_byte_are_those_of_whole_logits(
 
 
 def motley_sft(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "motley", "sft", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run([*MOTLEY, "sft", *map(str, arguments)])
 
 
 def test_a_model_learns_its_conversations_and_says_them(base: Path, tmp_path: Path) -> None:
@@ -189,8 +188,8 @@ def test_a_pretrained_run_goes_on_as_fine_tuning(tmp_path: Path) -> None:
     text.write_text(" ".join(WORDS * 400))
     data = prepare(DataConfig(data=(str(text),), vocab_size=300), tmp_path / "data").folder
     common = ["--steps", "3", "--batch-rows", "2", "--seq-len", "64", "--device", "cpu", "--precision", "fp32"]
-    command = [sys.executable, "-m", "motley", "pretrain", "--data", str(data), "--out", str(tmp_path / "base")]
-    assert subprocess.run([*command, *common], capture_output=True).returncode == 0
+    pretrained = run([*MOTLEY, "pretrain", "--data", str(data), "--out", str(tmp_path / "base"), *common])
+    assert pretrained.returncode == 0, pretrained.stderr
     file = tmp_path / "conversations.jsonl"
     file.write_text(as_lines(CONVERSATIONS * 3))
     done = motley_sft("--model", tmp_path / "base", "--data", file, "--out", tmp_path / "chat", *common, "--json")
