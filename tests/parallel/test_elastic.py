@@ -27,7 +27,7 @@ from motley.parallel.elastic.rendezvous import Door
 from motley.parallel.run import pretrain
 from motley.train.config import PretrainConfig
 from motley.train.metrics import MetricsWriter, RecentRecords, read_metrics, records_of
-from motley.train.trainer import Course, Position, stop_requests
+from motley.train.run_state import Position, RunState, stop_requests
 
 
 def started(words: list[str]) -> subprocess.Popen[str]:
@@ -85,7 +85,7 @@ def test_a_crew_that_goes_on_and_parts_before_its_first_step_keeps_what_is_writt
     with MetricsWriter(tmp_path) as file:
         for record in written:
             file.write(**record)
-    course = Course(Position(step=5), recent=records_of(tmp_path, 5))
+    course = RunState(Position(step=5), recent=records_of(tmp_path, 5))
     for message in ("first", "second"):  # crews that meet and part again
         with MetricsWriter(tmp_path, course.written) as file:
             RecentRecords(file, course.recent).write("event", step=5, message=message)
@@ -190,7 +190,7 @@ def test_workers_share_what_was_asked_for_and_live_ones_nothing():
 
 @pytest.mark.usefixtures("handlers")
 def test_who_was_asked_to_stop_still_is_when_the_crew_ends_for_another_reason():
-    course = Course()
+    course = RunState()
 
     def step() -> None:
         with stop_requests(course) as asked:
@@ -203,7 +203,7 @@ def test_who_was_asked_to_stop_still_is_when_the_crew_ends_for_another_reason():
     assert course.asked
     with stop_requests(course) as asked:
         assert asked.is_set()
-    with stop_requests(Course()) as asked:
+    with stop_requests(RunState()) as asked:
         assert not asked.is_set()
 
 
@@ -217,7 +217,7 @@ def handlers() -> Iterator[None]:
 @pytest.mark.usefixtures("handlers")
 def test_one_that_lost_the_others_is_not_ended_before_it_has_said_so():
     """torchrun sends SIGTERM to all who are left, a tenth of a second after one died."""
-    course = Course()
+    course = RunState()
 
     def step() -> None:
         with stop_requests(course):
