@@ -84,7 +84,7 @@ def test_pretraining_goes_on_from_a_run_a_checkpoint_or_text_in_its_tokens(
 def test_a_run_that_stops_for_its_loss_names_a_start_that_works(data: Path, base: Path, tmp_path: Path) -> None:
     settings = PretrainConfig(out=tmp_path / "run", data=(str(data),), model=str(base), steps=20, **COMMON)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("motley.train.trainer.factor", lambda step, *_: 1e30 if step == 4 else 1.0)
+        patch.setattr("motley.train.config.factor", lambda step, *_: 1e30 if step == 4 else 1.0)
         with pytest.raises(InputError) as stopped:
             pretrain(settings)
     named = str(stopped.value).partition("give the command --model ")[2].partition(",")[0]

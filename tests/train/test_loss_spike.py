@@ -94,7 +94,7 @@ def test_a_checkpoint_half_deleted_by_a_killed_run_does_not_look_whole(
         step_folder(tmp_path, step).mkdir(parents=True)
         (step_folder(tmp_path, step) / "training.json").write_text("{}")
 
-    one_island: Any = SimpleNamespace(world=Communicator(), count=1)
+    alone: Any = SimpleNamespace(leads=True, prune_own=lambda run, kept: None)
 
     def die(folder: Path) -> None:
         raise KeyboardInterrupt
@@ -102,7 +102,7 @@ def test_a_checkpoint_half_deleted_by_a_killed_run_does_not_look_whole(
     with monkeypatch.context() as killed:
         killed.setattr(shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            prune(tmp_path, one_island, 2, None)
+            prune(tmp_path, alone, 2, None)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
-    prune(tmp_path, one_island, 2, None)
+    prune(tmp_path, alone, 2, None)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
