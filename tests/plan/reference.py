@@ -161,7 +161,7 @@ def _busiest(pipeline: Pipeline, values: list[float]) -> float:
 
 
 def micro_batches(pipeline: Pipeline, sequences: int) -> int:
-    """Of each copy when the group takes so many sequences."""
+    """Of each replica when the group takes so many sequences."""
     return max(-(-sequences // (pipeline.dp * pipeline.micro_batch)), least(pipeline))
 
 
@@ -202,7 +202,7 @@ def _last_cut(members: Sequence[GroupMember], pieces: int, workload: Workload) -
 
 
 def every_pipeline(pools: Sequence[Pool], workload: Workload, micro_batches: Sequence[int]) -> Iterator[Pipeline]:
-    """All pipelines of a group: every degree, number of stages and copies, and every way to cut the layers."""
+    """All pipelines of a group: every degree, number of stages and replicas, and every way to cut the layers."""
     members = members_of(pools, workload)
     heads = workload.shape.blocks[0].heads
     pieces = workload.shape.num_layers + len(workload.shape.mtp) + 2
@@ -267,7 +267,7 @@ def _run_by_motley(pipeline: Pipeline) -> bool:
 
 
 def update_rate(pipeline: Pipeline, workload: Workload) -> float:
-    """Updates of the whole model a second that all chips of a pipeline's copies together could do."""
+    """Updates of the whole model a second that all chips of a pipeline's replicas together could do."""
     rate = 0.0
     for index, (member, stages) in enumerate(zip(pipeline.members, pipeline.stages, strict=True)):
         own = network_pieces(

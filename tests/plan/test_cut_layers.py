@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from motley.plan.cost_model.stage_balance import balanced
-from motley.plan.search.cut_layers import PieceCosts, place
+from motley.plan.search.cut_layers import PieceCosts, cut_stages
 
 
 def every_cut(pieces: int, stages: int):
@@ -49,7 +49,7 @@ def test_two_kinds_of_chips_share_a_pipeline_as_well_as_any_cut_within_memory(se
     stages, on = 4, np.array([[0], [0], [1], [1]])
     flights = np.array([[4.0], [3.0], [2.0], [1.0]])
     together = int(random.integers(1, 3))
-    found = place(pools, kinds, on, np.array([stages]), flights, together)
+    found = cut_stages(pools, kinds, on, np.array([stages]), flights, together)
     best = np.inf
     for cut in every_cut(pieces, stages):
         if cut[-1][0] > pieces - together:

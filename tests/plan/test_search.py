@@ -233,7 +233,7 @@ def test_states_spread_over_free_memory_when_small_chips_cannot_hold_theirs():
     found = Searcher(fleet, workload).best()
     assert found is not None
     check_memory(found)
-    assert {name for group in found.groups for name in group.group} == {"roomy", "small"}
+    assert {name for group in found.groups for name in group.pools} == {"roomy", "small"}
 
 
 def test_an_island_shares_gradients_and_weights_too_the_less_memory_there_is():

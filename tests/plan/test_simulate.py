@@ -24,7 +24,7 @@ CALM = SimulateSettings(stragglers_per_failure=0, replan_seconds=0, spare_share=
 
 
 def plan(days: float = 30, hours: float = 50_000.0, nodes: int = 256, availability: float = 1.0) -> dict[str, Any]:
-    """2,048 chips by default, a copy of the model on every 16 of them."""
+    """2,048 chips by default, a replica of the model on every 16 of them."""
     chips = 8 * nodes
     return {
         "model": "v3", "fleet": "test", "steps": 1000, "step_seconds": days * DAY / 1000,
@@ -43,12 +43,12 @@ def plan(days: float = 30, hours: float = 50_000.0, nodes: int = 256, availabili
     }  # fmt: skip
 
 
-def group(copies: int, *parts: SimulatedPool, state_bytes: float = 0.0) -> SimulatedGroup:
-    return SimulatedGroup(1.0, copies, state_bytes, parts)
+def group(replicas: int, *parts: SimulatedPool, state_bytes: float = 0.0) -> SimulatedGroup:
+    return SimulatedGroup(1.0, replicas, state_bytes, parts)
 
 
-def part(chips: int, copies: int, work: float = 1.0, per_node: int = 8, memory_bytes: float = 80e9) -> SimulatedPool:
-    return SimulatedPool("a", chips, chips // copies, -(-chips // per_node), per_node, 1e5, 1.0, work, memory_bytes)
+def part(chips: int, replicas: int, work: float = 1.0, per_node: int = 8, memory_bytes: float = 80e9) -> SimulatedPool:
+    return SimulatedPool("a", chips, chips // replicas, -(-chips // per_node), per_node, 1e5, 1.0, work, memory_bytes)
 
 
 def test_goodput_with_spares_is_what_young_and_daly_expect():
@@ -119,11 +119,11 @@ def test_more_failures_longer_repairs_and_slower_stragglers_cost_more():
 
 
 def test_a_group_that_loses_a_node_goes_on_with_the_copies_that_are_left():
-    many = group(40, part(640, 40))  # a copy is two nodes
+    many = group(40, part(640, 40))  # a replica is two nodes
     assert many.speed([640], 0, CALM) == 1
     assert many.speed([632], 0, CALM) == pytest.approx(39 / 40)
     assert many.speed([624], 0, CALM) == pytest.approx(39 / 40)  # formed again of what is left
-    assert many.speed([640], 2, CALM) == pytest.approx((40 - 2 * 0.3) / 40)  # two slow chips slow two copies
+    assert many.speed([640], 2, CALM) == pytest.approx((40 - 2 * 0.3) / 40)  # two slow chips slow two replicas
     assert many.speed([0], 3, CALM) == 0
 
 
@@ -136,7 +136,7 @@ def test_a_group_without_a_whole_copy_works_on_with_what_is_left_if_the_state_fi
 
 
 def test_pools_of_one_group_fail_together():
-    """A copy needs both pools: with half of the one, half of the copies work, or all is cut anew."""
+    """A replica needs both pools: with half of the one, half of the replicas work, or all is cut anew."""
     mixed = group(4, part(16, 4, work=0.8, per_node=4), part(8, 4, work=0.2, per_node=2))
     assert mixed.speed([8, 8], 0, CALM) == pytest.approx(0.9 * (0.8 / 2 + 0.2))
     assert mixed.speed([16, 4], 0, CALM) == pytest.approx(0.9 * (0.8 + 0.2 / 2))
@@ -147,9 +147,9 @@ def test_pools_of_one_group_fail_together():
 def test_losing_more_is_never_faster():
     random = np.random.default_rng(4)
     for _ in range(300):
-        copies = int(random.choice([1, 2, 4]))
-        parts = [part(copies * int(random.integers(1, 9)), copies, work) for work in (0.3, 0.7)]
-        some = group(copies, *parts, state_bytes=random.uniform(0, 80e9 * sum(p.chips for p in parts)))
+        replicas = int(random.choice([1, 2, 4]))
+        parts = [part(replicas * int(random.integers(1, 9)), replicas, work) for work in (0.3, 0.7)]
+        some = group(replicas, *parts, state_bytes=random.uniform(0, 80e9 * sum(p.chips for p in parts)))
         fewer = [int(random.integers(0, p.chips + 1)) for p in parts]
         more = [int(random.integers(count, p.chips + 1)) for count, p in zip(fewer, parts, strict=True)]
         slow = int(random.integers(0, 3))
@@ -159,14 +159,14 @@ def test_losing_more_is_never_faster():
 def test_the_state_is_that_of_the_smallest_set_of_chips_that_holds_every_expert():
     values = plan()
     values["groups"][0] |= {"ep": 4}
-    chips, copies = 2048, 128
-    assert simulated_groups(values)[0].state_bytes == pytest.approx(chips * (4e9 * 4 / copies + 1e8))
+    chips, replicas = 2048, 128
+    assert simulated_groups(values)[0].state_bytes == pytest.approx(chips * (4e9 * 4 / replicas + 1e8))
     values["groups"][0] |= {"zero": 3}  # all is sharded: the group holds it once
     assert simulated_groups(values)[0].state_bytes == pytest.approx(chips * 4.1e9)
 
 
 def test_a_group_of_one_copy_does_not_stand_still_through_a_repair():
-    """Two nodes hold the only copy. A repair of ten days costs about half of the speed while it lasts, not all."""
+    """Two nodes hold the only replica. A repair of ten days costs about half of the speed while it lasts, not all."""
     values = plan(days=200, hours=16 * 24 * 40, nodes=2)
     slow_repair = SimulateSettings(stragglers_per_failure=0, repair_hours=240, runs=20)
     values["groups"][0]["stages"][0]["memory_bytes"] = {"weights": 0, "gradients": 0, "optimizer": 30e9}

@@ -1,4 +1,4 @@
-"""What is to be trained, as the search sees it: model, tokens, batch, context, framework of each kind of chip."""
+"""What is to be trained: model, tokens, batch, context, and the framework of each kind of chip."""
 
 import math
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ class Workload:
         tokens: to train on in all.
         seq_len: tokens in a sequence.
         global_batch: sequences in an optimizer step.
-        framework: name of the training system; "motley" takes its CPU constants on CPUs.
+        framework: name of the training framework; "motley" takes its CPU constants on CPUs.
         fp8: whether chips that can may compute products in fp8.
-        optimizer_bytes: of optimizer state for each parameter; None: what the framework usually keeps.
+        optimizer_bytes: of optimizer state for each parameter; None: the framework's.
     """
 
     shape: NetworkSpec

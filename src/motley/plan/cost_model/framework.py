@@ -1,4 +1,4 @@
-"""What a training system makes of a chip: efficiencies, overheads and habits, as data with their provenance.
+"""Training frameworks as the cost model sees them: efficiencies, overheads and defaults, as data with their provenance.
 
 Published systems differ by a factor of two to three on the same chips, so the numbers belong to the framework, not
 to the chip. Each file in `frameworks/` holds one; `fitted` says on which measurements, by which command.
@@ -86,21 +86,21 @@ class Framework:
         muon_efficiency: how fast those are, against products of layers of the same size.
         optimizer_seconds, step_seconds: fixed costs: per layer of the optimizer, per step.
         skew: share of a step lost in waiting for the slowest rank, per doubling of the nodes.
-        waiting: share of a step that groups, however many, wait for each other: rows follow speeds that jitter.
+        waiting: share of a step that groups wait for each other, because speeds vary from step to step.
         most_tensor, most_context: largest degrees of tensor and context parallelism it can run.
         most_zero: highest ZeRO stage it has.
-        zero_over: among whom ZeRO shares: equal chips of a "group", or all of an "island", by speed within memory. Over
-            an island stages 2 and 3 are for chips that each compute with the whole model.
+        zero_over: over which chips ZeRO shards: equal chips of a pipeline "group", or all of an "island", in proportion
+            to speed within memory. Over an island stages 2 and 3 are for chips that each hold the whole model.
         schedules: of pipelines that it can run: 1f1b, interleaved (1f1b of several chunks), zero_bubble, dualpipe.
         mtp_with_head: whether MTP modules stay on the last stage, with the head that they share.
         balanced_stages: whether pipelines are cut where the times balance (else: equal numbers of layers).
-        recomputes: what it can do about activations, of "none", "selective" and "full".
-        recompute: what it does when the user does not say.
-        zero: the same for ZeRO.
+        recomputes: kinds of activation recomputation it has, of "none", "selective" and "full".
+        recompute: its default.
+        zero: its default ZeRO stage.
         state_bytes: weights, gradients, optimizer states per parameter in training, in bytes.
         measured_on: chip of the `measured` points.
         measured: (rows, hidden_size, tp, factor): how a layer's measured time there compares with the formula's.
-        fitted: rows of provenance for people.
+        fitted: where the constants come from.
     """
 
     name: str
@@ -158,19 +158,19 @@ class Framework:
     measured: tuple[tuple[float, float, float, float], ...]
     fitted: tuple[str, ...]
 
-    def bytes_kept_once(self, zero: int) -> float:
-        """Per parameter, of what may lie with any chip of an island."""
+    def sharded_bytes(self, zero: int) -> float:
+        """Per parameter, of states that are sharded at this ZeRO stage."""
         kinds = ("optimizer", "gradient", "weight")
         return sum(self.state_bytes[kind] for kind in (kinds[:zero] if self.zero_over == "island" else kinds[:1]))
 
     def at_speed(self, speed: float) -> "Framework":
-        """The same on chips that are slowed down to a share of their speed, with whatever the host does for them."""
+        """The same on chips slowed down to a share of their speed, host included."""
         return replace(self, **{name: getattr(self, name) / speed for name in HOST_SECONDS})
 
     def correction(self, chip: str, rows: Floats, hidden_size: int, tp: Ints) -> Floats:
         """Factor on a layer's seconds from points measured nearby; 1 far from them.
 
-        Libraries pick other kernels at other sizes, so real curves have teeth that no formula has. A Gaussian in
+        Libraries pick other kernels at other sizes, so measured curves have steps that no formula has. A Gaussian in
         octaves of (rows, hidden size, tp) weighs the points; a small constant in the sum lets them fade with distance.
         """
         if chip != self.measured_on or not self.measured:

@@ -23,7 +23,7 @@ from motley.plan.cost_model.step_time import HeldParameters, NetworkPieces, Piec
 from motley.plan.network.spec import BlockSpec, NetworkSpec
 
 FRAGMENTATION = 0.07  # of everything else (6 to 8 % are usual with PyTorch's allocator)
-BUCKET_BYTES = 100e6  # gradients wait in buckets of this size to be exchanged
+BUCKET_BYTES = 100e6  # of gradients that are exchanged together
 LOGIT_BYTES = 8  # per logit while the loss is computed: 16-bit logits and gradient, an fp32 copy
 SHARDED_FROM = (3, 2, 1)  # ZeRO stage from which weights, gradients, optimizer states are sharded
 
@@ -188,8 +188,8 @@ def state_bytes(
     return twice * sizes["weight"] * sharded(3), twice * sizes["gradient"] * sharded(2), sizes["optimizer"] * sharded(1)
 
 
-def at_home(states: tuple[Floats, Floats, Floats], configs: ParallelConfigs, framework: Framework) -> Floats:
-    """What of (weights, gradients, optimizer) stays on a chip although others keep what may lie with any of them."""
+def unsharded_bytes(states: tuple[Floats, Floats, Floats], configs: ParallelConfigs, framework: Framework) -> Floats:
+    """Of (weights, gradients, optimizer): what every chip holds even when others hold all sharded states."""
     if framework.zero_over == "group":
         return states[0] + states[1]
     return sum(
@@ -198,8 +198,8 @@ def at_home(states: tuple[Floats, Floats, Floats], configs: ParallelConfigs, fra
     )
 
 
-def visiting_bytes(shape: NetworkSpec, configs: ParallelConfigs, framework: Framework) -> Floats:
-    """Weights and gradients of the piece that is being computed where others keep them: ZeRO 2 and 3 of an island."""
+def gathered_bytes(shape: NetworkSpec, configs: ParallelConfigs, framework: Framework) -> Floats:
+    """Gradients and gathered weights of the piece being computed: ZeRO 2 and 3 over an island."""
     if framework.zero_over == "group":
         return np.zeros(len(configs))
     blocks = [block.parameters for block, _ in shape.runs] + [block.parameters for block in shape.mtp]
@@ -211,7 +211,7 @@ def visiting_bytes(shape: NetworkSpec, configs: ParallelConfigs, framework: Fram
 
 
 def buffer_bytes(shape: NetworkSpec, configs: ParallelConfigs, framework: Framework, seq: int) -> Floats:
-    """Messages on their way: stage borders, expert exchange, gradient buckets, weights that visit."""
+    """Messages: stage borders, expert exchange, gradient buckets, gathered weights."""
     tokens = configs.micro_batch * seq / configs.cp
     border = 4 * VALUE_BYTES * tokens * shape.hidden_size / _replicated(configs, framework)
     chosen = max(block.chosen for block, _ in shape.runs)
@@ -219,7 +219,7 @@ def buffer_bytes(shape: NetworkSpec, configs: ParallelConfigs, framework: Framew
         configs.ep > 1, tokens * chosen * shape.hidden_size * sum(framework.expert_bytes) / configs.tp, 0.0
     )
     buckets = np.where(configs.dp * configs.cp > 1, BUCKET_BYTES, 0.0)
-    return border + exchange + buckets + visiting_bytes(shape, configs, framework)
+    return border + exchange + buckets + gathered_bytes(shape, configs, framework)
 
 
 def _replicated(configs: ParallelConfigs, framework: Framework) -> Floats | float:

@@ -1,4 +1,4 @@
-"""When each chip of a pipeline works on what: the schedules played through, to be drawn and to be checked.
+"""When each chip of a pipeline computes which micro-batch: schedules simulated, to be drawn and to be checked.
 
     1f1b          F F F F B F B F B B B B        at most p - i micro-batches in flight on stage i
     zero_bubble   the backward pass in two: gradients of inputs (B) go on at once, those of weights (W) fill gaps
@@ -32,7 +32,7 @@ class TracedWork:
 def timeline(
     seconds: Sequence[tuple[float, float, float]], micro_batches: int, schedule: Schedule
 ) -> list[list[TracedWork]]:
-    """What every chip of one copy does in a step.
+    """What every chip of one replica does in a step.
 
     Args:
         seconds: of each stage and micro-batch: forward, gradients of inputs, gradients of weights.

@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step of a layout on equal chips: what the search minimises and `evaluate` prints.
+"""Seconds of one optimizer step of a layout on equal chips.
 
 |F F F F|B F B F B F ...|B B B B|  all-reduce  optimizer       1F1B, m micro-batches over p stages
 step = (m - 1) x slowest stage + sum of stages (x what the schedule leaves of its bubble)
@@ -301,10 +301,11 @@ def exchange_seconds(
 ) -> tuple[Floats, Floats]:
     """Seconds (once a step, with every micro-batch) to exchange what a stage with so many parameters has to.
 
-    Once: gradients are summed over the group. ZeRO-3 instead gathers weights for the forward and for the backward pass
-    of every micro-batch and scatters its gradients. Under DualPipe a chip's two stages hold so much on average, and
-    each lies on a mirrored chip too, with which its part of the sum is summed. Where islands share, gradients go to
-    owners (from ZeRO 2 on with every micro-batch), and weights come back once, or with ZeRO 3 twice a micro-batch.
+    Once: gradients are all-reduced over the group. ZeRO-3 instead all-gathers weights for the forward and for the
+    backward pass of every micro-batch and reduce-scatters gradients. Under DualPipe a chip's two stages hold so much on
+    average, and each is on a mirrored chip too, with which its gradients are summed. Where ZeRO shards over an island,
+    gradients are reduce-scattered (from ZeRO 2 on with every micro-batch), and weights all-gathered once, or with ZeRO
+    3 twice a micro-batch.
     """
     span = configs.tp * configs.cp * configs.dp
     group = configs.dp * configs.cp
@@ -330,7 +331,7 @@ def exchange_seconds(
 
 
 def sent_when(zero: Ints, gradients: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """(once a step, with every micro-batch) of the seconds in which an island's gradients, or weights, travel once."""
+    """(once a step, with every micro-batch) seconds, of those of one reduce-scatter of gradients, one all-gather."""
     once = np.where(zero < 2, gradients, 0.0) + np.where(zero < 3, weights, 0.0)
     return once, np.where(zero >= 2, gradients, 0.0) + np.where(zero >= 3, 2 * weights, 0.0)
 
@@ -342,7 +343,7 @@ def _two_ends(configs: ParallelConfigs, hardware: Hardware) -> tuple[Ints, Ints]
 
 
 def tied_seconds(shape: NetworkSpec, configs: ParallelConfigs, hardware: Hardware, framework: Framework) -> Floats:
-    """A tied table lies on the first and the last stage, whose gradients are summed."""
+    """All-reduce of a tied table's gradients between the first and the last stage."""
     if not shape.tied:
         return np.zeros(len(configs))
     table = shape.head.parameters / configs.tp * framework.gradient_bytes

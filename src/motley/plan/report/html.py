@@ -1,4 +1,4 @@
-"""A plan as one page that one would show to a director: who holds what, one step, memory, what each pool is worth."""
+"""A plan as one page for whoever pays: layers on chips, one step, memory, what each pool adds."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,12 +74,12 @@ def plan_page(plan: Mapping[str, Any]) -> str:
         *([_comparison_section(plan)] if len(plan["pools"]) > 1 else []),
         element(
             "section",
-            element("h2", "Who holds what"),
+            element("h2", "Layers on chips"),
             figure(
                 "Layers on chips",
                 _layout_svg(plan, colours),
-                "a row is a group of pools, a box a pipeline stage, its width the layers it holds; "
-                "chips: of all copies; exp.: experts of each layer on one chip",
+                "a row is a pipeline group, a box a stage of its pipeline, its width the layers of the stage; "
+                "chips: of all replicas; exp.: experts of each layer on one chip",
             ),
         ),
         element(
@@ -88,11 +88,11 @@ def plan_page(plan: Mapping[str, Any]) -> str:
             element(
                 "div",
                 figure(
-                    "All groups, second by second",
+                    "All pipeline groups, second by second",
                     step_svg(plan, colours),
-                    "a line is a chip of one copy of the model at its micro-batches, exchange between them included",
+                    "a line is a chip of one replica of the model at its micro-batches, exchange between them included",
                 ),
-                figure("Where the time of each group goes", _split_svg(plan)),
+                figure("Seconds of each pipeline group", _split_svg(plan)),
                 figure(
                     f"The pipeline of {' → '.join(biggest['pools'])}",
                     detail_svg(biggest, colours),
@@ -105,7 +105,7 @@ def plan_page(plan: Mapping[str, Any]) -> str:
             "section", element("h2", "Memory of a chip"), figure("The fullest stage of each pool", _memory_svg(plan))
         ),
         element("section", element("h2", "Pools"), _pool_table(plan, colours)),
-        element("section", element("h2", "Groups"), *(_group_facts(group) for group in plan["groups"])),
+        element("section", element("h2", "Pipeline groups"), *(_group_facts(group) for group in plan["groups"])),
         list_section(
             "Assumptions",
             [
@@ -165,13 +165,13 @@ def _sixth_card(plan: Mapping[str, Any]) -> Html:
 
 
 def _layout_svg(plan: Mapping[str, Any], colours: Mapping[str, str]) -> str:
-    """A row a group, a box a stage. A box too narrow for its words bears a number, explained below the row."""
+    """A row a group, a box a stage. A box too narrow for its words has a number, explained below the row."""
     parts: list[Html] = []
     y = 6.0
     for group in plan["groups"]:
         island = f"island {group['island'] + 1} · " if plan["inner_steps"] else ""
         label = (
-            f"{island}{' → '.join(group['pools'])}: {group['dp']:,} cop{'ies' if group['dp'] > 1 else 'y'}, "
+            f"{island}{' → '.join(group['pools'])}: {group['dp']:,} replica{'s' if group['dp'] > 1 else ''}, "
             f"{group['share']:.1%} of the batch, {_batches(group)}"
         )
         parts.append(text(10, y + 14, label))
@@ -344,14 +344,14 @@ def _price(amount: float) -> str:
 
 def _group_facts(group: Mapping[str, Any]) -> Html:
     facts = [
-        ("copies x stages", f"{group['dp']} x {stage_text(group['stages'])}"),
+        ("replicas x stages", f"{group['dp']} x {stage_text(group['stages'])}"),
         ("tensor parallel", ", ".join(f"{pool} {tp}" for pool, tp in group["tp"].items())),
         ("expert / context parallel", f"{group['ep']} / {group['cp']}"),
         ("schedule, recomputation", f"{group['schedule']}, {group['recompute']}"),
         ("ZeRO", f"{group['zero']}, optimizer states: {group['states']}"),
         (
             "batch",
-            f"{group['sequences']:,} sequences, on every copy {_batches(group)}",
+            f"{group['sequences']:,} sequences, on every replica {_batches(group)}",
         ),
     ]
     return element("div", element("h3", " → ".join(group["pools"])), facts_table(facts))

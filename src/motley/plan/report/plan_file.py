@@ -1,6 +1,6 @@
-"""A found plan spelled out: who holds and does what, how long each part of a step takes, what it costs.
+"""A plan as plain values: what each chip holds and computes, seconds of each part of a step, price.
 
-The result is plain values: the plan file that the runtime takes, the table, the JSON and the picture all come from it.
+The plan file that the runtime takes, the table, the JSON and the page are all made from them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -128,7 +128,7 @@ def _brief(plan: FoundPlan, found: FoundPlan) -> dict[str, Any]:
 
 
 def _spread_states(found: FoundPlan, groups: Sequence[dict[str, Any]]) -> None:
-    """Where some group's chips cannot hold its states, all states of its island lie where there is room."""
+    """Where some group's chips cannot hold its states, all states of its island are spread by free memory."""
     for island in {group["island"] for group in groups}:
         together = [group for group in groups if group["island"] == island]
         names = {name for group in together for name in group["pools"]}
@@ -151,7 +151,7 @@ def _spread_states(found: FoundPlan, groups: Sequence[dict[str, Any]]) -> None:
 
 
 def _group(found: FoundPlan, chosen: ChosenGroup) -> dict[str, Any]:
-    """One group: its layout, its stages, its part of the batch and the parts of its step."""
+    """One pipeline group: its layout, its stages, its share of the batch and the parts of its step."""
     options, workload = chosen.options.take(np.array([chosen.index])), found.workload
     configs = options.configs
     first = configs[0]
@@ -203,9 +203,9 @@ def _group(found: FoundPlan, chosen: ChosenGroup) -> dict[str, Any]:
 
 
 def _states(chosen: ChosenGroup) -> str:
-    """Who keeps what is kept once."""
+    """Which chips hold the group's optimizer states."""
     if chosen.update is not None:
-        return "shared in the island"
+        return "sharded over the island"
     return "own chips" if chosen.options.own_states[chosen.index] else SPREAD
 
 
@@ -339,7 +339,7 @@ def _flops_on(found: FoundPlan, group: dict[str, Any], pool: str) -> float:
 
 
 def _split(found: FoundPlan, groups: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The parts of a step, of the group that is busy longest, so that they add up to the step."""
+    """The parts of a step of the group that is busy the longest; they add up to the step."""
     longest = min(groups, key=lambda group: group["seconds"]["waiting"])
     parts = dict(longest["seconds"])
     parts["communication"] += parts.pop("waiting")
@@ -354,7 +354,7 @@ def _notes(found: FoundPlan, groups: Sequence[dict[str, Any]]) -> list[str]:
             notes.append(f"framework {framework.name}: {framework.fitted[0]}")
     if found.inner_steps:
         notes.append(
-            f"islands meet every {found.inner_steps} steps: published losses of doing so are "
+            f"an outer step every {found.inner_steps} steps: published losses of doing so are "
             "+0.3 to +2 % at 4 islands, less at larger models (DiLoCo scaling laws)"
         )
     if any(group["states"] == SPREAD for group in groups):

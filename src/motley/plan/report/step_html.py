@@ -1,6 +1,6 @@
-"""One step as a picture: every group against one axis in seconds, and the pipeline of the biggest group in detail.
+"""One step as a picture: every pipeline group on one axis in seconds, and the pipeline of the biggest one in detail.
 
-a100   ▟██████████████████▙▒▒▓░     a row of each chip of a copy: its micro-batches, blank where it idles (bubble)
+a100   ▟██████████████████▙▒▒▓░     a row of each chip of a replica: its micro-batches, blank where it idles (bubble)
 v100   ▟████████████████▙▒▒▒▓░░     then gradients exchanged ▒, optimizer ▓, waiting for the slowest group ░
        0 s      5 s      10 s
 """
@@ -14,7 +14,7 @@ from motley.plan.cost_model.pipeline_trace import TracedWork, timeline
 from motley.plan.report.text import seconds_text
 from motley.svg import LEFT, WIDTH, Axes, fits, legend, line, rect, svg, text
 
-MOST_WORKS = 20_000  # micro-batches x stages that are played through; beyond, a step's ramps are too short to see
+MOST_WORKS = 20_000  # micro-batches x stages that are simulated; beyond, a step's ramps are too short to see
 DETAIL_STAGES, DETAIL_MICRO_BATCHES = 16, 16
 NARROWEST = 5  # pixels of a box of its own in the detailed pipeline
 BOX = 17  # height of a box there
@@ -51,7 +51,7 @@ def step_svg(plan: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     top, each = 8.0, 5.0 if len(plan["groups"]) > 2 else 10.0
     axes = Axes((0, plan["step_seconds"]), (0, 1), left=LEFT, right=WIDTH - 20, top=top)
     for group in plan["groups"]:
-        rows = _played(group, group["micro_batches"])
+        rows = _traced(group, group["micro_batches"])
         height = min(max(each * len(rows), 22.0), 12.8 * each)
         parts += [
             text(LEFT - 10, top + height / 2, " → ".join(group["pools"]), "end"),
@@ -92,8 +92,8 @@ def _group_parts(
             yield rect(start, top, end - start, height, colour, tip, edge=False)
 
 
-def _played(group: Mapping[str, Any], micro_batches: int) -> list[list[TracedWork]]:
-    """The schedule played through; of a stage's time a third each is F, B and W."""
+def _traced(group: Mapping[str, Any], micro_batches: int) -> list[list[TracedWork]]:
+    """The schedule simulated; of a stage's time a third each is F, B and W."""
     thirds = [(stage["seconds_per_micro_batch"] / 3,) * 3 for stage in group["stages"]]
     return timeline(thirds, min(micro_batches, max(2 * group["pp"], MOST_WORKS // group["pp"])), group["schedule"])
 
@@ -153,8 +153,8 @@ def detail_caption(group: Mapping[str, Any]) -> str:
 
 
 def detail_svg(group: Mapping[str, Any], colours: Mapping[str, str]) -> str:
-    """What every chip of one copy does, box by box."""
-    rows = _played(group, detail_count(group))
+    """What every chip of one replica does, box by box."""
+    rows = _traced(group, detail_count(group))
     shown = rows[:DETAIL_STAGES]
     bottom = 8.0 + 22 * len(shown)
     axes = Axes((0, max(work.end for row in rows for work in row)), (0, 1), LEFT, WIDTH - 20, 4, bottom)

@@ -17,7 +17,7 @@ PARTS = ("compute", "communication", "bubble", "optimizer")
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
-    """The plan as tables: the whole, the pools, the groups, what it is compared with."""
+    """The plan as tables: the whole, the pools, the pipeline groups, what it is compared with."""
     money = plan["currency"]
     facts = _table(
         f"{plan['model']} on {plan['fleet']}, {in_count(plan['tokens'])} tokens, framework {plan['framework']}"
@@ -49,7 +49,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     groups = Table(
         "group",
         "share",
-        "copies",
+        "replicas",
         "stages",
         "tensor",
         "expert",

@@ -1,7 +1,7 @@
-"""Which layouts of a group are worth costing: degrees of parallelism, micro-batch, recomputation, schedule, ZeRO stage.
+"""Which layouts of a pipeline group are worth costing: degrees, micro-batch, recomputation, schedule, ZeRO stage.
 
-A *group* is one pool, or a few that form a pipeline together (memory-rich chips first). Its degrees are powers of two
-and round numbers; what is left of a pool when they do not divide it stays idle, so that every number of copies counts.
+A *pipeline group* is one pool, or a few that form a pipeline together (chips with more memory first). Degrees are
+powers of two and round numbers; chips that they do not divide stay idle, so every number of replicas is a candidate.
 """
 
 import math
@@ -27,12 +27,12 @@ CHUNKS = (2, 4, 8)  # of an interleaved stage
 MOST_EXPERT_RANKS = 320
 MICRO_BATCH = (1, 2, 4, 8, 16)
 LONG_CONTEXT = 16_384  # tokens from which context parallelism is considered
-SMALL_GROUP = 16  # tensor-parallel groups up to which every number of copies and stages is tried
+SMALL_GROUP = 16  # sets of tensor-parallel chips up to which every number of replicas and stages is tried
 
 
 @dataclass(frozen=True)
 class GroupMember:
-    """A pool as part of a group, with what its chips run."""
+    """A pool as part of a pipeline group, with what its chips run."""
 
     pool: Pool
     hardware: Hardware
@@ -41,7 +41,7 @@ class GroupMember:
 
 
 def members_of(pools: Sequence[Pool], workload: Workload) -> tuple[GroupMember, ...]:
-    """Memory-rich chips first: the first stages hold most micro-batches in flight."""
+    """Chips with more memory first: the first stages hold most micro-batches in flight."""
     made = [
         GroupMember(pool, Hardware.of_pool(pool), workload.framework_for(pool), workload.precision_for(pool))
         for pool in pools
@@ -81,7 +81,7 @@ def candidates_of(members: tuple[GroupMember, ...], workload: Workload) -> tuple
 
 
 def _blocks(members: tuple[GroupMember, ...], workload: Workload) -> Iterator[Ints]:
-    """Rows of degrees, a block for each way to place pipelines: what is fixed there beside a grid of what is free."""
+    """Rows of degrees, a block for each way to place pipelines: its fixed degrees beside a grid of the free ones."""
     shape = workload.shape
     heads = shape.blocks[0].heads
     most_context = min(member.framework.most_context for member in members)
@@ -110,7 +110,7 @@ def _blocks(members: tuple[GroupMember, ...], workload: Workload) -> Iterator[In
                 continue
             # Sharding less than a schedule allows costs memory and gains nothing: 1 (with stages) or 2, and 3.
             zeros = (0,) if dp * cp == 1 else (min(2 if pp == 1 else 1, most_zero), 3)[: 1 + (most_zero == 3)]
-            if over_island:  # others share too, and with every micro-batch from 2 on
+            if over_island:  # sharded over other groups too, and exchanged with every micro-batch from 2 on
                 zeros = tuple(range(1, (most_zero if pp == 1 else 1) + 1))
             schedules = _schedules(allowed, pp, len(members), shape.num_layers)
             grid = _grid(experts, micros, schedules, zeros, recomputes, over_island)
@@ -131,8 +131,8 @@ def _grid(
 ) -> Ints:
     """[combinations, 6] of expert degree, micro-batch, recomputation, schedule, chunks, ZeRO stage.
 
-    What an island shares from stage 2 on are weights of chips that hold all experts; from 3 on they leave after each
-    pass, and come back for a backward pass that computes again.
+    Over an island, stages 2 and 3 are for chips that hold all experts; with 3 weights are gathered for each pass, and
+    the backward pass computes the forward pass again.
     """
     full = RECOMPUTES.index("full")
     rows = [
@@ -159,9 +159,10 @@ def _schedules(allowed: set[str], pp: int, members: int, layers: int) -> tuple[t
 
 
 def _pipelines(slots: Sequence[int], layers: int) -> Iterator[tuple[tuple[int, ...], int]]:
-    """(stages on each member, copies).
+    """(stages on each member, replicas).
 
-    Small groups try everything; larger ones of one pool a depth from PIPELINE, of several all chips, half, a quarter.
+    Small groups try everything. Larger ones try a depth from PIPELINE if they are one pool; if they are several, all
+    chips, half or a quarter of them.
     """
     if min(slots) < 1:
         return
@@ -173,12 +174,12 @@ def _pipelines(slots: Sequence[int], layers: int) -> Iterator[tuple[tuple[int, .
         return
     if len(slots) == 1:
         for pp in range(1, min(slots[0], layers, DEEPEST) + 1):
-            for dp in _copies(slots[0] // pp):
+            for dp in _replica_counts(slots[0] // pp):
                 if pp in PIPELINE or pp * dp >= NEARLY_ALL * slots[0]:
                     yield (pp,), dp
         return
     seen = set()
-    for dp in _copies(min(slots)):
+    for dp in _replica_counts(min(slots)):
         most = [slot // dp for slot in slots]
         for scale in (1.0, 0.5, 0.25):
             stages = tuple(max(1, int(count * scale)) for count in most)
@@ -187,8 +188,8 @@ def _pipelines(slots: Sequence[int], layers: int) -> Iterator[tuple[tuple[int, .
                 yield stages, dp
 
 
-def _copies(most: int) -> list[int]:
-    """Numbers of copies to try: all there is room for, and rounder ones that experts divide."""
+def _replica_counts(most: int) -> list[int]:
+    """Numbers of replicas to try: all there is room for, and rounder ones that experts divide."""
     if most <= SMALL_GROUP:
         return list(range(1, most + 1))
     top = int(math.log2(most))

@@ -1,11 +1,11 @@
-"""Where the pieces of the network go: thousands of pipelines cut at once, within each chip's memory.
+"""Cut thousands of pipelines into stages at once, within each chip's memory.
 
     pieces   |e|a|a|a|a|a|a|a|h|        for a limit T: from the end, each stage takes pieces until the next one would
     stages   |pool 0   |pool 1 |        exceed T seconds or the memory of its chip; then the stage before it goes on
-    search   halve the interval of T until the smallest one that places every piece is known
+    search   halve the interval of T down to the smallest one for which every piece finds a stage
 
-For a fixed order of stages this is exact. Stages may lie on different chips, so a piece's seconds and bytes depend on
-the stage; the first stages, which hold most micro-batches in flight, are left what is over.
+For a fixed order of stages this is exact. Stages may be on different chips, so a piece's seconds and bytes depend on
+the stage; the first stages, which hold most micro-batches in flight, get what remains.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ NEAR = 1e-5  # relative width of T's interval at which halving ends
 
 @dataclass(frozen=True)
 class PieceCosts:
-    """What each kind of piece costs on one pool's chips: arrays [kinds, candidates].
+    """Seconds and bytes of each kind of piece on one pool's chips: arrays [kinds, candidates].
 
     Attributes:
         seconds: per micro-batch.
-        held: bytes of weights, gradients, states that it must have room for.
-        apart: bytes of those that others may keep instead.
+        held: bytes of weights, gradients, optimizer states that the chip must have room for.
+        apart: bytes of those that other chips may hold instead.
         saved: bytes of activations per micro-batch in flight.
-        constant: [candidates] bytes every chip needs besides.
+        constant: [candidates] bytes that every chip needs besides.
         capacity: bytes of a chip.
     """
 
@@ -62,7 +62,7 @@ class StageCuts:
     feasible: NDArray[np.bool_]
 
 
-def place(
+def cut_stages(
     pools: Sequence[PieceCosts], kinds: Sequence[int], pool_of: Ints, stages: Ints, flights: Floats, together: int = 1
 ) -> StageCuts:
     """Cut every candidate's pipeline.
@@ -70,10 +70,10 @@ def place(
     Args:
         pools: the costs on each pool.
         kinds: kind of each piece, in order.
-        pool_of: [most stages, candidates] index of the pool each stage lies on.
+        pool_of: [most stages, candidates] index of each stage's pool.
         stages: [candidates] number of stages.
         flights: [most stages, candidates] micro-batches in flight.
-        together: pieces that stay with each other at the end.
+        together: how many of the last pieces stay on one stage.
     """
     count = len(stages)
     unlimited = np.full(count, np.inf)

@@ -1,4 +1,4 @@
-"""All ways in which a group of pools can run whole copies of the model, costed at once (candidates.py, options.py)."""
+"""All ways in which a group of pools can run replicas of the model, costed at once (candidates.py, step_lines.py)."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -18,7 +18,7 @@ from motley.plan.cost_model.step_time import (
     update_seconds,
 )
 from motley.plan.search.candidates import GroupMember, candidates_of, members_of
-from motley.plan.search.cut_layers import place
+from motley.plan.search.cut_layers import cut_stages
 from motley.plan.search.step_lines import (
     GroupOptions,
     border_seconds,
@@ -30,11 +30,9 @@ from motley.plan.search.step_lines import (
 )
 from motley.plan.workload import Workload
 
-CHUNKS = (500, 1000, 2000, 4000)  # candidates placed at a time
-MANY_CHIPS, PATIENCE = (
-    64,
-    1,
-)  # larger groups of several pools end after so many chunks in which nothing better was found
+CHUNKS = (500, 1000, 2000, 4000)  # candidates cut into stages at a time
+MANY_CHIPS = 64
+PATIENCE = 1  # chunks without a better candidate after which larger groups of several pools are done
 
 
 def group_options(
@@ -48,13 +46,13 @@ def group_options(
 
     Args:
         pools: that form the group.
-        job: what to train.
+        workload: what to train.
         share: of the batch that these pools will probably get beside others.
-        to_beat: sequences → seconds in which these pools can take them without forming this group.
+        to_beat: sequences → seconds that these pools need for them without forming this group.
         all_chips: only ways in which every chip works.
 
-    Candidates are costed with a lower bound (all stages equal) first and placed exactly in that order, until no bound
-    that is left can beat what is known, for the whole batch as for likely shares of it.
+    Candidates get a lower bound (all stages equal) first. They are cut into stages in that order, until no remaining
+    bound is below the best known, for the whole batch and for likely shares of it.
     """
     members = members_of(pools, workload)
     candidates = candidates_of(members, workload)
@@ -82,7 +80,7 @@ def group_options(
 
 
 def _comparable(members: tuple[GroupMember, ...], zero: Ints) -> list[Ints]:
-    """Candidates that stand in for each other. What an island keeps once all its groups keep once."""
+    """Indices of candidates that can replace each other: over an island, all groups use the same ZeRO stage."""
     if members[0].framework.zero_over == "group":
         return [np.arange(len(zero))]
     return [np.flatnonzero(zero == stage) for stage in np.unique(zero)]
@@ -97,7 +95,7 @@ def _best_first(
     beat: Floats,
     workload: Workload,
 ) -> list[GroupOptions]:
-    """Candidates placed in the order of their bounds while one of them may be better than all before, and `beat`."""
+    """Cut candidates into stages in the order of their bounds, while one may be better than all before, and `beat`."""
     bounds = _lower_bounds(members, configs, per_pool, costed, shares, workload)
     order = np.argsort((bounds / np.maximum(bounds.min(axis=1, keepdims=True), 1e-300)).min(axis=0), kind="stable")
     found: list[GroupOptions] = []
@@ -136,7 +134,7 @@ def _could_fit(
     costed: list[NetworkPieces],
     workload: Workload,
 ) -> NDArray[np.bool_]:
-    """Whether all weights and gradients together, and one micro-batch of each piece, fit the chips of one copy."""
+    """Whether all weights and gradients together, and one micro-batch of each piece, fit the chips of one replica."""
     needed, room = np.full(len(configs[0]), np.inf), np.zeros(len(configs[0]))
     for member, own, pieces, stages in zip(members, configs, costed, per_pool, strict=True):
         kinds, first = piece_kinds(pieces)
@@ -155,7 +153,7 @@ def _lower_bounds(
     shares: Sequence[float],
     workload: Workload,
 ) -> Floats:
-    """[shares, candidates] seconds that no placement can beat: all work spread evenly over all stages.
+    """[shares, candidates] seconds that no cut can beat: all work spread evenly over all stages.
 
     The bubble grows and shrinks with the slowest stage, but never by more than the micro-batches gain from it; a group
     of one pool also exchanges, updates and waits at least as much as its average stage.
@@ -175,7 +173,7 @@ def _lower_bounds(
     bubble = np.select(
         [pp == 1, first.schedule == SCHEDULES.index("1f1b"), dual],
         [np.zeros(len(first)), filling / first.chunks, np.maximum((pp / 2 - 1) * both, 0.0)],
-        np.zeros(len(first)),  # stages can be cut so that a zero bubble is one
+        np.zeros(len(first)),  # some cut may leave a zero bubble none
     )
     fixed = bubble + max(member.framework.step_seconds for member in members)
     once, hidden = np.zeros(len(first)), 0.0
@@ -210,7 +208,7 @@ def _placed(
     costed: list[NetworkPieces],
     workload: Workload,
 ) -> GroupOptions | None:
-    """Place candidates, with their states on their own chips and, failing that, with states kept elsewhere."""
+    """Cut candidates into stages, with states on their own chips, or on other chips where they do not fit."""
     pp = configs[0].pp
     most = int(pp.max())
     bounds = np.cumsum(per_pool, axis=0)
@@ -220,23 +218,23 @@ def _placed(
     kinds, order = piece_kinds(costed[0])
 
     def placed(index: Ints, own_states: bool) -> tuple[GroupOptions | None, Ints]:
-        """(the options, the candidates that found no place)."""
+        """(the options, the candidates that did not fit)."""
         own, pieces = [one[index] for one in configs], [pieces_at(one, index) for one in costed]
         pools = [
             piece_costs(member, one, piece, order, workload, own_states)
             for member, one, piece in zip(members, own, pieces, strict=True)
         ]
         together = max(piece.together for piece in pieces)
-        placement = place(pools, kinds, pool_of[:, index], pp[index], flights[:, index], together)
-        fits = np.flatnonzero(placement.feasible)
+        cuts = cut_stages(pools, kinds, pool_of[:, index], pp[index], flights[:, index], together)
+        fits = np.flatnonzero(cuts.feasible)
         if not len(fits):
             return None, index
-        options = costed_options(members, own, pieces, placement, pool_of[:, index], fits, workload, own_states)
-        return options, index[~placement.feasible]
+        options = costed_options(members, own, pieces, cuts, pool_of[:, index], fits, workload, own_states)
+        return options, index[~cuts.feasible]
 
     made, left = placed(np.arange(len(pp)), True)
     elsewhere = (1, 2) if members[0].framework.zero_over == "group" else (1, 2, 3)
-    left = left[np.isin(configs[0].zero[left], elsewhere)]  # what is sharded may lie on chips elsewhere
+    left = left[np.isin(configs[0].zero[left], elsewhere)]  # what is sharded may be held by other chips
     helped = placed(left, False)[0] if len(left) else None
     both = [options for options in (made, helped) if options is not None]
     return joined(both) if both else None

@@ -1,4 +1,4 @@
-"""What the best plan is best at: time, cost, cost under a deadline, or fewest chips under one.
+"""What a plan is chosen by: time, cost, cost under a deadline, or fewest chips under one.
 
 Cheaper plans leave pools out, or rent fewer nodes of one. Subsets of up to six pools are all tried; of more, pools are
 dropped one at a time as long as that helps (and every pool alone is tried).
@@ -17,7 +17,7 @@ ALL_SUBSETS = 6  # pools
 
 
 def best_plan(searcher: Searcher, objective: Objective, deadline_seconds: float | None) -> tuple[Searcher, FoundPlan]:
-    """(the searcher of the fleet as it should be rented, the plan).
+    """(the searcher of the fleet to rent, the plan).
 
     Raises InputError when nothing fits, or nothing meets the deadline.
     """
@@ -81,7 +81,7 @@ def _fewer_nodes(
     allowed: Callable[[FoundPlan | None], bool],
 ) -> tuple[Searcher, FoundPlan]:
     """Rent fewer nodes of each pool in turn, where the deadline leaves time: the slowest per $ first."""
-    used = {name for group in best.groups for name in group.group}
+    used = {name for group in best.groups for name in group.pools}
     for pool in searcher.fleet.pools:
         if pool.name not in used:
             searcher = _without(searcher, pool.name)

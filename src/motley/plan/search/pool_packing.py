@@ -1,4 +1,4 @@
-"""Into which groups a fleet falls: most sequences over all ways to split the pools; shares of the batch and of state."""
+"""How pools are split into pipeline groups: the most sequences over all ways; how an update is divided."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from motley.plan.search.step_lines import GroupOptions
 
 @dataclass(frozen=True)
 class GroupOffer:
-    """One option of a group, what it takes within the time asked for, and the bytes it leaves free."""
+    """One option of a pipeline group: the sequences it computes in a step, the bytes it leaves free."""
 
-    group: frozenset[str]
+    pools: frozenset[str]
     options: GroupOptions
     index: int
     sequences: int
@@ -19,15 +19,18 @@ class GroupOffer:
 
 @dataclass(frozen=True)
 class Packing:
+    """Options of disjoint groups together."""
+
     sequences: int
     spare: float
     picks: tuple[GroupOffer, ...]
 
 
 def pack(pools: int, offers: Mapping[int, Sequence[GroupOffer]], needed: float, idle: bool = True) -> Packing | None:
-    """Most sequences over all ways to split the pools (bits of a mask) into groups or, where that is allowed, idleness.
+    """The most sequences over all ways to split the pools (bits of a mask) into groups.
 
-    Of ways with enough spare bytes, if there are any; else of all ways.
+    pools: how many there are. offers: mask of a group's pools → its options. needed: spare bytes; ways that have them
+    are preferred. idle: pools may be left out.
     """
     points: dict[int, list[Packing]] = {0: [Packing(0, 0.0, ())]}
     best: list[Packing] = []
@@ -38,7 +41,7 @@ def pack(pools: int, offers: Mapping[int, Sequence[GroupOffer]], needed: float, 
                 best.append(point)
                 continue
             if idle:
-                _keep(points, mask | 1 << lowest, point)  # this pool does nothing
+                _keep(points, mask | 1 << lowest, point)  # this pool is left out
             for own, picks in offers.items():
                 if own >> lowest & 1 and not own & mask:
                     for pick in picks:
@@ -58,9 +61,9 @@ def _keep(points: dict[int, list[Packing]], mask: int, new: Packing) -> None:
 
 
 def dealt(rates: Sequence[float], room: Sequence[float]) -> tuple[float, list[float]]:
-    """(seconds, part of each) of an update that is shared so that all are done together, no part above its room.
+    """(seconds, share of each) of an update that is divided so that all end together and no share exceeds its room.
 
-    rates: whole updates a second. room: parts of the whole, together at least 1.
+    rates: whole updates a second. room: shares of the whole that fit each, together at least 1.
     """
     full: set[int] = set()
     while len(full) < len(rates):

@@ -1,15 +1,15 @@
-"""The best plan for a fleet: which pools form groups, how each group is laid out, who takes how much of the batch.
+"""The best plan for a fleet: which pools form pipeline groups, how each is laid out, how the batch is divided.
 
-    islands   sites joined by slow links: one synchronous step over all, or an island each that meets every H steps;
-              then each takes steps of its own on the same number of sequences, as many as it is fast
-    groups     pools of an island, alone or as a pipeline together; chip types never share anything finer
-    shares    for a step of T seconds each group says how many sequences it can take (options.py); the smallest T at
-              which they take the whole batch is the plan's
+    islands   sites joined by slow links: one synchronous step over all, or an island each with an outer step (DiLoCo)
+              every H steps; islands take steps of equally many sequences, faster islands more of them
+    groups    pools of an island, alone or as one pipeline; chip types never share a tensor or expert parallel group
+    shares    for a step of T seconds each group has a number of sequences that it can take (step_lines.py); the plan's
+              T is the smallest at which they add up to the batch
 
-For given options this is exact: groups do not disturb each other within a step, so a step can take T seconds if and only
-if the best partition of the pools into groups takes the batch within T. What is searched grows with the number of pools,
-not with the chips in them. Where an island keeps things once, its groups share an update, which takes as long as the
-groups need that would be best if all pools helped; the plan that is found is timed with its own.
+For given options this is exact: groups do not slow each other within a step, so a step can take T seconds if and only
+if the best partition of the pools into groups takes the batch within T. The effort grows with the number of pools, not
+with the chips in them. Where states are sharded over an island, its groups end their update together; the search takes
+the update of the groups that would be best with all pools, and times the plan that it finds with the plan's own.
 """
 
 import math
@@ -35,19 +35,19 @@ TURNS = 60
 CLOSE = 1e-7
 LARGEST_GROUP = 3  # pools in one pipeline
 USUAL_NODES = (1, 2, 4, 8, 16)  # chips in a node that degrees of parallelism divide
-CORE = 4  # pools of a site of which all groups are tried
-SPREAD_WORTH = 1.01  # states kept wherever there is room must make the step so much faster
-INNER_STEPS = (10, 30, 100, 300)  # between two meetings of islands
+CORE = 4  # strongest pools of a site, of which every group is tried
+SPREAD_WORTH = 1.01  # states spread by free memory must make the step so much faster
+INNER_STEPS = (10, 30, 100, 300)  # between two outer steps of islands
 OUTER_BYTES = 1.0  # per parameter: outer gradients travel as int8 (INTELLECT-1, arXiv 2412.01152)
 OUTER_HIDDEN = 0.9  # of the exchange that runs behind inner steps (Streaming DiLoCo, arXiv 2501.18512)
-MOST_EXPOSED = 0.02  # of a step: islands meet as often as this allows
+MOST_EXPOSED = 0.02  # of a step: outer steps are as frequent as this allows
 ISLANDS_WORTH = 1.02  # islands learn a little less from a token, so they must be this much faster
 
 
 class Searcher:
-    """Costs the groups of a fleet once and answers for any of its pools.
+    """Costs the pipeline groups of a fleet once and finds the best plan for any of its pools.
 
-    With `all_chips`, only plans in which no chip is left idle: for workers that were started already.
+    With `all_chips`, only plans in which no chip is idle: for ranks that were started already.
 
     Raises InputError from `best` when no pool and no group can hold the model.
     """
@@ -80,7 +80,7 @@ class Searcher:
                     self.options[frozenset(pool.name for pool in group)] = kept
 
     def _without_this_group(self, group: Sequence[Pool]) -> Callable[[int], float]:
-        """Sequences → seconds in which the pools of a group take them as the smaller groups known so far."""
+        """Sequences → seconds that the pools of a group need for them as the smaller groups known so far."""
         names = frozenset(pool.name for pool in group)
         if len(group) == 1:
             return lambda sequences: math.inf
@@ -99,7 +99,7 @@ class Searcher:
         """Pools of one site that may form a pipeline; called after all smaller groups are costed.
 
         Of a site's strongest pools every group, of the others the pairs that one of them needs to hold the model.
-        Which these are does not depend on how many weaker pools there are besides, so that more never means less.
+        Weaker pools do not change which pools are the strongest, so more pools never make a plan worse.
         """
         pools = self.fleet.pools
         groups = [
@@ -145,7 +145,7 @@ class Searcher:
         return self.best([name])
 
     def even(self) -> FoundPlan | None:
-        """What a framework for equal chips does: every pool a plain copy, every chip the same part of the batch.
+        """What a framework for equal chips does: data parallelism over pools, every chip the same share of the batch.
 
         None where a pool cannot hold the model alone.
         """
@@ -167,8 +167,8 @@ class Searcher:
             groups.append(chosen)
         names = frozenset(pool.name for pool in pools)
         slow = self._slow_link_seconds(names)
-        if slow:  # sites that meet now and then are what a framework for equal chips would do too
-            inner, exposed = self._meeting(names, slowest)
+        if slow:  # DiLoCo over sites is open to a framework for equal chips too
+            inner, exposed = self._outer_step(names, slowest)
             if exposed < slow:
                 return FoundPlan(self.workload, self.fleet, tuple(groups), slowest + exposed, inner, exposed)
         return FoundPlan(self.workload, self.fleet, tuple(groups), slowest + slow, 0, 0.0)
@@ -180,11 +180,11 @@ class Searcher:
 
     @property
     def _levels(self) -> tuple[int, ...]:
-        """What groups together keep once: a ZeRO stage of the island; else 0 nothing, 1 states where there is room."""
+        """What groups shard together: a ZeRO stage of the island; else 0 nothing, 1 states by free memory."""
         return (1, 2, 3) if self._over_island else (0, 1)
 
     def _synchronous(self, pools: frozenset[str], sequences: int) -> FoundPlan | None:
-        """One step over all pools: alone as one group, or several that exchange gradients; states at home or shared."""
+        """One step over all pools, as one group or several that exchange gradients; states on own chips or spread."""
         found: list[FoundPlan] = []
         slow = self._slow_link_seconds(pools)
         for group in self.options:
@@ -204,11 +204,11 @@ class Searcher:
         """One synchronous step of groups, `slow` seconds of it for links between sites."""
         seconds = max(group.seconds for group in groups)
         if len(groups) > 1:
-            seconds *= 1 + max(self._frameworks[pool].waiting for group in groups for pool in group.group)
+            seconds *= 1 + max(self._frameworks[pool].waiting for group in groups for pool in group.pools)
         return FoundPlan(self.workload, self.fleet, tuple(groups), seconds + slow, 0, 0.0)
 
     def _whole(self, group: frozenset[str], sequences: int, crossing: bool) -> ChosenGroup | None:
-        """How a group takes so many sequences fastest with its states at home; None where they do not fit."""
+        """The fastest way for a group to take so many sequences with states on its own chips; None if none fits."""
         best: ChosenGroup | None = None
         for options in self.options[group]:
             own = np.flatnonzero(options.own_states)
@@ -222,7 +222,7 @@ class Searcher:
         return best
 
     def _islands(self, pools: frozenset[str]) -> FoundPlan | None:
-        """Sites that train alone and meet every so many steps: all that can, or the fastest of them."""
+        """Sites as islands of DiLoCo: all that can hold the model, or the fastest of them."""
         sites: dict[str, set[str]] = {}
         for name in pools:
             sites.setdefault(self._site(name), set()).add(name)
@@ -235,13 +235,15 @@ class Searcher:
         found = []
         for count in range(2, len(order) + 1):
             plans = [plan for site in order[:count] if (plan := alone(site, count))]
-            if len(plans) == count and (islands := self._meeting_islands(plans)):
+            if len(plans) == count and (islands := self._diloco_islands(plans)):
                 found.append(islands)
         return min(found, key=lambda plan: plan.step_seconds, default=None)
 
-    def _meeting_islands(self, islands: Sequence[FoundPlan]) -> FoundPlan | None:
-        """One run of islands, as fast as each of them takes its own steps; None where a group would get no rows."""
-        step = len(islands) / sum(1 / plan.step_seconds for plan in islands)  # of the run: all arrive together
+    def _diloco_islands(self, islands: Sequence[FoundPlan]) -> FoundPlan | None:
+        """One run of islands, each at its own speed; None where a group would get no rows."""
+        step = len(islands) / sum(
+            1 / plan.step_seconds for plan in islands
+        )  # of the run: islands reach the outer step together
         worked = [
             replace(group, island=number, steps=step / plan.step_seconds)
             for number, plan in enumerate(islands)
@@ -251,21 +253,21 @@ class Searcher:
         if min(shares) == 0:
             return None
         groups = tuple(replace(group, sequences=share) for group, share in zip(worked, shares, strict=True))
-        inner, exposed = self._meeting(frozenset().union(*(group.group for group in groups)), step)
+        inner, exposed = self._outer_step(frozenset().union(*(group.pools for group in groups)), step)
         return FoundPlan(self.workload, self.fleet, groups, step + exposed, inner, exposed)
 
-    def _meeting(self, pools: frozenset[str], step_seconds: float) -> tuple[int, float]:
-        """(steps between two meetings of these pools' sites, what a meeting adds to each step)."""
+    def _outer_step(self, pools: frozenset[str], step_seconds: float) -> tuple[int, float]:
+        """(steps between two outer steps of these pools' sites, seconds that an outer step adds to each step)."""
         sites = sorted({self._site(name) for name in pools})
         link = min(
             (self.fleet.link_between(one, other) for one, other in combinations(sites, 2)),
             key=lambda link: link.bandwidth,
         )
-        meeting = self.workload.parameters * OUTER_BYTES * 2 / link.bandwidth + 2 * link.latency
-        inner, exposed = 1, meeting
+        sent_seconds = self.workload.parameters * OUTER_BYTES * 2 / link.bandwidth + 2 * link.latency
+        inner, exposed = 1, sent_seconds
         for inner in INNER_STEPS:
             window = OUTER_HIDDEN * inner * step_seconds
-            exposed = max(meeting - window, (1 - OUTER_HIDDEN) * meeting) / inner
+            exposed = max(sent_seconds - window, (1 - OUTER_HIDDEN) * sent_seconds) / inner
             if exposed <= MOST_EXPOSED * step_seconds:
                 break
         return inner, exposed
@@ -285,7 +287,7 @@ class Searcher:
         worked = [(pick, share) for pick, share in zip(point.picks, shares, strict=True) if share]
         micros = [-(-share // int(pick.options.grain[pick.index])) for pick, share in worked]
         if self._over_island and sum(pick.spare for pick, _ in worked) < self._state_bytes(pools, level):
-            return None  # groups that are left without rows were needed for their room
+            return None  # the memory of groups without rows would be needed
         update, kept = self._update([pick for pick, _ in worked], level)
         groups = []
         for (pick, share), micro, part in zip(worked, micros, kept, strict=True):
@@ -294,14 +296,14 @@ class Searcher:
             # With every micro-batch of any group all of them exchange (ZeRO 2 and 3).
             exchange = float((pick.options.each + pick.options.cross_each)[pick.index]) if self._over_island else 0.0
             seconds += (max(micros) - micro) * exchange
-            groups.append(ChosenGroup(pick.group, pick.options, pick.index, share, micro, seconds, update, part))
+            groups.append(ChosenGroup(pick.pools, pick.options, pick.index, share, micro, seconds, update, part))
         return self._found(groups, slow)
 
     def _update(self, picks: Sequence[GroupOffer], level: int) -> tuple[float | None, list[float]]:
-        """(seconds in which groups update together what they keep once, the part of each); None: each its own."""
+        """(seconds of the island's update, share of states of each group); None: each group updates its own."""
         if not self._over_island:
             return None, [1.0] * len(picks)
-        whole = self._state_bytes({name for pick in picks for name in pick.group}, level)
+        whole = self._state_bytes({name for pick in picks for name in pick.pools}, level)
         rates = [float(pick.options.rate[pick.index]) for pick in picks]
         return dealt(rates, [pick.spare / whole for pick in picks])
 
@@ -335,9 +337,9 @@ class Searcher:
         return high
 
     def _partition(self, pools: frozenset[str], seconds: float, level: int) -> Packing | None:
-        """Most sequences these pools can take within `seconds`, over all ways to form groups of them.
+        """The most sequences these pools can take within `seconds`, over all ways to form groups of them.
 
-        With a level above 0, what is kept once may lie on any chip of the island that has room; then room counts too.
+        With a level above 0, sharded states may be held by any chip of the island; then free memory counts too.
         """
         order = sorted(pools)
         groups = [group for group in self.options if group <= pools]
@@ -345,8 +347,7 @@ class Searcher:
         state = self._state_bytes(pools, level) if level else 0.0
         update = self._soonest(pools) if self._over_island else None
         for turn in range(2 if self._over_island else 1):
-            # Room is seldom what decides: look at the fastest options first, and weigh speed against room only if
-            # need be.
+            # Memory seldom decides: take the fastest options first, and trade speed for memory only if they do not fit.
             for trade in (False, True) if level else (False,):
                 offers = {masks[group]: self._offers(group, seconds, level, trade, update) for group in groups}
                 best = pack(len(order), offers, state if trade else 0.0, idle=not self.all_chips)
@@ -360,7 +361,7 @@ class Searcher:
         return None
 
     def _soonest(self, pools: frozenset[str]) -> float:
-        """Seconds in which all chips of these pools together update the model."""
+        """Seconds of an update of the model by all chips of these pools together."""
         rates = {name: 0.0 for name in pools}
         for group, found in self.options.items():
             if len(group) == 1 and group <= pools:
@@ -371,7 +372,7 @@ class Searcher:
     def _offers(
         self, group: frozenset[str], seconds: float, level: int, trade: bool, update: float | None
     ) -> list[GroupOffer]:
-        """What a group could take: the most, and with `trade` every smaller part that leaves more room."""
+        """What a group could take: the most, and with `trade` also less with more memory free."""
         offers: list[GroupOffer] = []
         for options in self.options[group]:
             sequences = options.sequences_within(seconds, True, update)
@@ -390,11 +391,11 @@ class Searcher:
         return offers
 
     def _state_bytes(self, names: Collection[str], level: int) -> float:
-        """Of all that is kept once, as the greediest framework among these pools keeps it."""
-        return self.workload.parameters * max(self._frameworks[name].bytes_kept_once(level) for name in names)
+        """Of all sharded states, at the most bytes a parameter of any framework among these pools."""
+        return self.workload.parameters * max(self._frameworks[name].sharded_bytes(level) for name in names)
 
     def _slow_link_seconds(self, pools: frozenset[str]) -> float:
-        """Sending all gradients over the slowest link between the sites of these pools, both ways at once."""
+        """An exchange of all gradients over the slowest link between the sites of these pools, both ways at once."""
         sites = sorted({self._site(name) for name in pools})
         if len(sites) < 2:
             return 0.0
@@ -403,7 +404,7 @@ class Searcher:
         return max(sent / link.bandwidth + 2 * link.latency for link in links)
 
     def refusal(self) -> InputError:
-        """Why nothing fits, by how much, and what would make it fit."""
+        """Why nothing fits, how much is missing, and what would help."""
         needed = self.workload.parameters * max(
             sum(self.workload.framework_for(pool).state_bytes.values()) for pool in self.fleet.pools
         )
@@ -432,7 +433,7 @@ class Searcher:
 def _usages(group: Sequence[Pool]) -> list[tuple[Pool, ...]]:
     """The group as it is and, where a pool's nodes hold an odd number of chips, with some chips of each left idle.
 
-    A ninth chip in a node shares its network and divides nothing; it must never make the other eight slower.
+    A ninth chip in a node shares its network, and degrees do not divide it; it must never make the other eight slower.
     """
     usages = [tuple(group)]
     for fewer in (lambda count: count - 1, lambda count: 1 << count.bit_length() - 1):
@@ -446,9 +447,9 @@ def _usages(group: Sequence[Pool]) -> list[tuple[Pool, ...]]:
 
 
 def _pruned(options: GroupOptions) -> GroupOptions:
-    """Only options that some step length could choose: none is better in line, grain and room at once.
+    """Only options that some step length could choose: none is better in line, grain and free memory at once.
 
-    Where islands share, only options of one ZeRO stage stand in for each other.
+    Where states are sharded over an island, only options of one ZeRO stage replace each other.
     """
     over_island = options.members[0].framework.zero_over == "island"
     stages = options.zero if over_island else np.zeros(len(options), np.int64)

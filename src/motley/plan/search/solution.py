@@ -1,4 +1,4 @@
-"""A plan as the search knows it: groups with their parts of the batch, what a step takes, what the run costs."""
+"""A plan as the search knows it: pipeline groups with their shares of the batch, step seconds, price."""
 
 import math
 from dataclasses import dataclass
@@ -11,18 +11,20 @@ from motley.plan.workload import Workload
 
 @dataclass(frozen=True)
 class ChosenGroup:
-    """One group of the plan: its options, the one taken, and its part of the batch.
+    """One pipeline group of the plan: its options, the chosen one, and its share of the batch.
 
     Attributes:
+        pools: names of its pools.
+        index: of the chosen option.
         sequences: of the batch.
-        micro_batches: of a copy in one step of its island.
+        micro_batches: of a replica in one step of its island.
         seconds: that the group is busy in such a step.
-        update: seconds of it in which the island updates what it keeps once; None: the group updates its own.
-        kept: the group's part of that, of 1.
+        update: seconds of the optimizer's update where states are sharded over the island; None: over the group.
+        kept: the share of the island's states that the group holds.
         steps: of its island for each step of the run.
     """
 
-    group: frozenset[str]
+    pools: frozenset[str]
     options: GroupOptions
     index: int
     sequences: int
@@ -40,8 +42,8 @@ class FoundPlan:
 
     Attributes:
         step_seconds: of one step over the whole batch.
-        inner_steps: steps between two meetings of islands; 0: one synchronous step over all chips.
-        outer_seconds: per step, what meeting costs.
+        inner_steps: steps between two outer steps (DiLoCo); 0: one synchronous step over all chips.
+        outer_seconds: what outer steps add to each step.
     """
 
     workload: Workload
@@ -70,7 +72,7 @@ class FoundPlan:
 
     @property
     def rented(self) -> dict[str, int]:
-        """Pool → chips that must be paid for: those of every node that works."""
+        """Pool → chips that must be paid for: those of every node in use."""
         used = self.used
         return {pool.name: math.ceil(used[pool.name] / pool.per_node) * pool.per_node for pool in self.fleet.pools}
 
@@ -81,7 +83,7 @@ class FoundPlan:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run if nothing ever failed."""
+        """Of the whole run without failures."""
         return self.step_seconds * self.workload.steps
 
     @property

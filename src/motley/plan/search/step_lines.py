@@ -1,13 +1,13 @@
-"""Ways in which a group can run whole copies of the model, as lines: seconds of a step against micro-batches.
+"""Ways in which a pipeline group can run replicas of the model, as lines: seconds of a step against micro-batches.
 
-A group runs `dp` copies, each a pipeline over its pools' chips; its time for m micro-batches a copy is
+A group runs `dp` replicas, each a pipeline over its pools' chips; its time for m micro-batches a replica is
 
     seconds(m) = fixed + m x slow + once - hidden x min(once, m x slow)
 
 with `slow` the slowest stage, `fixed` the filling of the pipeline, the optimizer and the step's own cost, `once` the
 exchange of gradients, and m at least what the schedule needs. Every option is such a line; the search (`search.py`)
-picks one for each group. Beside other groups it exchanges more, once and with every micro-batch; and where an island
-keeps things once (`Framework.zero_over`), the update of all together counts instead of the group's own.
+picks one for each group. Beside other groups it exchanges more, once and with every micro-batch; and where states are
+sharded over the island (`Framework.zero_over`), the update of the whole island counts instead of the group's own.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ import numpy as np
 from motley.plan.cost_model.configs import SCHEDULES, Floats, Ints, ParallelConfigs
 from motley.plan.cost_model.memory import (
     FRAGMENTATION,
-    at_home,
     buffer_bytes,
     in_flight,
     logit_bytes,
     saved_bytes,
     state_bytes,
+    unsharded_bytes,
     widest_working_bytes,
 )
 from motley.plan.cost_model.operators import VALUE_BYTES, LayerSeconds
@@ -43,8 +43,8 @@ from motley.plan.search.candidates import GroupMember
 from motley.plan.search.cut_layers import PieceCosts, StageCuts
 from motley.plan.workload import Workload
 
-MOST_ROOM = 1e3  # of what an island keeps once, in the whole of it
-SPREAD_UNEVENNESS = 2.0  # states kept where there is room: the fullest chip updates so many times an even share
+MOST_ROOM = 1e3  # times what is sharded over an island
+SPREAD_UNEVENNESS = 2.0  # states spread by free memory: the fullest chip updates so many times an even share
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,14 @@ class GroupOptions:
 
     Attributes:
         fixed, slow, once, hidden: the line in the module's docstring, in seconds; `hidden` is a share.
-        grain: sequences of one micro-batch of all copies.
+        grain: sequences of one micro-batch of all replicas.
         chips: [members, options] chips used.
         cross, cross_each: seconds that exchanging with other groups adds to `once` and to `slow`.
         each: seconds of `slow` that are exchange.
-        update: seconds of `fixed` in which the group, by itself, updates what it keeps.
+        update: seconds of `fixed` in which the group updates its own states.
         rate: updates of the whole model a second that all its chips together could do.
-        own_states: whether what is kept once fits the group's own chips; else other chips of its island must help.
-        spare: bytes free on all chips of the group for that; over an island no more than each stage has room for of
-            its part.
+        own_states: whether sharded states fit the group's own chips; else other chips of its island must hold some.
+        spare: bytes free on all chips of the group for sharded states; over an island limited by the fullest stage.
     """
 
     members: tuple[GroupMember, ...]
@@ -97,9 +96,9 @@ class GroupOptions:
         )
 
     def seconds(self, micro_batches: Floats | Ints, crossing: bool, update: float | None = None) -> Floats:
-        """Of a step in which each copy computes so many micro-batches.
+        """Of a step in which each replica computes so many micro-batches.
 
-        crossing: whether there are other groups; update: seconds in which the island updates what it keeps once.
+        crossing: whether there are other groups. update: seconds of the island's, where states are sharded over it.
         """
         return self.seconds_of(np.arange(len(self)), micro_batches, crossing, update)
 
@@ -114,11 +113,11 @@ class GroupOptions:
         return fixed + running + once - self.hidden * np.minimum(once, running)
 
     def micro_batches_within(self, seconds: float, crossing: bool, update: float | None = None) -> Ints:
-        """The most micro-batches each copy can compute in a step of `seconds` (0 if none)."""
+        """The most micro-batches each replica can compute in a step of `seconds` (0 if none)."""
         once = self.once + (self.cross if crossing else 0.0)
         slow = self.slow + (self.cross_each if crossing else 0.0)
         left = seconds - self.fixed - once - (0.0 if update is None else update - self.update)
-        # Where less is computed than could hide the exchange, every second computed also hides a share of one.
+        # With less computing than could hide the exchange, every second of it also hides a share of one.
         hides = left / (1 - self.hidden) <= once
         running = np.where(hides, left / (1 - self.hidden), left + self.hidden * once)
         count = np.maximum(np.floor(running / slow * (1 + 1e-12) + 1e-9), 0).astype(np.int64)
@@ -136,16 +135,16 @@ def costed_options(
     members: tuple[GroupMember, ...],
     configs: list[ParallelConfigs],
     costed: list[NetworkPieces],
-    placement: StageCuts,
+    cuts: StageCuts,
     pool_of: Ints,
     index: Ints,
     workload: Workload,
     own_states: bool,
 ) -> GroupOptions:
-    """The line of each placed candidate."""
+    """The line of each candidate that was cut into stages."""
     configs = [own[index] for own in configs]
     costed = [pieces_at(pieces, index) for pieces in costed]
-    stage_of, pool_of = placement.stage_of[:, index], pool_of[:, index]
+    stage_of, pool_of = cuts.stage_of[:, index], pool_of[:, index]
     stages, held = stage_sums(costed, stage_of, pool_of)
     first = configs[0]
     pp = first.pp
@@ -157,8 +156,8 @@ def costed_options(
     chips = np.zeros((len(members), len(index)), np.int64)
     for number in range(most):
         real = number < pp
-        for place_, (member, own) in enumerate(zip(members, configs, strict=True)):
-            here = real & (pool_of[number] == place_)
+        for position, (member, own) in enumerate(zip(members, configs, strict=True)):
+            here = real & (pool_of[number] == position)
             if not here.any():
                 continue
             stage = held_at(held, number)
@@ -169,17 +168,17 @@ def costed_options(
             each[number] = np.where(here, every - behind, each[number])
             updating = update_seconds(stage, own, member.hardware, member.framework)
             update[number] = np.where(here, updating, update[number])
-            chips[place_] += here * own.tp * own.cp * own.dp
+            chips[position] += here * own.tp * own.cp * own.dp
             if number < most - 1:
                 message = border_seconds(member, own, workload)
                 after = pool_of[number + 1]
-                for next_, (neighbour, theirs) in enumerate(zip(members, configs, strict=True)):
-                    if next_ != place_:  # another kind of chip is another node: the slower end decides
+                for next_position, (neighbour, theirs) in enumerate(zip(members, configs, strict=True)):
+                    if next_position != position:  # pools do not share nodes: the slower end decides
                         both = np.maximum(
                             border_seconds(member, own, workload, far=True),
                             border_seconds(neighbour, theirs, workload, far=True),
                         )
-                        message = np.where(after == next_, both, message)
+                        message = np.where(after == next_position, both, message)
                 crossed = np.where(here & (number < pp - 1), message, 0.0)
                 hop = hop + 2 * crossed
                 border = np.maximum(border, crossed)
@@ -189,7 +188,7 @@ def costed_options(
             cross[number] = np.where(here, wire, cross[number])
             cross_each[number] = np.where(here, every, cross_each[number])
             if not own_states and member.framework.zero_over == "group":
-                # Gradients go out to whoever holds the states, updated weights come back.
+                # Gradients are sent to the chips that hold the states, updated weights come back.
                 away = (
                     member.framework.gradient_bytes + VALUE_BYTES
                 ) * parameters / network + 2 * member.hardware.latency
@@ -199,8 +198,8 @@ def costed_options(
     whole = [whole_update_seconds(pieces, m.hardware, m.framework) for pieces, m in zip(costed, members, strict=True)]
     nodes = np.ones(len(index))
     skew = max(member.framework.skew for member in members)
-    for place_, member in enumerate(members):
-        nodes = np.maximum(nodes, chips[place_] / member.hardware.chips_per_node)
+    for position, member in enumerate(members):
+        nodes = np.maximum(nodes, chips[position] / member.hardware.chips_per_node)
     # Messages between stages run beside computing, unless the link is slower than the slowest stage.
     slow = busiest(first, stages.total) * (1 + skew * np.log2(nodes)) + busiest(first, each)
     slow = np.maximum(slow, border)
@@ -259,10 +258,10 @@ def _spare_bytes(
     pool_of: Ints,
     workload: Workload,
 ) -> Floats:
-    """Memory left on all chips of the group when what may lie elsewhere is not counted: room for that.
+    """Bytes free on all chips of the group for sharded states.
 
-    Over an island every part is kept by a chip that computes with it. So a group has room for as much of all that is
-    kept once as the stage that has least for its part.
+    Over an island every shard is held by a chip that computes with it. So the stage with the least room for its
+    parameters' states limits the group.
     """
     first = configs[0]
     flights = np.stack([in_flight(first, np.full(len(first), stage)) for stage in range(pool_of.shape[0])])
@@ -290,7 +289,7 @@ def _spare_bytes(
     framework = members[0].framework
     if framework.zero_over == "group":
         return spare
-    return share * workload.parameters * np.array([framework.bytes_kept_once(int(zero)) for zero in first.zero])
+    return share * workload.parameters * np.array([framework.sharded_bytes(int(zero)) for zero in first.zero])
 
 
 def piece_kinds(pieces: NetworkPieces) -> tuple[list[int], list[int]]:
@@ -320,7 +319,7 @@ def piece_costs(
         what, block = pieces.kinds[number]
         part = pieces.held[number]
         states = state_bytes(part.dense / configs.tp, part.experts / (configs.tp * configs.ep), configs, framework)
-        whole, home = sum(states), at_home(states, configs, framework)
+        whole, home = sum(states), unsharded_bytes(states, configs, framework)
         held.append(margin * (whole if own_states else home))
         apart.append(margin * (whole - home))
         if block is not None:

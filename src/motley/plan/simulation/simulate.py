@@ -2,15 +2,15 @@
 
     a node fails     work since the last checkpoint is lost, the run restarts, the node is missing until its repair
       a spare node     takes over: the same speed
-      no spare         re-plan, then go on with what is left of the group, the faster of:
-                         whole copies     [copy][copy][ x  ]        2/3 of the speed; the lost copy's rest idles
-                         all cut anew     [  one copy over 7/8 ]    0.9 x 7/8: no layout uses survivors perfectly
-                       but if what is left cannot hold the model's state, the group stands still until the repair
+      no spare         re-plan, then continue on the chips left in the pipeline group, the faster of:
+                         whole replicas   [replica][replica][ x  ]  2/3 of the speed; the rest of the lost one idles
+                         a new layout     [  one replica over 7/8 ]  0.9 x 7/8: no layout uses all chips perfectly
+                       if they cannot hold the model's state, the group stops until the repair
     a node leaves    (a pool whose availability is below 1) with notice: no work is lost, re-plan as above
-    a node is back   re-plan if it was missed
-    a chip is slow   slows its copy alone, for some hours; the batch's shares adapt
+    a node is back   re-plan if it was needed
+    a chip is slow   slows its replica alone, for some hours; the batch is divided anew
 
-    speed of the run = sum over groups of share of the batch x speed of the group
+    speed of the run = sum over pipeline groups of share of the batch x speed of the group
     goodput          = useful seconds at full speed / seconds that passed
 
 Failures are drawn per pool (exponential, the rate of all its chips together), so that the number of events grows with
@@ -28,8 +28,8 @@ import numpy as np
 from motley.errors import InputError
 
 CHECKPOINT_SECONDS = 60.0  # the run stands still while a snapshot is taken
-RESTART_SECONDS = 600.0  # noticing, starting, reading the checkpoint
-REPLAN_SECONDS = 60.0  # changes of membership: shares again, states move
+RESTART_SECONDS = 600.0  # detect the failure, start, read the checkpoint
+REPLAN_SECONDS = 60.0  # when nodes leave or return: rows are divided anew, states move
 REPLANNED_SPEED = 0.9  # the planner itself finds 0.87 to 0.99 of what a missing pool's part leaves (docs/plan.md)
 REPAIR_HOURS = 24.0
 AWAY_HOURS = 12.0
@@ -38,8 +38,8 @@ STRAGGLERS_PER_FAILURE = 1.0  # slow chips are about as frequent as dead ones (L
 STRAGGLER_SPEED = 0.7
 MOST_DAYS = 20_000
 MOST_EVENTS = 2_000_000
-MOST_BINS = 150  # of a run that is drawn
-SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}  # the ZeRO stage from which a chip holds only its part
+MOST_BINS = 150  # in the picture of a run
+SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}  # the ZeRO stage from which it is sharded
 LOSSES = ("checkpoints", "work since the last checkpoint", "restarts", "re-plans", "missing and slow chips")
 
 
@@ -48,17 +48,17 @@ class SimulateSettings:
     """Assumptions of a replay.
 
     Attributes:
-        checkpoint_seconds: standstill while one is written.
+        checkpoint_seconds: the run stops so long while one is written.
         checkpoint_interval_seconds: between two; None: the optimum by Young and Daly.
         restart_seconds: from a failure to the next step.
-        replan_seconds: standstill when a node is missing from now on, or is back.
-        replanned_speed: of a group cut anew over what is left of it, against the part of its work that is left.
+        replan_seconds: the run stops so long when a node leaves or returns.
+        replanned_speed: of a group with a new layout on its remaining chips, against their share of its work.
         repair_hours: until the node of a failed chip is back.
         away_hours: mean absence of a node of a pool whose availability is below 1.
         spare_share: nodes kept aside, as a share of each pool.
         straggler_hours: how long a chip is slow.
         stragglers_per_failure: chips that become slow for each one that fails.
-        straggler_speed: of a slow chip's copy, against its full speed; shares adapt, so the others do not wait.
+        straggler_speed: of a slow chip's replica, against its full speed; others take more rows and do not wait.
         runs: replays, with different seeds.
         seed: of the first replay.
     """
@@ -118,12 +118,12 @@ def expected_goodput(
 
 @dataclass(frozen=True)
 class SimulatedPool:
-    """A pool's chips in a group.
+    """A pool's chips in a pipeline group.
 
     Attributes:
         pool: its name.
         chips: of it in the group.
-        copy_chips: of it in one copy of the model.
+        replica_chips: of it in one replica of the model.
         nodes: that the group may use, with `per_node` chips each; those beyond its need are spares.
         hours_between_failures: of one chip, its part of failures of whole nodes included.
         availability: share of the time that its nodes are there at all.
@@ -133,7 +133,7 @@ class SimulatedPool:
 
     pool: str
     chips: int
-    copy_chips: int
+    replica_chips: int
     nodes: int
     per_node: int
     hours_between_failures: float
@@ -148,18 +148,18 @@ class SimulatedPool:
 
 @dataclass(frozen=True)
 class SimulatedGroup:
-    """Pools that run whole copies of the model together.
+    """Pools that run replicas of the model together, as pipelines.
 
     Attributes:
         share: of the batch.
-        copies: of the model, data-parallel.
+        replicas: of the model (data parallelism).
         state_bytes: weights, gradients and optimizer states as the plan's smallest complete set of chips holds them:
             one expert-parallel group through all stages.
         parts: one for each pool.
     """
 
     share: float
-    copies: int
+    replicas: int
     state_bytes: float
     parts: tuple[SimulatedPool, ...]
 
@@ -168,9 +168,9 @@ class SimulatedGroup:
         held = sum(part.memory_bytes * count for part, count in zip(self.parts, present, strict=True))
         if held < self.state_bytes:
             return 0.0
-        hindrance = 1 - settings.straggler_speed
-        copies = min(count // part.copy_chips for part, count in zip(self.parts, present, strict=True))
-        whole = (copies - hindrance * min(slow_chips, copies)) / self.copies
+        slowdown = 1 - settings.straggler_speed
+        replicas = min(count // part.replica_chips for part, count in zip(self.parts, present, strict=True))
+        whole = (replicas - slowdown * min(slow_chips, replicas)) / self.replicas
         left = sum(part.work * count / part.chips for part, count in zip(self.parts, present, strict=True))
         anew = settings.replanned_speed * left * (settings.straggler_speed if slow_chips else 1.0)
         return max(whole, anew)
@@ -198,7 +198,7 @@ def _simulated_group(group: Mapping[str, Any], pools: Sequence[Mapping[str, Any]
             SimulatedPool(
                 pool=pool["pool"],
                 chips=chips,
-                copy_chips=chips // group["dp"],
+                replica_chips=chips // group["dp"],
                 nodes=max(pool["nodes"] * chips // pool["chips"], -(-chips // pool["chips_per_node"])),
                 per_node=pool["chips_per_node"],
                 hours_between_failures=pool["hours_between_failures"],

@@ -1,4 +1,4 @@
-"""Layouts to predict, read from a CSV file (`table.py`): what a row leaves out is chosen by the rules below.
+"""Layouts to predict, read from a CSV file (`csv_columns.py`): what a row leaves out is chosen by the rules below.
 
 framework      motley-cpu on CPUs (in fp32 motley-cpu-plain); deepseek for MLA; torchtitan where weights are sharded
             (zero 3); megatron-core for gated MLPs, and on chips with fp8; else megatron (what GPTs were trained with
@@ -416,7 +416,7 @@ def _network(row: _CaseRow) -> float | None:
 
 
 def _measured(row: _CaseRow, batch: int, seq_len: int, gpus: int) -> float | None:
-    """Seconds of a step; a unit in the cell goes before the header's. Without any, `evaluate.py` decides."""
+    """Seconds of a step; a unit in the cell goes before the header's. Without any, `accuracy.py` decides."""
     column = row.table.measured
     if column is None or "measured" not in row.cells:
         return None
