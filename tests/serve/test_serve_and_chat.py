@@ -14,6 +14,7 @@ import httpx
 import pytest
 from thinking_model import ANSWER, ENDLESS, QUESTION, THINKING
 
+from motley.cli import main
 from motley.errors import InputError
 from motley.infer.load import open_engine
 from motley.serve.about import Defaults, read_defaults
@@ -81,11 +82,14 @@ def test_other_machines_are_let_in_only_with_a_key(thinking_model: Path, monkeyp
         (["chat", "nowhere"], "nowhere is not a folder"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = subprocess.run([*MOTLEY, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capfd.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
 
 
 def test_a_host_that_is_not_of_this_machine_is_named() -> None:
