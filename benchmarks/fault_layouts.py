@@ -54,9 +54,9 @@ class Communicator:
 
     def members(self) -> tuple[int, list[str]]:
         """(number, names) of the live crew at work, in the order of ranks."""
-        for file in sorted((self.out / "crew").glob("crew-*.json"), reverse=True):
+        for file in sorted((self.out / "elastic").glob("generation-*.json"), reverse=True):
             try:
-                return int(file.stem[5:]), json.loads(file.read_text())["members"]
+                return int(file.stem.removeprefix("generation-")), json.loads(file.read_text())["members"]
             except FileNotFoundError:  # the next one was just written
                 continue
         return 0, []
@@ -243,7 +243,7 @@ def listener(pids: list[int], port: int) -> int | None:
 def master_port(comm: Communicator) -> int:
     """Where torchrun's workers meet, or the newest live crew."""
     if comm.live:
-        newest = max((comm.out / "crew").glob("crew-*.json"))
+        newest = max((comm.out / "elastic").glob("generation-*.json"))
         return json.loads(newest.read_text())["port"]
     found = re.search(r"--master-port=(\d+)", " ".join(map(str, comm.started[-1].args)))  # type: ignore[arg-type]
     assert found is not None

@@ -145,7 +145,7 @@ def stop_for_ever(bench: Bench, comm: Communicator, chance: random.Random) -> No
         raise Missed
     victim = chance.randrange(len(pids))
     struck(pids, victim, signal.SIGSTOP)
-    until(lambda: " lost " in comm.said(), comm)
+    until(lambda: " failed: " in comm.said(), comm)
     if comm.live:
         now = comm.step()
         until(lambda: comm.step() > now, comm)
@@ -153,19 +153,19 @@ def stop_for_ever(bench: Bench, comm: Communicator, chance: random.Random) -> No
 
 
 Strike = Callable[[Bench, Communicator, random.Random], None]
-GONE = r"lost .*worker \d+, who(se process \d+)? is gone|\(\d+ new, [1-9]\d* gone\)"
+EXITED = r"failed: .*rank \d+( \(pid \d+\))? exited|\(\d+ joined, [1-9]\d* left\)"
 TOOK_LONG = r"this (step|round|validation|checkpoint) took ([3-9]|\d\d+)\.\d s, usually it takes"
 KILLS: dict[str, tuple[Strike, str]] = {
-    "kill a worker": (kill_a_worker, GONE),
-    "kill worker 0": (kill_worker_0, GONE),
-    "kill worker 0 in a checkpoint": (kill_in_checkpoint, GONE),
-    "kill while rebalancing": (kill_while_rebalancing, GONE),
-    "kill the coordinator": (kill_coordinator, rf"torchrun is gone|{GONE}"),
+    "kill a worker": (kill_a_worker, EXITED),
+    "kill worker 0": (kill_worker_0, EXITED),
+    "kill worker 0 in a checkpoint": (kill_in_checkpoint, EXITED),
+    "kill while rebalancing": (kill_while_rebalancing, EXITED),
+    "kill the coordinator": (kill_coordinator, rf"torchrun exited|{EXITED}"),
 }
 """What is done, and what has to be said of it."""
 PAUSES: dict[str, tuple[Strike, str]] = {
     "pause, shorter than patience": (pause, TOOK_LONG),
-    "stop for ever": (stop_for_ever, r"lost .*worker \d+, whose process \d+ is stopped"),
+    "stop for ever": (stop_for_ever, r"failed: .*rank \d+ \(pid \d+\) is stopped"),
 }
 SURVIVED = KILLS | PAUSES
 ODD = {"other code": "source code", "other settings": "seed", "other data": r"(own )?(--)?data"}

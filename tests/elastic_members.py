@@ -13,14 +13,14 @@ import motley.train.trainer
 from motley.data.stream import Batch, TokenStream
 from motley.errors import InputError
 from motley.parallel.load_balance import LoadBalancer
+from motley.parallel.run import pretrain
 from motley.train.config import PretrainConfig
-from motley.train.pretrain import pretrain
 
 ROWS = 4
 
 
 class Gated(TokenStream):
-    """Rows that wait, at some steps, until the test lets them through: whoever is to die or to join is in time."""
+    """Rows that wait at some steps until the test removes a file, so that ranks fail or join at these steps."""
 
     def rows(self, position: int, count: int) -> Batch:
         folder, step = self.gates, position // ROWS
@@ -34,14 +34,14 @@ class Gated(TokenStream):
 
 
 def member(gates: Path, said: Path, program: str, make: str, arguments: dict[str, Any]) -> None:
-    """One `motley pretrain --live` in a process of its own, on a processor of some kind."""
+    """One `motley pretrain --elastic` in a process of its own, on a processor of some kind."""
     torch.set_num_threads(1)
     Gated.gates = gates
     motley.train.trainer.TokenStream = Gated  # type: ignore[misc]
     motley.parallel.build.sources = lambda: program
     for module in (motley.parallel.build, motley.parallel.elastic.agent):
         module.kind_of_chip = lambda device: make  # type: ignore[attr-defined]
-    LoadBalancer.measured = lambda *_: None  # type: ignore[method-assign]  who gets no rows comes to no gate
+    LoadBalancer.measured = lambda *_: None  # type: ignore[method-assign]  a rank without rows would reach no gate
     try:
         pretrain(PretrainConfig(**arguments))
     except InputError as error:

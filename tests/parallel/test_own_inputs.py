@@ -14,7 +14,7 @@ from spawned_ranks import SERVER, free_port, start
 
 from motley.data.pack import DataConfig, prepare
 from motley.model import ModelConfig, Transformer, save
-from motley.parallel.elastic.rendezvous import Door
+from motley.parallel.elastic.rendezvous import FOLDER, Rendezvous
 from motley.train.config import PretrainConfig
 from motley.train.input_checks import own_model
 from motley.train.pretrain import own_inputs
@@ -71,7 +71,7 @@ def test_workers_started_with_other_data_or_another_model_are_named_on_all(
 
 
 @pytest.mark.slow(25)
-def test_a_newcomer_with_other_data_or_another_model_is_sent_away_and_the_crew_trains_on(
+def test_a_newcomer_with_other_data_or_another_model_is_refused_and_the_job_trains_on(
     data: Path, shape: Path, other: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -79,8 +79,8 @@ def test_a_newcomer_with_other_data_or_another_model_is_sent_away_and_the_crew_t
     comm = start([*command(out, data, shape, **settings), "--elastic"])
     until(lambda: steps_done(out) >= 1, comm)
     for given, named in (
-        ({"data": other}, "this worker has --data "),
-        ({"shape": "nano"}, "this worker has --model nano, the crew at work has "),
+        ({"data": other}, "this rank has --data "),
+        ({"shape": "nano"}, "this rank has --model nano, the running job has "),
     ):
         words = [*command(out, **({"data": data, "shape": shape} | given), **settings), "--elastic"]
         stranger = subprocess.run(words, capture_output=True, text=True)
@@ -108,7 +108,7 @@ def test_a_newcomer_with_a_copy_of_the_data_joins_and_leads_with_that_of_the_cre
         "out": out, "data": (str(data),), "model": str(shape), "steps": STEPS, "batch_rows": 4, "micro_batch": 3,
         "seq_len": 64, "valid_every": 10, "checkpoint_every": 7, "keep_last": 2, "precision": "fp32",
         "warmup_steps": 5, "seq_len_warmup": "16:0.3,32:0.6", "ngram_weight": 0.5, "device": "cpu",
-        "live": True, "patience": 60.0,
+        "elastic": True, "comm_timeout": 60.0,
     }  # fmt: skip
 
     def begin(**given: Any) -> Any:
@@ -117,10 +117,10 @@ def test_a_newcomer_with_a_copy_of_the_data_joins_and_leads_with_that_of_the_cre
         process.start()
         return process
 
-    comm, first = Door(out / "crew", "", 0), begin()
+    comm, first = Rendezvous(out / FOLDER, "", 0), begin()
     wait(lambda: len(arrived(gates, 0)) == 1)
     second = begin(data=(str(copy),))
-    wait(lambda: comm.knocking(2) == 1)
+    wait(lambda: comm.waiting(2) == 1)
     (gates / "0.gate").unlink()
     wait(lambda: len(arrived(gates, 6)) == 2)
     shutil.rmtree(copy)
@@ -128,7 +128,7 @@ def test_a_newcomer_with_a_copy_of_the_data_joins_and_leads_with_that_of_the_cre
     (gates / "6.gate").unlink()
     wait(lambda: len(arrived(gates, 12)) == 1)
     third = begin()
-    wait(lambda: comm.knocking(comm.newest().number + 1) == 1)
+    wait(lambda: comm.waiting(comm.newest().number + 1) == 1)
     (gates / "12.gate").unlink()
     for process in (second, third):
         process.join(90)

@@ -69,7 +69,7 @@ def killed(words: list[str], out: Path) -> None:
         os.kill(worker, signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert " lost " in said or "Signal 9" in said, said
+    assert " failed: " in said or "Signal 9" in said, said
 
 
 def learned(out: Path) -> list[dict[str, Any]]:

@@ -34,9 +34,9 @@ COMM_TIMEOUT_SECONDS = 300.0
 PREPARING_SECONDS = 1800.0
 """The same where worker 0 speaks for all: it may be preparing data or writing a checkpoint."""
 LAST_LOOK_SECONDS = 2.0
-"""How long one that lost the others looks for who is gone."""
-OTHERS = "the others"
-"""Those who are lost, where it cannot be seen who."""
+"""How long a rank whose message failed looks for ranks that exited."""
+UNKNOWN = "another rank exited or is silent"
+"""Why a message failed, where it cannot be seen which rank failed."""
 
 
 class LinkModel(Protocol):
@@ -96,7 +96,7 @@ class Communicator:
     by_host: bool = False
     launcher: int | None = field(default=None, compare=False)
     advice: ClassVar[str] = "; start the job again, it goes on from its newest checkpoint"
-    """To those who lost somebody."""
+    """What to do when a message failed."""
 
     @property
     def alone(self) -> bool:
@@ -292,7 +292,7 @@ class Communicator:
         except RuntimeError as error:  # torch.distributed raises nothing finer
             first = str(error).strip().splitlines()[0][:200]
         # Raised out here, where the first error is gone: its frames hold messages, which hold connections open.
-        raise CommunicationError(f"worker {self.rank} lost {self._lost()} while {doing}: {first}{self.advice}")
+        raise CommunicationError(f"rank {self.rank}: {doing} failed: {self._lost()}: {first}{self.advice}")
 
     @contextmanager
     def waiting(self, seconds: float, ranks: Sequence[int] | None = None) -> Iterator[None]:
@@ -306,14 +306,14 @@ class Communicator:
         group.set_timeout(timedelta(seconds=self.timeout))
 
     def _lost(self) -> str:
-        """Who is gone, where that can be seen: processes of this machine."""
+        """Which ranks exited or are stopped, as far as this machine can see."""
         host, deadline = socket.gethostname(), time.monotonic() + LAST_LOOK_SECONDS
         here = {rank: pid for rank, (where, pid) in enumerate(self.processes) if where == host and rank != self.rank}
         while True:
             states = {rank: _state(pid) for rank, pid in here.items()}
-            found = [f"worker {rank}, whose process {here[rank]} {state}," for rank, state in states.items() if state]
+            found = [f"rank {rank} (pid {here[rank]}) {state}" for rank, state in states.items() if state]
             if found or not here or time.monotonic() > deadline:
-                return " and ".join(found) or OTHERS
+                return " and ".join(found) or UNKNOWN
             time.sleep(0.05)  # a process that was killed a moment ago may still look alive
 
     def leave(self) -> None:
@@ -328,8 +328,8 @@ def compare(one: str, facts: Mapping[str, Any], other: str, expected: Mapping[st
         if facts.get(name) != value:
             raise InputError(
                 f"{one} has {name} {facts.get(name)}, {other} has {value}; "
-                "every worker needs the same code, data and settings, and with --live the same kind of processor; "
-                "without --live workers of any kind train together"
+                "all ranks need the same code, data and settings, and with --elastic the same kind of processor; "
+                "without --elastic ranks of any kind train together"
             )
 
 
@@ -341,12 +341,12 @@ def free_port() -> int:
 
 
 def _state(pid: int) -> str | None:
-    """What is wrong with a process of this machine, in words."""
+    """For people: why a process of this machine does not run; None: it runs."""
     try:
         status = psutil.Process(pid).status()
     except psutil.NoSuchProcess:
-        return "is gone"
-    return {psutil.STATUS_ZOMBIE: "is gone", psutil.STATUS_STOPPED: "is stopped"}.get(status)
+        return "exited"
+    return {psutil.STATUS_ZOMBIE: "exited", psutil.STATUS_STOPPED: "is stopped"}.get(status)
 
 
 def _fresh(store: Store, rank: int, size: int) -> Store:

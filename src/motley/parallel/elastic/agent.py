@@ -1,13 +1,13 @@
-"""Workers that come and go while training goes on: `motley pretrain --elastic`, started any number of times.
+"""Train while ranks join and leave: `motley pretrain --elastic`, started any number of times at any time.
 
-    agree on a crew (membership.py) ──▶ form it ──▶ worker 0 hands out its state ──▶ train until somebody dies or knocks
-          ▲                                                                                      │
-          └───────────────── what each remembers: the state after a whole number of steps ◀──────┘
+    agree on a generation (rendezvous.py) ──▶ connect ──▶ rank 0 broadcasts its state ──▶ train until a rank fails
+          ▲                                                                                or asks to join or leave
+          └─────────────── each process keeps its state after a whole number of steps ◀───────────────┘
 
-Every worker holds the whole model and its optimizer state (ZeRO 0), and a step changes them in one go, without waiting
-for anyone, once the sums over all rows are there. So those who lose a worker are at most one step apart. The farthest
-becomes worker 0, the others take its state, and the step that was in flight is computed again: its rows are a function
-of its number, so whoever computes them, the gradient is the sum over the same rows.
+Each rank holds the whole model and its optimizer state (ZeRO 0), and a step changes them at once, without waiting for
+other ranks, after the all-reduce of the gradient. So ranks that lose a peer are at most one step apart. The farthest
+becomes rank 0, the others take its state, and the interrupted step is computed again: its rows follow from its number,
+so that the gradient is the sum over the same rows whichever ranks compute them.
 """
 
 import socket
@@ -26,8 +26,8 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from motley.errors import CommunicationError, InputError
 from motley.fleet.device import choose_device
 from motley.parallel.build import facts
-from motley.parallel.communicator import LAST_LOOK_SECONDS, OTHERS, Communicator, compare
-from motley.parallel.elastic.rendezvous import Door, entered
+from motley.parallel.communicator import LAST_LOOK_SECONDS, UNKNOWN, Communicator, compare
+from motley.parallel.elastic.rendezvous import Rendezvous, joined
 from motley.parallel.load_balance import LoadBalancer
 from motley.parallel.rank import Ranks
 from motley.progress import note
@@ -39,33 +39,34 @@ from motley.train.run_folder import as_begun, claimed, kept_speed
 from motley.train.run_state import RunState
 
 Result = TypeVar("Result")
-Own = Callable[[Any, Path], Mapping[str, str]]
-"""(the stage's settings, the prepared data in use) → what this worker's own --data and --model come to."""
-LOOK_SECONDS = 0.2  # between two looks whether all are still there, while a message keeps one waiting
+OwnInputs = Callable[[Any, Path], Mapping[str, str]]
+"""(settings of the stage, prepared data in use) → what this rank's own --data and --model come to."""
+POLL_SECONDS = 0.2  # between two looks for members that exited, while a message is under way
+DATA = "path of the data"
 
 
-class Regroup(CommunicationError):
-    """Nobody is lost: somebody wants to join or to leave, so all meet again."""
+class MembershipChanged(CommunicationError):
+    """No rank failed: one asks to join or to leave, so all form the next generation."""
 
 
 @dataclass(frozen=True)
 class ElasticCommunicator(Communicator):
-    """A crew that ends when somebody waits at its door.
+    """The process group of one generation, which ends when a member exits or a newcomer waits.
 
     Attributes:
-        door: this worker's view of the meeting place.
+        rendezvous: this member's view of the agreement.
         names: of the members, in the order of ranks.
     """
 
-    door: Door | None = field(default=None, compare=False)
+    rendezvous: Rendezvous | None = field(default=None, compare=False)
     names: tuple[str, ...] = ()
     advice: ClassVar[str] = ""
 
     def talk(self, doing: str, message: Callable[[], Any], whom: Sequence[int] = ()) -> Any:
-        """Send or receive, as in any crew, but no longer than all members are at it.
+        """Send or receive, as in any process group, but only while all members are part of the generation.
 
-        A wait for messages cannot be broken off, and one that waits for a living member would not notice that this one
-        left because of a dead one. So messages wait on a thread, which is left alone when the crew has ended.
+        gloo cannot cancel a wait, and a wait for a running member does not end when that member left because of a
+        failed one. So messages wait on a thread, which is abandoned when the generation ends.
         """
         outcome: list[Any] = []
 
@@ -78,171 +79,171 @@ class ElasticCommunicator(Communicator):
         thread = Thread(target=wait, daemon=True)
         thread.start()
         while not outcome:
-            thread.join(LOOK_SECONDS)
-            assert self.door is not None
-            if not outcome and (parted := self.door.parted(self.names)):
-                raise CommunicationError(f"worker {self.rank} lost {parted} while {doing}")
+            thread.join(POLL_SECONDS)
+            assert self.rendezvous is not None
+            if not outcome and (missing := self.rendezvous.missing(self.names)):
+                raise CommunicationError(f"rank {self.rank}: {doing} failed: {missing}")
         result, error = outcome.pop()
         if error is not None:
             raise error
         return result
 
     def _lost(self) -> str:
-        """Who is gone. One that dies before all have met has not told its process, but its place is empty."""
+        """Which ranks failed; before all have sent their process ids, by the locks of the rendezvous."""
         found, deadline = super()._lost(), time.monotonic() + LAST_LOOK_SECONDS
-        while found == OTHERS and time.monotonic() < deadline:
-            assert self.door is not None
-            found = self.door.parted(self.names) or found
+        while found == UNKNOWN and time.monotonic() < deadline:
+            assert self.rendezvous is not None
+            found = self.rendezvous.missing(self.names) or found
             time.sleep(0.05)
         return found
 
     def stopping(self, asked: bool) -> bool:
-        """Whether all were asked to stop. One that was asked alone leaves, and the others go on without it."""
-        assert self.door is not None
-        knocked = self.leads and self.door.knocked()
-        asking, knocking = self.sum(torch.tensor([int(asked), int(knocked)])).tolist()
-        if asking == self.size:
+        """Whether all ranks were asked to stop. A rank that was asked alone leaves, and the others go on without it."""
+        assert self.rendezvous is not None
+        newcomers = self.leads and self.rendezvous.has_newcomers()
+        leaving, joining = self.sum(torch.tensor([int(asked), int(newcomers)])).tolist()
+        if leaving == self.size:
             return True
         if asked:
-            raise KeyboardInterrupt("this worker left, the others go on")
-        if asking or knocking:
-            raise Regroup("somebody leaves" if asking else "somebody waits to be let in")
+            raise KeyboardInterrupt("this rank left, the others go on")
+        if leaving or joining:
+            raise MembershipChanged("a rank leaves" if leaving else "a rank asks to join")
         return False
 
 
 @dataclass
 class Carried:
-    """What a rank keeps when its ranks regroup.
+    """What a process carries from one generation to the next.
 
     Attributes:
-        own: what this rank's own --data and --model come to.
-        told: what they came to when it joined; what happens to copies afterwards does not matter.
-        strategy: its last one, with model and optimizer.
-        kept: where its run stands.
-        data: the prepared data of the last group: whoever becomes rank 0 goes on with it.
-        ngrams: counts of its text, if they were needed.
+        own_inputs: what its own --data and --model come to.
+        inputs: what they came to when it joined; later changes of the files do not matter.
+        strategy: of its last generation, with model and optimizer.
+        state: where the run stands.
+        data: prepared data of its last generation; a new rank 0 goes on with it.
+        ngrams: counts of the text, if they were needed.
     """
 
-    own: Own
-    told: Mapping[str, str] | None = None
+    own_inputs: OwnInputs
+    inputs: Mapping[str, str] | None = None
     strategy: Ranks | None = None
-    kept: RunState | None = None
+    state: RunState | None = None
     data: Path | None = None
     ngrams: NgramCounts | None = None
 
     @property
     def step(self) -> int:
-        """How far it is; -1 before it has any state."""
-        return -1 if self.kept is None else self.kept.at.step
+        """Of its state; -1 without one."""
+        return -1 if self.state is None else self.state.at.step
 
     def serves(self, comm: Communicator) -> bool:
-        """Whether rank 0 has a state to go on from, so that none need be read."""
-        return comm.share(self.kept is not None)
+        """Whether rank 0 has a state to broadcast, so that no checkpoint has to be read."""
+        return comm.share(self.state is not None)
 
     def resume(self, strategy: Ranks, data: Path) -> RunState:
-        """Where the run stands, with its state in the strategy; every rank calls this."""
-        comm, before = strategy.comm, self.strategy
+        """Put every rank into the state of rank 0, or of the newest checkpoint. Every rank calls this."""
+        comm, config = strategy.comm, strategy.config
         assert isinstance(comm, ElasticCommunicator)
-        assert comm.door is not None
-        old = None if before is None or not comm.leads else before
-        kept, rates, scales = comm.share((self.kept, self._rates(), None if old is None else asdict(old.scaler)))
-        if kept is None:
-            kept = resume(strategy)
+        assert comm.rendezvous is not None
+        before = self.strategy if comm.leads else None
+        state, rates, scales = comm.share((self.state, self._rates(), before and asdict(before.scaler)))
+        if state is None:
+            state = resume(strategy)
         else:
-            kept.asked_to_stop = self.kept is not None and self.kept.asked_to_stop
+            state.asked_to_stop = self.state is not None and self.state.asked_to_stop
             strategy.scaler.restore(scales)
-            strategy.take_state(None if old is None else (dict(old.model.state_dict()), old.optimizer.state_tensors()))
-        self.told = self.told or self.own(strategy.config, data)
-        comm.door.introduce({**_own_facts(strategy.config, data, comm.device, self.told), DATA: str(data)})
+            strategy.take_state(before and (dict(before.model.state_dict()), before.optimizer.state_tensors()))
+        self.inputs = self.inputs or self.own_inputs(config, data)
+        comm.rendezvous.publish({**_own_facts(config, data, comm.device, self.inputs), DATA: str(data)})
         strategy.balancer = _balancer(comm.names, rates)
         if rates:
-            kept.news = [_news(comm.names, tuple(rates), kept.at.step)]
-        self.strategy, self.kept, self.data = strategy, kept, data
-        return kept
+            state.news = [_news(comm.names, tuple(rates), state.at.step)]
+        self.strategy, self.state, self.data = strategy, state, data
+        return state
 
     def _rates(self) -> dict[str, tuple[float, int]]:
-        """Rows a second of each member of the last group, and how often that was measured."""
+        """Rows a second of each member of the last generation, and how often that was measured."""
         if self.strategy is None:
             return {}
-        comm, balancer = self.strategy.comm, self.strategy.balancer
-        assert isinstance(comm, ElasticCommunicator)
-        return dict(zip(comm.names, zip(balancer.rates, balancer.known, strict=True), strict=True))
-
-
-DATA = "path of the data"
+        assert isinstance(self.strategy.comm, ElasticCommunicator)
+        balancer = self.strategy.balancer
+        return dict(zip(self.strategy.comm.names, zip(balancer.rates, balancer.known, strict=True), strict=True))
 
 
 def _own_facts(config: TrainingConfig, data: Path, device: torch.device, inputs: Mapping[str, str]) -> dict[str, str]:
-    """What must be the same on all: how they round too, as every copy of the model is updated where it lies.
+    """What must be the same on all ranks; the processor too, as each rank updates its own copy of the model.
 
-    The model by what it is (among `inputs`: `Carried.own`) and by its path: whoever leads opens the run folder, which
-    knows it by that.
+    The model is compared by its content (among `inputs`) and by its path, under which the run folder knows it: any
+    rank may become the one that opens the run folder.
     """
     path = {"path of --model": str(getattr(config, "model", ""))}
     return {**facts(config, data), "the processor": kind_of_chip(device), **inputs, **path}
 
 
-def run_elastic(config: TrainingConfig, own: Own, work: Callable[[Communicator, Carried], Result]) -> Result:
-    """`work`, with one crew after the other, until it returns; what it keeps in the memory goes from crew to crew.
+def run_elastic(
+    config: TrainingConfig, own_inputs: OwnInputs, work: Callable[[Communicator, Carried], Result]
+) -> Result:
+    """Run `work` with one generation after the other until it returns.
 
-    own: what this worker's own --data and --model come to.
+    own_inputs: what this rank's own --data and --model come to.
 
-    Raises InputError for what a live crew cannot do, and when one is at work that runs something else.
+    Raises InputError for settings that elastic training does not support, and where a job of other settings runs.
     """
     device = choose_device(config.device)
     if config.plan is not None or config.emulate or config.islands != "1":
-        raise InputError("--elastic workers each hold the whole model; leave --plan, --emulate and --islands out")
+        raise InputError("with --elastic each rank holds the whole model; leave --plan, --emulate and --islands out")
     if config.zero:
         raise InputError(
-            f"--elastic beside --zero {config.zero}: a live worker keeps the whole model and its optimizer state, so that "
-            "any may be lost; leave --zero out, or leave --elastic out and start the crew with torchrun"
+            f"--elastic beside --zero {config.zero}: an elastic rank keeps the whole model and its optimizer state, so "
+            "that any rank may fail; leave --zero out, or leave --elastic out and start the ranks with torchrun"
         )
 
     def check(theirs: Mapping[str, str]) -> None:
         data = Path(theirs[DATA])
         begun = as_begun(config, kept_speed(config.out))
-        mine = _own_facts(begun, data, device, own(config, data))
-        compare("this worker", mine, "the crew at work", {name: theirs[name] for name in theirs if name != DATA})
+        mine = _own_facts(begun, data, device, own_inputs(config, data))
+        compare("this rank", mine, "the running job", {name: theirs[name] for name in theirs if name != DATA})
 
-    carried = Carried(own)
-    with claimed(config.out, shared=True), entered(config.out / "elastic", config.comm_timeout) as door:
+    carried = Carried(own_inputs)
+    with claimed(config.out, shared=True), joined(config.out, config.comm_timeout) as rendezvous:
         while True:
             try:
-                return work(_form(door, carried.step, device, check), carried)
+                return work(_connect(rendezvous, carried.step, device, check), carried)
             except CommunicationError as lost:
                 reason = str(lost)
-            note(f"{reason}; going on from step {max(0, carried.step)} with those who are here")
-            _part()
+            note(f"{reason}; the remaining ranks go on from step {max(0, carried.step)}")
+            _disconnect()
 
 
-def _form(
-    door: Door, step: int, device: torch.device, check: Callable[[Mapping[str, str]], None]
+def _connect(
+    rendezvous: Rendezvous, step: int, device: torch.device, check: Callable[[Mapping[str, str]], None]
 ) -> ElasticCommunicator:
-    """Agree on a crew and meet it. Raises CrewError when somebody dies on the way."""
+    """Agree on the next generation and connect its ranks. Raises CommunicationError when one exits meanwhile."""
     host = socket.gethostname()
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    agreed = door.agree(step, host, store.port, check)
-    rank, size = agreed.members.index(door.name), len(agreed.members)
-    by_host = device.type != "cpu"  # members come and go: gloo notices, where NCCL would wait for the dead
+    agreed = rendezvous.next_generation(step, host, store.port, check)
+    rank, size = agreed.members.index(rendezvous.name), len(agreed.members)
+    by_host = device.type != "cpu"  # gloo notices members that exit, where NCCL would wait for them
     comm = ElasticCommunicator(
-        rank, size, device, timeout=door.timeout, by_host=by_host, door=door, names=agreed.members
+        rank, size, device, timeout=rendezvous.timeout, by_host=by_host, rendezvous=rendezvous, names=agreed.members
     )
     if size == 1:
         return comm
-    limit = timedelta(seconds=door.timeout)
+    limit = timedelta(seconds=rendezvous.timeout)
 
-    def meet() -> None:
+    def connect() -> None:
         theirs = store if rank == 0 else TCPStore(agreed.host, agreed.port, is_master=False, timeout=limit)
         dist.init_process_group("gloo", store=theirs, rank=rank, world_size=size, timeout=limit)
 
-    comm.talk("meeting", meet)
+    comm.talk("connecting", connect)
     return comm.acquainted()
 
 
-def _part() -> None:
-    """Let go of the crew, also of one that was never complete.
+def _disconnect() -> None:
+    """Destroy the process group, also one that not all members reached.
 
-    Members meet under a number that PyTorch counts up from the first crew of a process, unless the last one ended well.
+    Members connect under a number that PyTorch counts from the first process group of a process, unless the last one
+    ended well; a newcomer counts from 0, so all do.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -250,14 +251,14 @@ def _part() -> None:
 
 
 def _balancer(names: tuple[str, ...], rates: Mapping[str, tuple[float, int]]) -> LoadBalancer:
-    """Rows by the speeds that were measured; a newcomer begins with their mean."""
+    """Rows by measured speed; a newcomer begins with the mean."""
     mean = sum(rate for rate, _ in rates.values()) / len(rates) if rates else 1.0
     now = [rates.get(name, (mean, 0)) for name in names]
     return LoadBalancer([rate for rate, _ in now], [known for _, known in now])
 
 
 def _news(now: tuple[str, ...], before: tuple[str, ...], step: int) -> str:
-    """What the metrics say of a change of members."""
-    joined, gone = len(set(now) - set(before)), len(set(before) - set(now))
-    again = "; what the gone had computed of it is computed again" if gone else ""
-    return f"{len(now)} workers go on with step {step + 1} ({joined} new, {gone} gone){again}"
+    """For the metrics: how the members changed."""
+    new, left = len(set(now) - set(before)), len(set(before) - set(now))
+    again = "; their part of it is computed again" if left else ""
+    return f"{len(now)} ranks go on with step {step + 1} ({new} joined, {left} left){again}"
