@@ -11,7 +11,7 @@ from motley.train.metrics import imbalances
 
 
 @dataclass(frozen=True)
-class Stage:
+class ReportStage:
     """One stage of the journey, with its metrics if it trained anything."""
 
     name: str
@@ -26,7 +26,7 @@ class Stage:
         return [record for record in self.records if record["kind"] == kind]
 
 
-def stage_section(stage: Stage) -> Html:
+def stage_section(stage: ReportStage) -> Html:
     """The section of the page about one stage: all its charts, and what happened."""
     train, valid, experts = stage.of_kind("train"), stage.of_kind("valid"), stage.of_kind("experts")
     minutes = (as_number(stage.records[-1].get("seconds")) or 0) < 3 * 3600

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from motley.evaluate.curves import Stage
+from motley.evaluate.curves import ReportStage
 from motley.evaluate.ranks import MOST_ROWS, ROW, SEEN, chosen_timelines, rows_of, wait_box
 from motley.fleet.picture import pool_colour
 from motley.fleet.units import size_text
@@ -25,7 +25,7 @@ CAPTION = (
 )
 
 
-def islands_section(stage: Stage) -> Html:
+def islands_section(stage: ReportStage) -> Html:
     """The section about inner steps, tokens and waits of each island; empty without islands."""
     rounds = stage.of_kind("outer_step")
     if not rounds:
@@ -53,7 +53,7 @@ def islands_section(stage: Stage) -> Html:
     )
 
 
-def _timelines(stage: Stage) -> Iterator[Html]:
+def _timelines(stage: ReportStage) -> Iterator[Html]:
     about = next((ranks for ranks in reversed(stage.of_kind("ranks")) if "islands" in ranks), None)
     drawn = [timeline for timeline in stage.of_kind("timeline") if "round" in timeline]
     if about is None or not (chosen := chosen_timelines(drawn, len(about["islands"]), settled=2)):

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from motley.evaluate.curves import Stage
+from motley.evaluate.curves import ReportStage
 from motley.fleet.picture import pool_colour
 from motley.fleet.units import rate_text, size_text
 from motley.page import Html, element, figure, in_percent
@@ -35,7 +35,7 @@ HEADS = ("rank", "chip", "replica", "stage", "own tokens/s", "share", "idle", "w
 SEEN = 0.6  # pixels of the shortest span that is drawn
 
 
-def ranks_section(stage: Stage) -> Html:
+def ranks_section(stage: ReportStage) -> Html:
     """The section about the ranks of a stage; empty for a single process."""
     starts = stage.of_kind("ranks")
     if not starts or not (steps := _of_these_ranks(stage.of_kind("step_stats"), starts[-1])):

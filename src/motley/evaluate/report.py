@@ -14,7 +14,7 @@ from typing import Any
 
 from motley.errors import InputError
 from motley.evaluate.charts import interval_chart
-from motley.evaluate.curves import Stage, stage_section
+from motley.evaluate.curves import ReportStage, stage_section
 from motley.evaluate.islands import islands_section
 from motley.evaluate.ranks import ranks_section
 from motley.files import read_json, write_text
@@ -71,7 +71,7 @@ def write_report(run: Path, out: Path) -> Path:
 # ------------------------------------------------------------------------------------------- reading
 
 
-def _stages(run: Path, journey: Mapping[str, Any]) -> list[Stage]:
+def _stages(run: Path, journey: Mapping[str, Any]) -> list[ReportStage]:
     """The journey's stages; without a journey, the run itself or its folders that hold metrics."""
     listed = journey.get("stages")
     if not listed:
@@ -82,7 +82,7 @@ def _stages(run: Path, journey: Mapping[str, Any]) -> list[Stage]:
     return [_stage(run, entry) for entry in listed]
 
 
-def _stage(run: Path, entry: Mapping[str, Any]) -> Stage:
+def _stage(run: Path, entry: Mapping[str, Any]) -> ReportStage:
     name = str(entry.get("name", "stage"))
     folder = run / entry["folder"] if entry.get("folder") else None
     if folder is not None and not folder.resolve().is_relative_to(run.resolve()):
@@ -93,7 +93,7 @@ def _stage(run: Path, entry: Mapping[str, Any]) -> Stage:
     seconds = as_number(entry.get("seconds"))
     if seconds is None and records:
         seconds = as_number(records[-1].get("seconds"))
-    return Stage(
+    return ReportStage(
         name=name,
         title=str(entry.get("title") or name.replace("_", " ").capitalize()),
         seconds=seconds,
@@ -104,7 +104,7 @@ def _stage(run: Path, entry: Mapping[str, Any]) -> Stage:
     )
 
 
-def _model(journey: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
+def _model(journey: Mapping[str, Any], stages: Sequence[ReportStage]) -> dict[str, Any]:
     """The journey's model entry, or one made from the configuration the last stage left; counts filled in."""
     model = dict(journey.get("model") or {})
     if not model:
@@ -125,7 +125,7 @@ def _model(journey: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any
 # ------------------------------------------------------------------------------------------ the page
 
 
-def _page(run: Path, journey: Mapping[str, Any], stages: Sequence[Stage]) -> str:
+def _page(run: Path, journey: Mapping[str, Any], stages: Sequence[ReportStage]) -> str:
     model = _model(journey, stages)
     results = journey.get("results") or {}
     problems, text = results.get("problems") or {}, results.get("text") or {}
@@ -154,7 +154,7 @@ def _header(
     name: str,
     journey: Mapping[str, Any],
     model: Mapping[str, Any],
-    stages: Sequence[Stage],
+    stages: Sequence[ReportStage],
     problems: Mapping[str, Any],
     text: Mapping[str, Any],
 ) -> Html:
@@ -173,7 +173,7 @@ def _header(
 
 
 def _tiles(
-    model: Mapping[str, Any], stages: Sequence[Stage], problems: Mapping[str, Any], text: Mapping[str, Any]
+    model: Mapping[str, Any], stages: Sequence[ReportStage], problems: Mapping[str, Any], text: Mapping[str, Any]
 ) -> list[Html]:
     tiles = []
     accuracy = as_number(problems.get("accuracy"))
@@ -207,7 +207,7 @@ def _tiles(
     return tiles
 
 
-def _strip(stages: Sequence[Stage]) -> Html:
+def _strip(stages: Sequence[ReportStage]) -> Html:
     """The journey, stage by stage: how long each took, and how long it was thought to take."""
     timed = [stage for stage in stages if stage.seconds is not None or stage.predicted_seconds is not None]
     if len(timed) < 2:
@@ -395,7 +395,7 @@ def _transcript(sample: Mapping[str, Any]) -> Html:
     return element("details", summary, *parts)
 
 
-def _limits(model: Mapping[str, Any], trained: Sequence[Stage], problems: Mapping[str, Any]) -> Html:
+def _limits(model: Mapping[str, Any], trained: Sequence[ReportStage], problems: Mapping[str, Any]) -> Html:
     """Limits of the results that a reader must know, derived from the numbers."""
     limits = []
     total = as_number(model.get("parameters"))
@@ -427,7 +427,7 @@ def _limits(model: Mapping[str, Any], trained: Sequence[Stage], problems: Mappin
 def _missing(
     journey: Mapping[str, Any],
     model: Mapping[str, Any],
-    trained: Sequence[Stage],
+    trained: Sequence[ReportStage],
     problems: Mapping[str, Any],
     text: Mapping[str, Any],
 ) -> list[str]:
