@@ -40,7 +40,7 @@ def plan_of(pools: dict[str, tuple[int, int]], teams: list[tuple[list[str], int,
         {"pool": name, "chips": chips[name], "nodes": nodes, "chips_per_node": each}
         for name, (nodes, each) in pools.items()
     ]
-    return {"pools": listed, "groups": written, "step_seconds": 1.0}
+    return {"pools": listed, "teams": written, "step_seconds": 1.0}
 
 
 def planned(fleet: Fleet, config: ModelConfig, rows: int, seq_len: int = 64) -> dict[str, Any] | None:
@@ -60,15 +60,15 @@ TINY_SHAPE = ModelConfig.from_hf(TINY)
 def plan_file(
     folder: Path, fleet: str, config: ModelConfig = TINY_SHAPE, **changed: Any
 ) -> tuple[Path, dict[str, Any]]:
-    """A plan of two workers for a model (default: the tiny one), and its file; `changed` in every team.
+    """A plan of two workers for a model (default: the tiny one), and its file; `changed` in every group.
 
     For more rows than the runs have: four would be done before a second worker is worth its messages.
     """
     plan = planned(parse_fleet(fleet, "fleet"), config, rows=64)
     assert plan is not None
     assert plan["chips"] == 2
-    for team in plan["groups"]:
-        team.update(changed)
+    for group in plan["groups"]:
+        group.update(changed)
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
     return file, plan

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TINY, command, losses, torchrun
+from commands import TINY, command, losses
+from spawned_ranks import run, run_ranks
 
 from motley.fleet.inventory import Emulated, EmulatedLink, parse_fleet
 from motley.fleet.links import Links, PairRate
@@ -96,7 +97,7 @@ def start(folder: Path, data: Path, deep: Path, memory: float, **more: Any) -> s
     fleet.write_text(NARROW.format(memory=memory))
     settings = {"precision": "fp32", "batch_rows": 8, "steps": 8} | more
     arguments = command(folder / "run", data, deep, emulate=fleet, emulate_by="wait", **settings)
-    return subprocess.run(torchrun(3, arguments), capture_output=True, text=True)
+    return run_ranks(3, arguments)
 
 
 @pytest.mark.slow(25)
@@ -112,7 +113,7 @@ def test_workers_too_small_for_the_model_make_a_plan_and_learn_what_one_process_
     assert (tmp_path / "run" / "plan.html").is_file()
     assert len(parse_fleet((tmp_path / "run" / "fleet.yaml").read_text(), "kept").pools) == 2
     arguments = command(tmp_path / "alone", data, deep, precision="fp32", batch_rows=8, steps=8)
-    assert subprocess.run(arguments, capture_output=True).returncode == 0
+    assert run(arguments).returncode == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 

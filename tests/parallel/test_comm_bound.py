@@ -1,11 +1,11 @@
 """A crew joined by a slow link is told so, once, and how to do better."""
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import command, events, torchrun
+from commands import command, events
+from spawned_ranks import run_ranks
 
 from motley.parallel.telemetry.comm_bound import IN_A_ROW, CommBoundWatch
 from motley.parallel.telemetry.step_stats import StepStats
@@ -70,7 +70,7 @@ def test_a_crew_over_a_slow_link_is_told_so_in_the_terminal_and_in_the_metrics(
     fleet.write_text(SLOW_LINK)
     settings: dict[str, Any] = {"precision": "fp32", "emulate": fleet, "emulate_by": "wait", "steps": IN_A_ROW + 1}
     arguments = command(out, data, shape, seq_len_warmup="", valid_rows=2, **settings)
-    done = subprocess.run(torchrun(2, arguments), capture_output=True, text=True)
+    done = run_ranks(2, arguments)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("gradients and weights travel for ") == 1
     (event,) = events(out)

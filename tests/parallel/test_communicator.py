@@ -1,17 +1,15 @@
-"""The real commands under torchrun: uneven workers learn what one process learns, and go on whoever is left."""
+"""The real commands: uneven workers learn what one process learns, and go on whoever is left."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from commands import STEPS, children, command, losses, torchrun, until
-from spawned_ranks import free_port, on_ranks
+from commands import STEPS, command, losses, until
+from spawned_ranks import MOTLEY, free_port, on_ranks, run, run_ranks, start_ranks
 
 from motley.apportion import apportion
 from motley.errors import CommunicationError, InputError
@@ -29,24 +27,19 @@ def test_a_crew_learns_what_one_process_learns_and_any_crew_goes_on_from_its_che
     """Three workers are killed half-way, one of them first; two go on, and one process ends the run."""
     out = tmp_path / "run"
     arguments = command(out, data, shape, precision="fp32", emulate="1:2:4", emulate_by="wait")
-    process = subprocess.Popen(torchrun(3, arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start_ranks(3, arguments)
     until(lambda: len(list((out / "checkpoints").glob("step-????????"))) >= 1, process)
-    victim = children(process.pid)[-1]
-    subprocess.run(["kill", "-9", str(victim)], check=True)
-    text, _ = process.communicate(timeout=120)
+    process.ranks[-1].kill()
+    _, said = process.communicate()
     assert process.returncode != 0
-    assert " lost " in text or "Signal 9" in text
+    assert " lost " in said
     assert list((out / "checkpoints").glob("step-????????"))
-    two = subprocess.Popen(
-        torchrun(2, command(out, data, shape, precision="fp32", zero=0)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    two = start_ranks(2, command(out, data, shape, precision="fp32", zero=0))
     written = len(losses(out))
     until(lambda: len(losses(out)) >= written + 6, two)
     two.send_signal(signal.SIGTERM)
-    two.communicate(timeout=120)
-    last = subprocess.run(command(out, data, shape, precision="fp32"), capture_output=True, text=True)
+    two.communicate()
+    last = run(command(out, data, shape, precision="fp32"))
     assert last.returncode == 0, last.stderr
     found, expected = losses(out), losses(alone)
     assert len(found) == len(expected) >= STEPS
@@ -66,7 +59,7 @@ def plan(shape: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     fleet, plan = folder / "fleet.yaml", folder / "plan.json"
     fleet.write_text(PLANNED)
     asked = ["plan", str(shape), f"--fleet={fleet}", "--tokens=1M", "--seq-len=64", "--global-batch=4", f"--out={plan}"]
-    made = subprocess.run([sys.executable, "-m", "motley", *asked], capture_output=True, text=True)
+    made = run([*MOTLEY, *asked])
     assert made.returncode == 0, made.stderr
     return plan
 
@@ -76,14 +69,10 @@ def test_a_plan_runs_as_it_is_written(data: Path, shape: Path, alone: Path, plan
     values = json.loads(plan.read_text())
     out = tmp_path / "run"
     arguments = command(out, data, shape, precision="fp32", plan=plan)
-    done = subprocess.run(torchrun(values["chips"], arguments), capture_output=True, text=True)
+    done = run_ranks(values["chips"], arguments)
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
-    wrong = subprocess.run(
-        torchrun(values["chips"] + 1, [*arguments[:3], *command(tmp_path / "x", data, shape, plan=plan)[3:]]),
-        capture_output=True,
-        text=True,
-    )
+    wrong = run_ranks(values["chips"] + 1, command(tmp_path / "x", data, shape, plan=plan))
     assert wrong.returncode != 0
     assert f"{values['chips'] + 1} were started" in wrong.stderr
 
@@ -92,10 +81,10 @@ def test_a_plan_runs_as_it_is_written(data: Path, shape: Path, alone: Path, plan
 def test_a_plan_runs_in_fp8_where_that_is_asked(data: Path, shape: Path, alone: Path, plan: Path, tmp_path: Path):
     out, workers = tmp_path / "run", json.loads(plan.read_text())["chips"]
     arguments = command(out, data, shape, precision="fp8", plan=plan)
-    done = subprocess.run(torchrun(workers, arguments), capture_output=True, text=True)
+    done = run_ranks(workers, arguments)
     assert done.returncode == 0, done.stderr
     for worker in range(workers):
-        assert f"worker {worker} computes in fp8" in done.stderr
+        assert f"rank {worker} computes in fp8" in done.stderr
     assert losses(out) == pytest.approx(losses(alone), rel=0.01)
     assert losses(out) != pytest.approx(losses(alone), rel=1e-4), "products are rounded"
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import random
 import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from commands import children, command, torchrun, until
+from commands import command, until
 from island_runs import PIPELINE, SHAPE, Skipped, island_of, learn, settings
 from layouts import pair
 from plans import SHAPE as PLANNED
 from plans import plan_of
 from safetensors.torch import load_file
-from spawned_ranks import on_ranks
+from spawned_ranks import on_ranks, run_ranks, start_ranks
 from tiny_models import DEEP, Rows, error, random_model
 from told_ranks import assert_all_workers_are_told
 
@@ -317,40 +316,34 @@ def told(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in clock} for record in values]
 
 
-def run(workers: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    words = torchrun(workers, arguments) if workers > 1 else arguments
-    return subprocess.run(words, capture_output=True, text=True, timeout=240)
-
-
 @pytest.mark.slow(60)
 def test_an_island_is_killed_and_the_run_goes_on_bit_for_bit_or_without_it(data: Path, shape: Path, tmp_path: Path):
     whole, out, fewer = tmp_path / "whole", tmp_path / "run", tmp_path / "fewer"
-    done = run(2, command(whole, data, shape, **ISLANDS))
+    done = run_ranks(2, command(whole, data, shape, **ISLANDS))
     assert done.returncode == 0, done.stderr
     assert_all_workers_are_told(whole, done.stderr, [0, 1], tmp_path / "report.html")
-    words = torchrun(2, command(out, data, shape, **ISLANDS))
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start_ranks(2, command(out, data, shape, **ISLANDS))
     until(lambda: (out / "checkpoints" / "step-00000005").exists(), process)
-    subprocess.run(["kill", "-9", str(children(process.pid)[-1])], check=True)
-    text, _ = process.communicate(timeout=120)
+    process.ranks[-1].kill()
+    _, said = process.communicate()
     assert process.returncode != 0
-    assert " lost " in text or "Signal 9" in text
+    assert " lost " in said
     shutil.copytree(out, fewer)
-    done = run(2, command(out, data, shape, **ISLANDS))
+    done = run_ranks(2, command(out, data, shape, **ISLANDS))
     assert done.returncode == 0, done.stderr
     assert told(out) == told(whole)
     for file in ("model/model.safetensors", "islands/1/step-00000015/training.safetensors"):
         found, expected = load_file(out / file), load_file(whole / file)
         assert found.keys() == expected.keys()
         assert all(tensor.equal(expected[name]) for name, tensor in found.items())
-    meetings = [record for record in told(whole) if record["kind"] == "islands"]
+    meetings = [record for record in told(whole) if record["kind"] == "outer_step"]
     assert [meeting["step"] for meeting in meetings] == [5, 10, 15]
     rows = sorted(row for meeting in meetings for first, n in meeting["rows"] for row in range(first, first + n))
     assert rows == list(range(15 * 4))
-    done = run(1, command(fewer, data, shape, **ISLANDS))
+    done = run_ranks(1, command(fewer, data, shape, **ISLANDS))
     assert done.returncode == 2
     assert "--islands 2 does not fit the 1 worker of this job" in done.stderr
-    done = run(1, command(fewer, data, shape, **(ISLANDS | {"islands": 1})))
+    done = run_ranks(1, command(fewer, data, shape, **(ISLANDS | {"islands": 1})))
     assert done.returncode == 0, done.stderr
     assert "2 islands wrote the checkpoint, 1 go on from the shared model" in done.stderr
     steps = [record["step"] for record in told(fewer) if record["kind"] == "train"]

@@ -3,14 +3,13 @@
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import STEPS, TINY, command, losses, steps_done, until, wait
 from elastic_members import arrived, member
-from spawned_ranks import SERVER, free_port, start
+from spawned_ranks import SERVER, Started, free_port, run, start
 
 from motley.data.pack import DataConfig, prepare
 from motley.model import ModelConfig, Transformer, save
@@ -32,11 +31,10 @@ def other(text: Path) -> Path:
     return prepare(DataConfig(data=(str(text),), vocab_size=300), text.parent / "prepared").folder
 
 
-def started_as(rank: int, port: int, words: list[str]) -> subprocess.Popen[str]:
+def started_as(rank: int, port: int, words: list[str]) -> Started:
     """Worker `rank` of two, as torchrun on a machine of its own starts it."""
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, env=os.environ | place, **pipes)
+    return start(words, environment=place)
 
 
 def started_together(out: Path, first: dict[str, Any], second: dict[str, Any]) -> list[tuple[int, str]]:
@@ -46,7 +44,7 @@ def started_together(out: Path, first: dict[str, Any], second: dict[str, Any]) -
     workers = [
         started_as(rank, port, command(out, **own_paths, **settings)) for rank, own_paths in enumerate((first, second))
     ]
-    return [(worker.wait(120), worker.communicate()[1]) for worker in workers]
+    return [(worker.wait(), worker.communicate()[1]) for worker in workers]
 
 
 @pytest.mark.slow(25)
@@ -83,14 +81,14 @@ def test_a_newcomer_with_other_data_or_another_model_is_sent_away_and_the_crew_t
         ({"shape": "nano"}, "this worker has --model nano, the crew at work has "),
     ):
         words = [*command(out, **({"data": data, "shape": shape} | given), **settings), "--elastic"]
-        stranger = subprocess.run(words, capture_output=True, text=True)
+        stranger = run(words)
         assert stranger.returncode == 2, stranger.stderr
         assert named in stranger.stderr
         assert stranger.stderr.count("\n") == 1
         done = steps_done(out)
         until(lambda done=done: steps_done(out) > done, comm)
     comm.send_signal(signal.SIGTERM)
-    said, _ = comm.communicate(timeout=60)
+    _, said = comm.communicate()
     assert comm.returncode == 130, said
     assert "going on from step" not in said, "nobody disturbed it"
 

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import command, losses, torchrun
+from commands import command, losses
 from plans import PRETEND, plan_file, planned
+from spawned_ranks import run_ranks
 from tiny_models import DEEP
 
 from motley.fleet.inventory import Fleet, parse_fleet
@@ -97,7 +97,7 @@ links:
 
 
 def pretrain(arguments: list[str]) -> str:
-    done = subprocess.run(torchrun(2, arguments), capture_output=True, text=True)
+    done = run_ranks(2, arguments)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -132,6 +132,6 @@ def test_a_plan_with_islands_runs_in_rounds_of_its_length(data: Path, shape: Pat
     plan["inner_steps"] = 10
     file.write_text(json.dumps(plan))
     pretrain(command(tmp_path / "run", data, shape, precision="fp32", plan=file))
-    rounds = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "islands"]
+    rounds = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "outer_step"]
     assert [record["steps"] for record in rounds] == [10, 10, 10]
     assert all(len(record["inner_steps"]) == 2 for record in rounds)

@@ -1,16 +1,15 @@
 """Crews on GPUs, or on GPUs and CPUs, take the step of a single process. The same crews on CPUs alone, always."""
 
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from commands import command, losses, torchrun
+from commands import command, losses
 from layouts import TWO_STAGES, assert_same_steps, settings, take_steps
-from spawned_ranks import free_port, on_ranks
+from spawned_ranks import free_port, on_ranks, run_ranks
 from tiny_models import DEEP
 
 from motley.parallel.communicator import Communicator, join
@@ -83,6 +82,6 @@ def test_the_real_command_with_a_fast_and_a_slow_worker_on_one_device_learns_wha
     """With two and more GPUs each worker takes one of its own."""
     out = tmp_path / "run"
     arguments = command(out, data, shape, precision="fp32", device=device, emulate="1:3", emulate_by="wait")
-    done = subprocess.run(torchrun(2, arguments), capture_output=True, text=True)
+    done = run_ranks(2, arguments)
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(alone), rel=1e-4)

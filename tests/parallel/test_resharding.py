@@ -8,19 +8,18 @@ import dataclasses
 import io
 import json
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import command, losses, torchrun
+from commands import command, losses
 from island_runs import PIPELINE, island_of, learn
 from island_runs import settings as island_settings
 from layouts import pair, settings
 from safetensors.torch import load_file, save_file
-from spawned_ranks import on_ranks
+from spawned_ranks import on_ranks, run, run_ranks
 from tiny_models import DEEP, FEW, ODD, Rows, error, random_model
 
 from motley.data.tokenizer import train_tokenizer
@@ -238,7 +237,7 @@ def test_a_run_that_gets_more_workers_at_each_start_learns_what_one_process_lear
     """One worker until step 2, two at ZeRO 3 until step 4, four at ZeRO 2 to the end."""
     whole, grown = tmp_path / "whole", tmp_path / "grown"
     chosen = {"steps": 6, "checkpoint_every": 2, "valid_every": 2, "keep_last": 9, "precision": "fp32"}
-    done = subprocess.run(command(whole, data, shape, **chosen), capture_output=True, text=True)
+    done = run(command(whole, data, shape, **chosen))
     assert done.returncode == 0, done.stderr
     shutil.copytree(whole, grown)
     for workers, zero, kept in ((2, 3, 1), (4, 2, 2)):
@@ -246,8 +245,7 @@ def test_a_run_that_gets_more_workers_at_each_start_learns_what_one_process_lear
         shutil.rmtree(grown / "model")
         for later in checkpoints(grown)[kept:]:
             shutil.rmtree(later)
-        words = torchrun(workers, command(grown, data, shape, **chosen, zero=zero))
-        done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+        done = run_ranks(workers, command(grown, data, shape, **chosen, zero=zero))
         assert done.returncode == 0, done.stderr
         assert losses(grown) == pytest.approx(losses(whole), rel=1e-5)
     found, expected = (load_file(out / "model" / "model.safetensors") for out in (grown, whole))
