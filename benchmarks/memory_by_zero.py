@@ -93,14 +93,14 @@ def work(
     comm = Communicator(rank, size, device)
     comm.sum(torch.zeros(1, device=device))  # connected
     before = forget_peak(device)
-    worker = Ranks(shape, settings(), layout_of(shape, zero, memory, size), comm)
+    ranks = Ranks(shape, settings(), layout_of(shape, zero, memory, size), comm)
     torch.manual_seed(0)
-    for part in worker.shards.here:
+    for part in ranks.buffers.here:
         with torch.no_grad():
-            worker.shards.view(part).normal_(0.0, 0.02)
+            ranks.buffers.view(part).normal_(0.0, 0.02)
     for step in range(STEPS):
-        losses, norm = worker.gradient(Rows(shape.vocab_size), step)  # type: ignore[arg-type]
-        worker.update(losses, norm, 1e-3)
+        losses, norm = ranks.gradient(ranks.read(Rows(shape.vocab_size), step))  # type: ignore[arg-type]
+        ranks.update(losses, norm, 1e-3)
     results.put((rank, peak(device) - before))
     dist.barrier()
     dist.destroy_process_group()

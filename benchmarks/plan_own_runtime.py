@@ -123,8 +123,7 @@ def measure(case: Case) -> tuple[float, float]:
         optimizer=case.optimizer,  # type: ignore[arg-type]
     )
     torch.set_num_threads(case.threads)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[case.dtype]
-    return measured_step_seconds(case.config, config, torch.device("cpu"), dtype, steps=5)
+    return measured_step_seconds(case.config, config, torch.device("cpu"), case.dtype, steps=5)  # type: ignore[arg-type]
 
 
 def predict(case: Case, hardware: dict[int, Hardware], framework: Framework) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
     python benchmarks/uneven.py --speeds 1:2:4:1 [--capped] [--straggler] [--quick] [--json]
 
-Rankss are processes on this machine, made unequal (motley.emulation.cpu_throttle): by waiting after each piece of work, or
+Ranks are processes on this machine, made unequal (motley.emulation.cpu_throttle): by waiting after each piece of work, or
 with --capped by a control group that gives each its share of CPU time. In turns, step by step, each trains on its own,
 all at the same time but without a word to each other; then all together, with rows in proportion to measured speed;
 then with the even split that an engine for equal chips makes. The ideal is the sum of the rates on their own: rows of a
@@ -78,33 +78,32 @@ class Way:
             layout = replace(layout, rates=tuple(speeds))  # as a start finds them (motley.parallel.build)
         model = Transformer(SHAPE)
         model.initialize(0)
-        self.worker = Ranks(SHAPE, config, layout, comm, model)
-        if not comm.alone:
-            self.worker.take_state((dict(model.state_dict()), {}) if comm.leads else None)
-        self.worker.replica.pace = slow.pace
+        self.ranks = Ranks(SHAPE, config, layout, comm)
+        self.ranks.take_state((dict(model.state_dict()), {}) if comm.leads else None)
+        self.ranks.runner.pace = slow.pace
         if even:
-            self.worker.shares = Even([1.0] * comm.size)
+            self.ranks.balancer = Even([1.0] * comm.size)
         self._slow, self._number = slow, 0
         self.steps: list[dict[str, Any]] = []
 
     def step(self, counts: bool = True) -> None:
         """The next step; `counts`: or only finds its shares."""
-        worker = self.worker
+        ranks = self.ranks
         started = time.perf_counter()
         self._slow.begin()
-        losses, norm = worker.gradient(Rows(), self._number)  # type: ignore[arg-type]
-        worker.update(losses, norm, 1e-3)
-        worker.share_again()
+        losses, norm = ranks.gradient(ranks.read(Rows(), self._number))  # type: ignore[arg-type]
+        ranks.update(losses, norm, 1e-3)
+        ranks.share_rows()
         spent = time.perf_counter() - started
         self._number += 1
         if counts:
             self.steps.append(
                 {
                     "seconds": spent,
-                    "passes": worker.replica.span_seconds,
-                    "updates": worker.comm.watch.seconds["optimizer"],
-                    "idle": [1 - busy / spent for busy in worker.timing.rank_seconds],
-                    "rows": worker.timing.rows,
+                    "passes": ranks.runner.span_seconds,
+                    "updates": ranks.comm.timer.seconds["optimizer"],
+                    "idle": [1 - busy / spent for busy in ranks.stats.rank_seconds],
+                    "rows": ranks.stats.rows,
                 }
             )
 

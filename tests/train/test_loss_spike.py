@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from motley.errors import InputError
 from motley.model import load
-from motley.parallel.communicator import Communicator
 from motley.train.checkpoint import checkpoints, prune, step_folder
 from motley.train.optimizer import Optimizer
 from motley.train.pretrain import pretrain
