@@ -24,7 +24,7 @@ from motley.parallel.layout import Layout, PipelineGroup, from_plan, side_by_sid
 from motley.parallel.number_formats import asked_format, check_formats, number_formats, wire_dtype
 from motley.parallel.overflow import culprits
 from motley.train import loss_scaler as scale
-from motley.train import mixed_precision as precision
+from motley.parallel import number_formats as number_formats_module
 from motley.train.checkpoint import checkpoints
 from motley.train.loss import summed_cross_entropy
 from motley.train.loss_scaler import LossScaler
@@ -133,7 +133,7 @@ def test_who_only_passes_on_what_is_broken_is_no_culprit() -> None:
 def test_a_scale_doubles_after_many_good_steps_and_never_where_none_is_needed() -> None:
     scales = LossScaler.of(["fp32", "fp16", "bf16", "fp16"])
     assert scales.values == [1.0, 2.0**16, 1.0, 2.0**16]
-    assert scales.follow([3]) == "worker 3 overflowed fp16; loss scale now 32768"
+    assert scales.follow([3]) == "rank 3 overflowed fp16; loss scale now 32768"
     for _ in range(scale.GOOD_STEPS):
         assert scales.follow([]) is None
     assert scales.values == [1.0, 2.0**17, 1.0, 2.0**16]
@@ -142,7 +142,7 @@ def test_a_scale_doubles_after_many_good_steps_and_never_where_none_is_needed() 
 def test_at_the_lowest_scale_an_overflow_is_a_broken_step_like_any_other() -> None:
     scales = LossScaler([1.0, 4.0, 1.0], [0, 0, 0], [1, 2])
     assert scales.follow([2]) is None
-    assert scales.hopeless([2]) == "; worker 2 overflowed fp16 at a loss scale of 1: give it --precision fp32"
+    assert scales.hopeless([2]) == "; rank 2 overflowed fp16 at a loss scale of 1: give it --precision fp32"
     assert scales.follow([0, 1]) is None, "worker 0 has none to lower"
     assert scales.hopeless([0]) == ""
     assert scales.values == [1.0, 4.0, 1.0]
@@ -177,7 +177,7 @@ def test_a_run_finds_its_scale_and_goes_on_exactly(data: Path, tmp_path: Path, m
     whole, out = tmp_path / "whole", tmp_path / "out"
     pretrain(run_settings(whole, data, **asked))
     assert len(events(whole)) > 12
-    assert events(whole)[0] == "step skipped: worker 0 overflowed fp16; loss scale now 5.49756e+11"
+    assert events(whole)[0] == "step skipped: rank 0 overflowed fp16; loss scale now 5.49756e+11"
     assert len(checkpoints(whole)) > 1
     stop = len(train_losses(whole)) - len(events(whole)) - 3
 
@@ -218,7 +218,7 @@ def test_what_overflows_at_any_scale_stops_with_the_way_out(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scale, "FIRST", 4.0)
-    with pytest.raises(InputError, match="worker 0 overflowed fp16 at a loss scale of 1: give it --precision fp32"):
+    with pytest.raises(InputError, match="rank 0 overflowed fp16 at a loss scale of 1: give it --precision fp32"):
         pretrain(run_settings(tmp_path, data, precision="fp16", learning_rate=1e30, steps=20))
 
 
@@ -300,9 +300,9 @@ def decide(comm: Communicator, folder: Path, layout: Layout, asked: list[Any], c
         measuring.append(chips[comm.rank])
         return measured(chips[comm.rank], fp32=1, **({"bf16": 2} if chips[comm.rank] == chips[0] else {"fp16": 2}))
 
-    precision.kind_of_chip = lambda device: chips[comm.rank]  # type: ignore[assignment]
-    precision.device_name = lambda device: "the name of them all"  # type: ignore[assignment]
-    precision.probe = measure  # type: ignore[assignment]
+    number_formats_module.kind_of_chip = lambda device: chips[comm.rank]  # type: ignore[assignment]
+    number_formats_module.device_name = lambda device: "the name of them all"  # type: ignore[assignment]
+    number_formats_module.probe = measure  # type: ignore[assignment]
     wish = asked_format(asked[comm.rank], None, layout, comm.rank)
     return number_formats(wish, comm, RunFolder(folder, None), measure), measuring
 
@@ -347,8 +347,8 @@ def wait_for_measuring(comm: Communicator, folder: Path) -> list[Format]:
         time.sleep(4)
         return measured("slow", fp32=1)
 
-    precision.kind_of_chip = lambda device: str(comm.rank)  # type: ignore[assignment]
-    precision.probe = measure  # type: ignore[assignment]
+    number_formats_module.kind_of_chip = lambda device: str(comm.rank)  # type: ignore[assignment]
+    number_formats_module.probe = measure  # type: ignore[assignment]
     comm = dataclasses.replace(comm, timeout=2.0).acquainted()
     return number_formats("auto", comm, RunFolder(folder, None), lambda: measured("quick", fp32=1))
 
@@ -368,7 +368,7 @@ def test_a_plan_says_what_its_chips_compute_in_unless_told(tmp_path: Path) -> No
 def test_workers_that_share_experts_compute_in_one_format() -> None:
     layout = Layout((PipelineGroup(((0,), (1,)), (4,), (2, 2)), PipelineGroup(((2,),), (4,))))
     check_formats(["bf16", "bf16", "fp16"], layout)
-    with pytest.raises(InputError, match="must compute in one format, but there are worker 0 bf16, worker 1 fp16;"):
+    with pytest.raises(InputError, match="must compute in one format, but there are rank 0 bf16, rank 1 fp16;"):
         check_formats(["bf16", "fp16", "fp16"], layout)
 
 

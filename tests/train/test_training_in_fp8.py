@@ -17,6 +17,7 @@ from motley.model import fp8
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout, PipelineGroup, side_by_side
 from motley.parallel.number_formats import number_formats
+from motley.parallel import number_formats as number_formats_module
 from motley.train import mixed_precision as precision
 from motley.train.run_folder import RunFolder
 
@@ -69,7 +70,7 @@ def test_validation_reads_the_weights_as_bf16_does() -> None:
 
 def test_fp8_is_said_aloud_where_it_is_emulated(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert number_formats("fp8", Communicator(), *unmeasured(tmp_path)) == ["fp8"]
-    assert "worker 0 computes in fp8, which CPUs do through fp32" in " ".join(capsys.readouterr().err.split())
+    assert "rank 0 computes in fp8, which CPUs do through fp32" in " ".join(capsys.readouterr().err.split())
 
 
 def unmeasured(folder: Any) -> tuple[RunFolder, Any]:
@@ -80,8 +81,8 @@ def unmeasured(folder: Any) -> tuple[RunFolder, Any]:
 def test_a_gpu_trains_in_fp8_only_if_it_can_and_comes_to_what_the_emulation_says(
     fault: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "device_name", lambda device: "chip")
-    monkeypatch.setattr(precision, "kind_of_chip", lambda device: "a chip of 2020")
+    monkeypatch.setattr(number_formats_module, "device_name", lambda device: "chip")
+    monkeypatch.setattr(number_formats_module, "kind_of_chip", lambda device: "a chip of 2020")
 
     def wrong(device: torch.device) -> str | None:
         if fault == "no compiler":
@@ -103,6 +104,6 @@ def test_a_gpu_trains_in_fp8_only_if_it_can_and_comes_to_what_the_emulation_says
         assert number_formats("fp8", comm, *unmeasured(tmp_path)) == ["fp8"]
         return
     with pytest.raises(
-        InputError, match=rf"worker 0 \(chip\) cannot train in fp8: {said[fault]}; choose --precision bf16"
+        InputError, match=rf"rank 0 \(chip\) cannot train in fp8: {said[fault]}; choose --precision bf16"
     ):
         number_formats("fp8", comm, *unmeasured(tmp_path))
