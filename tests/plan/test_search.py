@@ -44,7 +44,7 @@ def small_workload(batch: int, shape: NetworkSpec | None = None) -> Workload:
     return Workload(shape or shallow(), 1e9, 1024, batch, "deepseek")
 
 
-def best_step_by_enumeration(fleet: Fleet, workload: Workload, monkey: pytest.MonkeyPatch) -> float:
+def best_step_by_enumeration(fleet: Fleet, workload: Workload) -> float:
     """Smallest step over all groups, all pipelines, all shares."""
     batch = workload.global_batch
     sequences = np.arange(1, batch + 1)
@@ -75,7 +75,6 @@ def best_step_by_enumeration(fleet: Fleet, workload: Workload, monkey: pytest.Mo
         (fleet_of(("a", "RTX-3090", 2, 1), ("b", "H100", 1, 1)), 9),
     ],
 )
-@pytest.mark.slow(12)
 def test_on_small_fleets_the_plan_is_the_optimum_of_the_cost_model(
     fleet: Fleet, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -83,10 +82,9 @@ def test_on_small_fleets_the_plan_is_the_optimum_of_the_cost_model(
     workload = small_workload(batch)
     found = Searcher(fleet, workload).best()
     assert found is not None
-    assert found.step_seconds == pytest.approx(best_step_by_enumeration(fleet, workload, monkeypatch), rel=1e-6)
+    assert found.step_seconds == pytest.approx(best_step_by_enumeration(fleet, workload), rel=1e-6)
 
 
-@pytest.mark.slow(10)
 @pytest.mark.parametrize("framework", ["deepseek", "motley"])
 def test_no_random_plan_is_better(framework: str):
     fleet = fleet_of(("a", "A100", 1, 2), ("b", "RTX-3090", 1, 4), ("c", "V100", 1, 8))
@@ -102,9 +100,9 @@ def test_no_random_plan_is_better(framework: str):
 
 
 chips = st.sampled_from(["A100", "RTX-3090", "V100", "H100", "L4", "T4"])
-pool_sizes = st.tuples(chips, st.integers(1, 3), st.sampled_from([1, 2, 4]))
+pool_sizes = st.tuples(chips, st.integers(1, 2), st.sampled_from([1, 2, 4]))
 some_pools = st.lists(pool_sizes, min_size=1, max_size=3)
-quick = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def made(pools: list[tuple[str, int, int]]) -> Fleet:
@@ -127,7 +125,6 @@ def test_adding_chips_never_makes_the_best_plan_slower(pools, which, new):
         assert step(made([*pools, new])) <= before * (1 + 1e-9)
 
 
-@pytest.mark.slow(6)
 @settings(quick, max_examples=6)
 @given(st.lists(pool_sizes, min_size=3, max_size=4), st.lists(chips, min_size=1, max_size=2))
 def test_more_kinds_of_chips_never_make_the_best_plan_slower(pools, more):
