@@ -1,11 +1,12 @@
-"""Fit the planner's framework constants to published measurements and write them to `src/motley/plan/frameworks/`.
+"""Fit the constants of frameworks to published measurements; write `src/motley/plan/cost_model/frameworks/*.yaml`.
 
     python benchmarks/fit_frameworks.py --vtrain vtrain_single_node_a100.csv [--quick]
 
 What is fitted to what: `megatron` to a random 70 % of vTrain's single-node rows and four rows of Megatron's own paper;
-the other frameworks start from it and move only the constants named below, each held by a prior, to the few rows that are
-published for them (`calibration.csv`, use = fit). Rows with use = held are never looked at here. `deepseek` is not
-fitted at all but derived from the others and its report. `motley-cpu` comes from benchmarks/plan_own_runtime.py.
+the other frameworks start from it and move only the constants named below, each held by a prior, to the few rows
+that are published for them (`calibration.csv`, use = fit). Rows with use = held are never looked at here. `deepseek`
+is not fitted at all but derived from the others and its report. `motley-cpu` comes from
+benchmarks/plan_own_runtime.py.
 
 --quick ends within 50 seconds: `megatron` alone, fitted to every tenth of those rows, and nothing is written.
 """
@@ -26,7 +27,7 @@ from motley.plan.cost_model.framework import Framework
 from motley.plan.validation.accuracy import Case, predict, read_cases
 
 HERE = Path(__file__).parent
-OUT = HERE.parent / "src/motley/plan/frameworks"
+OUT = HERE.parent / "src/motley/plan/cost_model/frameworks"
 SEED, TRAIN_SHARE = 0, 0.7
 QUICK_SHARE = 10  # one row of so many
 Priors = dict[str, tuple[float, float]]  # constant → (centre, spread of its logarithm)
@@ -194,7 +195,7 @@ def fp8_gain(titan: Framework) -> float:
 
 
 def deepseek(core: Framework, titan: Framework) -> Framework:
-    """DeepSeek's own trainer, put together from its report and other frameworks' constants: no measurement of it is used.
+    """DeepSeek's own trainer, from its report and other frameworks' constants: no measurement of it is used.
 
     Products and attention are Megatron-Core's on the multiprocessors left for computing; fp8 gains on bf16 what it
     gains in torchtitan; DualPipe hides the expert exchange, dispatch goes in fp8, combining in bf16 (report 3.2, 3.3).

@@ -2,8 +2,8 @@
 
     python benchmarks/plan_accuracy.py --vtrain vtrain_single_node_a100.csv
 
-Two tables. vTrain's single-node rows: the framework `megatron` is fitted anew to a random 70 % of them and judged by the
-other 30 %, for several draws of the split; the shipped constants are judged by the rows they were not fitted to,
+Two tables. vTrain's single-node rows: the framework `megatron` is fitted anew to a random 70 % of them and judged by
+the other 30 %, for several draws of the split; the shipped constants are judged by the rows they were not fitted to,
 and once without the corrections at measured sizes, and with all rows of one hidden size left out. Then every row of
 `calibration.csv` and of `chips.csv` (one small model on seven chips) under the shipped constants, misses included;
 `held` rows were fitted to nothing.

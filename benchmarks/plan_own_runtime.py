@@ -7,8 +7,8 @@
 Every case is a shape and a batch: real steps of the training loop (forward, backward, clipping, optimizer) on random
 tokens; the median of five, the better of two rounds. Passes are measured and fitted apart from the update. Products
 are predicted from this machine's probe, not fitted.
-In bf16 motley runs kernels of its own (framework `motley-cpu`), in fp32 PyTorch's operators (`motley-cpu-plain`). A format
-that the machine only emulates, which the probe finds out, has no cases and no fit.
+In bf16 motley runs kernels of its own (framework `motley-cpu`), in fp32 PyTorch's operators (`motley-cpu-plain`). A
+format that the machine only emulates, which the probe finds out, has no cases and no fit.
 
 --quick ends within 50 seconds: shorter probes, every fifth case once, and of those as many as there is time for.
 """
@@ -40,7 +40,10 @@ from motley.train.config import PretrainConfig
 
 PROBE_SECONDS, QUICK_PROBE_SECONDS = 20.0, 5.0
 ROUNDS = 2  # of all cases: a busy minute of the machine then spoils no case in all of them
-WRITTEN = "Written by benchmarks/plan_own_runtime.py --fit, `waiting` by plan_uneven.py; constants: motley.plan.cost_model.framework."
+WRITTEN = (
+    "Written by benchmarks/plan_own_runtime.py --fit, `waiting` by plan_uneven.py; "
+    "constants: motley.plan.cost_model.framework."
+)
 DESCRIPTIONS = {
     "motley-cpu": "motley's own runtime on CPUs, one process, in bf16 with kernels of its own.",
     "motley-cpu-plain": "motley's own runtime on CPUs, one process, in fp32 with PyTorch's operators.",

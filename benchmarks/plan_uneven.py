@@ -48,7 +48,7 @@ from motley.model import SIZES
 from motley.parallel.communicator import free_port
 from motley.plan.cost_model.framework import load_framework
 from motley.plan.network.spec import NetworkSpec, deepseek
-from motley.plan.report.plan_file import spelled_out
+from motley.plan.report.plan_file import plan_values
 from motley.plan.search.search import Searcher
 from motley.plan.workload import Workload
 from motley.progress import Progress
@@ -135,7 +135,7 @@ def plan_of(case: Case, fleet: Fleet, shape: NetworkSpec) -> dict[str, Any]:
     found = searcher.best()
     if found is None:
         raise SystemExit(f"no plan for case {case.name}")
-    return spelled_out(found)
+    return plan_values(found)
 
 
 def run(

@@ -20,7 +20,7 @@ from budget import QUICK_SECONDS, Budget, kept
 from motley.errors import InputError
 from motley.fleet import Fleet, Pool, load_fleet
 from motley.plan.network.registry import find_network
-from motley.plan.report.plan_file import compared, spelled_out
+from motley.plan.report.plan_file import plan_comparison, plan_values
 from motley.plan.search.objective import best_plan
 from motley.plan.search.search import Searcher
 from motley.plan.workload import Workload
@@ -54,7 +54,7 @@ def fleet_row(name: str, fp8: bool, framework: str) -> dict[str, Any]:
         chosen, found = best_plan(searcher, "time", None)
     except InputError as refused:
         return {**row, "refused": str(refused)}
-    plan = spelled_out(found) | compared(chosen, found)
+    plan = plan_values(found) | plan_comparison(chosen, found)
     even = plan["comparison"]["even_split"]
     return {
         **row,
@@ -73,7 +73,7 @@ def beside_a100(chip: str | None) -> dict[str, Any]:
     fleet = Fleet(name=chip or "2000 A100", pools=tuple(pools))
     searcher = Searcher(fleet, workload(False, FRAMEWORKS[0]))
     _, found = best_plan(searcher, "time", None)
-    plan = spelled_out(found) | compared(searcher, found)
+    plan = plan_values(found) | plan_comparison(searcher, found)
     used = sum(pool["chips"] for pool in plan["pools"] if pool["pool"] == chip)
     hours = plan["days"] * 24
     return {
@@ -103,7 +103,7 @@ def main() -> None:
         print(json.dumps({"fleets": fleets, "a100_alone": base, "beside_a100": lesser}))
         return
     print(
-        "| Fleet | Framework, format | Chips used | Days | Chip-hours | Price | Energy | Mixed efficiency | Even split |"
+        "| Fleet | Framework, format | Chips | Days | Chip-hours | Price | Energy | Mixed efficiency | Even split |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for row in fleets:

@@ -9,7 +9,7 @@ from commands import TINY
 from motley.fleet.inventory import Fleet, parse_fleet
 from motley.model import ModelConfig
 from motley.plan.network.spec import deepseek
-from motley.plan.report.plan_file import spelled_out
+from motley.plan.report.plan_file import plan_values
 from motley.plan.search.search import Searcher
 from motley.plan.workload import Workload
 
@@ -46,7 +46,7 @@ def plan_of(pools: dict[str, tuple[int, int]], teams: list[tuple[list[str], int,
 def planned(fleet: Fleet, config: ModelConfig, rows: int, seq_len: int = 64) -> dict[str, Any] | None:
     """The plan as it would be read from its file."""
     found = Searcher(fleet, Workload(deepseek(config), 1e6, seq_len, rows)).best()
-    return None if found is None else json.loads(json.dumps(spelled_out(found)))
+    return None if found is None else json.loads(json.dumps(plan_values(found)))
 
 
 PRETEND = """

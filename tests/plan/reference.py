@@ -1,12 +1,13 @@
 """A plan's step time the slow, plain way: one pipeline at a time, in floats, without the planner's arrays.
 
-It shares with the planner only the cost of single operators (`items`, `exchange_seconds`, ...), not how pipelines are
-cut, batches shared or plans searched.
+It shares with the planner only the cost of single operators (`network_pieces`, `exchange_seconds`, ...), not how
+pipelines are cut, batches divided or plans searched.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 
@@ -25,12 +26,15 @@ from motley.plan.cost_model.memory import (
 from motley.plan.cost_model.operators import VALUE_BYTES
 from motley.plan.cost_model.step_time import (
     HeldParameters,
+    NetworkPieces,
+    PieceKind,
     bubble_seconds,
     exchange_seconds,
     network_pieces,
     tied_seconds,
     update_seconds,
 )
+from motley.plan.network.spec import BlockSpec
 from motley.plan.search.candidates import GroupMember, members_of
 from motley.plan.workload import Workload
 
@@ -70,8 +74,47 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
+class OperatorCosts:
+    """Costs of single operators on one pool for one way to run, whatever the cut.
+
+    Attributes:
+        saved: bytes of activations of each layer and micro-batch.
+        logits: bytes for each piece with a loss.
+        around: bytes that every chip needs besides.
+    """
+
+    configs: ParallelConfigs
+    pieces: NetworkPieces
+    saved: Mapping[BlockSpec, float]
+    logits: float
+    around: float
+
+
+_KNOWN: dict[tuple[Any, ...], tuple[Pipeline, Workload, list[OperatorCosts]]] = {}
+"""With the pipelines and workloads whose identities are in the key, so that none is given to another object."""
+
+
+def operator_costs(pipeline: Pipeline, workload: Workload) -> list[OperatorCosts]:
+    """Of each member. Pipelines that differ in their cuts only share them."""
+    key = (id(workload), id(pipeline.members), *astuple(replace(pipeline, members=(), cuts=())))
+    if key not in _KNOWN:
+        _KNOWN[key] = (pipeline, workload, [_operator_costs(pipeline, workload, i) for i in range(len(pipeline.tp))])
+    return _KNOWN[key][2]
+
+
+def _operator_costs(pipeline: Pipeline, workload: Workload, index: int) -> OperatorCosts:
+    configs, member, shape, seq = pipeline.configs(index), pipeline.members[index], workload.shape, workload.seq_len
+    blocks = {block for block, _ in shape.runs} | set(shape.mtp)
+    saved = {block: float(saved_bytes(block, shape, configs, member.framework, seq)[0]) for block in blocks}
+    working = max(float(working_bytes(block, configs, seq)[0]) for block in blocks)
+    buffers = float(buffer_bytes(shape, configs, member.framework, seq)[0])
+    pieces = network_pieces(shape, configs, seq, member.hardware, member.framework, member.precision)
+    return OperatorCosts(configs, pieces, saved, float(logit_bytes(shape, configs, seq)[0]), working + buffers)
+
+
+@dataclass(frozen=True)
 class Line:
-    """As in options.py; seconds, but for `hidden`."""
+    """As in step_lines.py; seconds, but for `hidden`."""
 
     fixed: float
     slow: float
@@ -94,21 +137,18 @@ def line(pipeline: Pipeline, workload: Workload) -> Line | None:
     """What a pipeline costs, or None where a chip's memory would overflow."""
     members, shape = pipeline.members, workload.shape
     pp = sum(pipeline.stages)
-    costed = [
-        network_pieces(shape, pipeline.configs(i), workload.seq_len, m.hardware, m.framework, m.precision)
-        for i, m in enumerate(members)
-    ]
+    costed = operator_costs(pipeline, workload)
     fixed, border = 0.0, 0.0
     totals, onces, eaches, updates, crosses, each_crosses = [], [], [], [], [], []
     stages, chips = [], [0] * len(members)
     for number, (first, last) in enumerate(pipeline.cuts):
         index = pipeline.member_of(number)
-        member, configs, pieces = members[index], pipeline.configs(index), costed[index]
+        member, configs, pieces = members[index], costed[index].configs, costed[index].pieces
         seconds = pieces.seconds[first]
         held = pieces.held[first]
         for piece in range(first + 1, last):
             seconds, held = seconds + pieces.seconds[piece], held + pieces.held[piece]
-        if _memory(pipeline, workload, number, index, pieces.kinds[first:last], held) > member.hardware.memory_bytes:
+        if _memory(costed[index], member, number, pieces.kinds[first:last], held) > member.hardware.memory_bytes:
             return None
         stages.append(seconds)
         total = float(seconds.total[0])
@@ -125,7 +165,7 @@ def line(pipeline: Pipeline, workload: Workload) -> Line | None:
             ends = [(index, index != pipeline.member_of(number + 1))]
             if ends[0][1]:
                 ends.append((pipeline.member_of(number + 1), True))
-            message = max(_message(pipeline, workload, end, far) for end, far in ends)
+            message = max(_message(costed[end].configs, members[end], workload, far) for end, far in ends)
             fixed += 2 * message
             border = max(border, message)
         network = member.hardware.network_per_chip * member.framework.network_efficiency
@@ -145,10 +185,12 @@ def line(pipeline: Pipeline, workload: Workload) -> Line | None:
     )
     nodes = max(1.0, *(count / m.hardware.chips_per_node for count, m in zip(chips, members, strict=True)))
     slow = max(slowest * (1 + max(m.framework.skew for m in members) * float(np.log2(nodes))) + each, border)
-    configs = pipeline.configs(0)
-    fixed += float(bubble_seconds(configs, stages)[0]) + update + max(m.framework.step_seconds for m in members)
+    fixed += (
+        float(bubble_seconds(costed[0].configs, stages)[0]) + update + max(m.framework.step_seconds for m in members)
+    )
     fixed += max(
-        float(tied_seconds(shape, pipeline.configs(i), m.hardware, m.framework)[0]) for i, m in enumerate(members)
+        float(tied_seconds(shape, costs.configs, m.hardware, m.framework)[0])
+        for costs, m in zip(costed, members, strict=True)
     )
     return Line(fixed, slow, once, max(m.framework.hidden_gradients for m in members), cross, cross_each, each, update)
 
@@ -171,29 +213,26 @@ def least(pipeline: Pipeline) -> int:
     return 1 if pp == 1 else {"1f1b": 1, "zero_bubble": pp, "dualpipe": 2 * pp}[SCHEDULES[pipeline.schedule]]
 
 
-def _message(pipeline: Pipeline, workload: Workload, member: int, far: bool) -> float:
-    configs, own = pipeline.configs(member), pipeline.members[member]
+def _message(configs: ParallelConfigs, member: GroupMember, workload: Workload, far: bool) -> float:
     size = configs.micro_batch * workload.seq_len * workload.shape.hidden_size * VALUE_BYTES / configs.tp
-    leaves = far or pipeline.tp[member] * pipeline.dp >= own.hardware.chips_per_node
-    return float(own.hardware.send(size, np.array([leaves]), own.framework)[0])
+    leaves = far or int(configs.tp[0] * configs.dp[0]) >= member.hardware.chips_per_node
+    return float(member.hardware.send(size, np.array([leaves]), member.framework)[0])
 
 
 def _memory(
-    pipeline: Pipeline, workload: Workload, stage: int, index: int, kinds: Sequence[tuple], held: HeldParameters
+    costs: OperatorCosts, member: GroupMember, stage: int, kinds: Sequence[PieceKind], held: HeldParameters
 ) -> float:
-    configs, framework, shape = pipeline.configs(index), pipeline.members[index].framework, workload.shape
+    configs = costs.configs
     states = sum(
         float(np.squeeze(part))
-        for part in state_bytes(held.dense / configs.tp, held.experts / (configs.tp * configs.ep), configs, framework)
+        for part in state_bytes(
+            held.dense / configs.tp, held.experts / (configs.tp * configs.ep), configs, member.framework
+        )
     )
     flights = float(in_flight(configs, np.array([stage]))[0])
-    kept = sum(float(saved_bytes(block, shape, configs, framework, workload.seq_len)[0]) for _, block in kinds if block)
-    blocks = {block for block, _ in shape.runs} | set(shape.mtp)
-    working = max(float(working_bytes(block, configs, workload.seq_len)[0]) for block in blocks)
+    kept = sum(costs.saved[block] for _, block in kinds if block)
     heads = sum(1 for what, _ in kinds if what in ("head", "mtp"))
-    logits = heads * float(logit_bytes(shape, configs, workload.seq_len)[0])
-    buffers = float(buffer_bytes(shape, configs, framework, workload.seq_len)[0])
-    return (1 + FRAGMENTATION) * (states + kept * flights + working + logits + buffers)
+    return (1 + FRAGMENTATION) * (states + kept * flights + heads * costs.logits + costs.around)
 
 
 def _last_cut(members: Sequence[GroupMember], pieces: int, workload: Workload) -> int:

@@ -14,7 +14,7 @@ from motley.plan.command import PlanConfig, SimulateConfig, plan, simulate
 from motley.plan.network.registry import find_network
 from motley.plan.read_plan import PLAN_VERSION, RENAMED, read_plan
 from motley.plan.report.html import plan_page
-from motley.plan.report.plan_file import compared, spelled_out
+from motley.plan.report.plan_file import plan_comparison, plan_values
 from motley.plan.report.text import plan_text
 from motley.plan.search.search import Searcher
 from motley.plan.workload import Workload
@@ -40,7 +40,7 @@ def written_today() -> dict[str, Any]:
     searcher = Searcher(parse_fleet(FLEET, "f"), Workload(find_network("nano"), 1e7, 256, 64))
     found = searcher.best()
     assert found is not None
-    return {**spelled_out(found), "objective": "time", **compared(searcher, found)}
+    return {**plan_values(found), "objective": "time", **plan_comparison(searcher, found)}
 
 
 def test_a_plan_of_an_earlier_version_is_read_and_says_what_is_called_how_now(capsys: pytest.CaptureFixture[str]):

@@ -16,11 +16,11 @@ from motley.fleet import Fleet, Pool, find_chip, load_fleet, parse_fleet
 from motley.model import SIZES
 from motley.plan.network.registry import find_network
 from motley.plan.network.spec import NetworkSpec, deepseek
-from motley.plan.report.plan_file import compared, spelled_out
+from motley.plan.report.plan_file import plan_comparison, plan_values
 from motley.plan.search.candidates import SMALL_GROUP
 from motley.plan.search.group_options import group_options
 from motley.plan.search.objective import best_plan
-from motley.plan.search.pool_packing import dealt
+from motley.plan.search.pool_packing import divide_update
 from motley.plan.search.search import Searcher
 from motley.plan.search.step_lines import GroupOptions
 from motley.plan.workload import Workload
@@ -44,7 +44,7 @@ def small_workload(batch: int, shape: NetworkSpec | None = None) -> Workload:
     return Workload(shape or shallow(), 1e9, 1024, batch, "deepseek")
 
 
-def best_step_by_enumeration(fleet: Fleet, workload: Workload, monkey: pytest.MonkeyPatch) -> float:
+def best_step_by_enumeration(fleet: Fleet, workload: Workload) -> float:
     """Smallest step over all groups, all pipelines, all shares."""
     batch = workload.global_batch
     sequences = np.arange(1, batch + 1)
@@ -75,7 +75,6 @@ def best_step_by_enumeration(fleet: Fleet, workload: Workload, monkey: pytest.Mo
         (fleet_of(("a", "RTX-3090", 2, 1), ("b", "H100", 1, 1)), 9),
     ],
 )
-@pytest.mark.slow(12)
 def test_on_small_fleets_the_plan_is_the_optimum_of_the_cost_model(
     fleet: Fleet, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -83,10 +82,9 @@ def test_on_small_fleets_the_plan_is_the_optimum_of_the_cost_model(
     workload = small_workload(batch)
     found = Searcher(fleet, workload).best()
     assert found is not None
-    assert found.step_seconds == pytest.approx(best_step_by_enumeration(fleet, workload, monkeypatch), rel=1e-6)
+    assert found.step_seconds == pytest.approx(best_step_by_enumeration(fleet, workload), rel=1e-6)
 
 
-@pytest.mark.slow(10)
 @pytest.mark.parametrize("framework", ["deepseek", "motley"])
 def test_no_random_plan_is_better(framework: str):
     fleet = fleet_of(("a", "A100", 1, 2), ("b", "RTX-3090", 1, 4), ("c", "V100", 1, 8))
@@ -102,9 +100,9 @@ def test_no_random_plan_is_better(framework: str):
 
 
 chips = st.sampled_from(["A100", "RTX-3090", "V100", "H100", "L4", "T4"])
-pool_sizes = st.tuples(chips, st.integers(1, 3), st.sampled_from([1, 2, 4]))
+pool_sizes = st.tuples(chips, st.integers(1, 2), st.sampled_from([1, 2, 4]))
 some_pools = st.lists(pool_sizes, min_size=1, max_size=3)
-quick = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def made(pools: list[tuple[str, int, int]]) -> Fleet:
@@ -127,7 +125,6 @@ def test_adding_chips_never_makes_the_best_plan_slower(pools, which, new):
         assert step(made([*pools, new])) <= before * (1 + 1e-9)
 
 
-@pytest.mark.slow(6)
 @settings(quick, max_examples=6)
 @given(st.lists(pool_sizes, min_size=3, max_size=4), st.lists(chips, min_size=1, max_size=2))
 def test_more_kinds_of_chips_never_make_the_best_plan_slower(pools, more):
@@ -218,7 +215,7 @@ def test_no_chip_holds_more_than_its_memory(pools):
 
 
 def check_memory(found) -> None:
-    plan = spelled_out(found)
+    plan = plan_values(found)
     for group in plan["groups"]:
         for stage in group["stages"]:
             assert sum(stage["memory_bytes"].values()) <= stage["memory_limit_bytes"] * (1 + 1e-9)
@@ -248,7 +245,7 @@ def test_an_island_shares_gradients_and_weights_too_the_less_memory_there_is():
         plan = Searcher(parse_fleet("\n".join(lines), "f"), Workload(shallow(), 1e9, 256, 32)).best()
         assert plan is not None
         check_memory(plan)
-        groups = spelled_out(plan)["groups"]
+        groups = plan_values(plan)["groups"]
         found.append(({group["zero"] for group in groups}, len(groups)))
         assert sum(group["state_share"] for group in groups) == pytest.approx(1)
     assert found == [({1}, 2), ({2}, 2), ({3}, 2), ({1}, 1)]
@@ -256,7 +253,7 @@ def test_an_island_shares_gradients_and_weights_too_the_less_memory_there_is():
 
 @pytest.mark.parametrize(("room", "parts"), [((9, 9), (0.75, 0.25)), ((0.5, 9), (0.5, 0.5)), ((0.4, 0.6), (0.4, 0.6))])
 def test_an_update_is_dealt_by_speed_within_room(room: tuple[float, float], parts: tuple[float, float]):
-    seconds, found = dealt([3.0, 1.0], room)
+    seconds, found = divide_update([3.0, 1.0], room)
     assert found == pytest.approx(parts)
     assert seconds == pytest.approx(parts[1] if room[0] < 9 else 0.25)
 
@@ -349,7 +346,7 @@ def test_an_even_split_waits_for_the_slowest_and_each_pool_has_its_worth():
     searcher = Searcher(fleet, Workload(find_network("micro"), 1e10, 512, 512, "motley"))
     found = searcher.best()
     assert found is not None
-    result = compared(searcher, found)["comparison"]
+    result = plan_comparison(searcher, found)["comparison"]
     assert result["even_split"]["relative_speed"] < 0.8
     worth = {entry["pool"]: entry["slower"] for entry in result["marginal_value"]}
     assert worth["fast"] > worth["slow"] >= 0

@@ -83,6 +83,7 @@ def chip_sources() -> dict[str, str]:
     return _sheet()[1]
 
 
+@cache
 def find_chip(name: str) -> Chip:
     """The chip called `name`, as the sheet, drivers or people write it: `A100`, `NVIDIA A100-SXM4-80GB`, `h800 sxm`.
 

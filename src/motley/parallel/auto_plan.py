@@ -28,7 +28,7 @@ from motley.parallel.layout import IslandLayout, islands_of_plan, ranks_of_pools
 from motley.parallel.zero.partition import NUMBER_BYTES, held_bytes
 from motley.plan.network.spec import deepseek
 from motley.plan.report.html import write_plan
-from motley.plan.report.plan_file import compared, spelled_out
+from motley.plan.report.plan_file import plan_comparison, plan_values
 from motley.plan.search.search import Searcher
 from motley.plan.workload import Workload
 from motley.progress import note
@@ -128,7 +128,7 @@ def planned_from_probe(
         found = searcher.best()
         if found is None:
             raise InputError(f"{short}; no plan fits either: {searcher.refusal()}")
-        plan: dict[str, Any] = {**spelled_out(found), "objective": "time", **compared(searcher, found)}
+        plan: dict[str, Any] = {**plan_values(found), "objective": "time", **plan_comparison(searcher, found)}
         if found.chips < comm.size:  # so few rows that some worker gets none
             raise InputError(
                 f"{short}; the best plan has work for {found.chips} of {comm.size} workers only, so give more "

@@ -1,4 +1,4 @@
-"""`motley plan`, `plan describe`, `plan evaluate`, `plan simulate`: what the command line asks of this room."""
+"""The commands `motley plan`, `plan describe`, `plan evaluate` and `plan simulate`."""
 
 import math
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ from motley.plan.network.registry import find_network
 from motley.plan.network.spec import NetworkSpec
 from motley.plan.read_plan import read_plan
 from motley.plan.report.html import write_plan
-from motley.plan.report.plan_file import compared, spelled_out
+from motley.plan.report.plan_file import plan_comparison, plan_values
 from motley.plan.report.simulation_html import simulation_page
 from motley.plan.report.text import describe_text, evaluate_text, plan_text, simulate_text
 from motley.plan.scaling_law import expected_loss, load_laws
@@ -117,14 +117,14 @@ def plan(config: PlanConfig) -> dict[str, Any]:
             f"give more tokens or a smaller --global-batch"
         )
     workload = Workload(shape, tokens, seq_len, batch, ALIASES.get(framework, framework), config.fp8)
-    with Progress("costing groups", total=None, unit="groups") as bar:
+    with Progress("costing pipeline groups", total=None, unit="groups") as bar:
         searcher = Searcher(fleet, workload, lambda group: bar.advance(1, group=group))
     deadline = None if config.deadline_days is None else 86400 * config.deadline_days
     chosen, found = best_plan(searcher, config.objective, deadline)
-    result = spelled_out(found)
+    result = plan_values(found)
     result["objective"] = config.objective
     result["expected_loss"] = expected_loss(laws, shape, tokens)
-    result |= compared(chosen, found)
+    result |= plan_comparison(chosen, found)
     page = write_plan(config.out, result)
     return {**result, "plan_file": str(config.out), "page": str(page)}
 
@@ -179,7 +179,7 @@ def parse_tokens(text: str) -> float:
 
 
 def _within_context(seq_len: int | None, shape: NetworkSpec) -> int:
-    """The length asked for, or what training usually takes; refused where the model cannot see so far."""
+    """The length asked for, or the usual one. Raises InputError where it exceeds the model's context."""
     if seq_len is not None and seq_len > shape.max_context:
         raise InputError(f"--seq-len {seq_len} is longer than the context of {shape.name}, {shape.max_context}")
     return seq_len or min(4096, shape.max_context)

@@ -56,7 +56,7 @@ class Hardware:
 
     @classmethod
     def of_chip(cls, chip: Chip, chips_per_node: int | None = None, network: float | None = None) -> "Hardware":
-        """What the data sheet promises; rates are cut to what the chip keeps up under its power limit."""
+        """The data sheet's figures; rates are reduced to what the chip sustains under its power limit."""
         return cls(
             chip=chip.name,
             flops={precision: rate * chip.sustained for precision, rate in chip.flops.items()},
@@ -73,7 +73,7 @@ class Hardware:
 
     @classmethod
     def of_pool(cls, pool: Pool) -> "Hardware":
-        """The pool's chips, its own figures and measurements before the sheet's; pretended ones before both."""
+        """The pool's chips: emulated figures go before measured ones, and those before the sheet's."""
         chip, measured, emulated = pool.sheet, pool.measured, pool.emulated
         sheet = cls.of_chip(chip)
         curves = {

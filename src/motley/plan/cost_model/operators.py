@@ -291,7 +291,7 @@ def _tensor_sums(
 def _ring(
     block: BlockSpec, tokens: Floats, configs: ParallelConfigs, hardware: Hardware, framework: Framework
 ) -> Floats:
-    """Context parallelism passes keys and values round once forward, twice backward; half of it hides."""
+    """Ring attention (context parallelism): keys and values travel once forward, twice backward; half is hidden."""
     passed = tokens * block.heads / configs.tp * (block.qk_dim + block.v_dim) * VALUE_BYTES
     one = hardware.all_gather(configs.cp, configs.tp * configs.cp, passed * configs.cp, framework)
     return np.where(configs.cp > 1, 0.5 * 3 * one, 0.0)

@@ -131,7 +131,7 @@ def _held_parameters(block: BlockSpec, hardware: Hardware, framework: Framework,
 
 
 def even_stages(pieces: NetworkPieces, pp: int) -> list[slice]:
-    """Megatron's split: equal numbers of layers (the first stages take what is left over); ends ride along."""
+    """Megatron's split: equal numbers of layers, one more on the first stages where they do not divide."""
     layers = sum(1 for what, _ in pieces.kinds if what == "layer")
     base, extra = divmod(layers, pp)
     bounds = np.cumsum([0] + [base + (stage < extra) for stage in range(pp)]) + 1
@@ -216,7 +216,7 @@ def _stages_leave_node(configs: ParallelConfigs, hardware: Hardware) -> NDArray[
 
 
 def bubble_seconds(configs: ParallelConfigs, stages: list[LayerSeconds]) -> Floats:
-    """Idle seconds that a schedule leaves in the pipeline.
+    """Idle seconds of the pipeline's schedule.
 
     1F1B: (p-1)(F+B), cut by interleaved chunks; zero bubble: `zero_bubble_seconds`; DualPipe: (p/2-1)(F&B+B-3W), with
     B the whole backward pass and F&B a forward and a backward that overlap (DualPipe README; V3 report, table 2).
@@ -318,7 +318,7 @@ def exchange_seconds(
             dense = np.where(group > 1, hardware.all_gather(group, span, own * bytes_each, framework), 0.0)
             return dense + np.where(copies > 1, hardware.all_gather(copies, span, routed * bytes_each, framework), 0.0)
 
-        return sent_when(configs.zero, one_way(size), one_way(framework.weight_bytes))
+        return once_and_each(configs.zero, one_way(size), one_way(framework.weight_bytes))
     once = np.where(group > 1, hardware.all_reduce(group, span, own * size, framework), 0.0)
     once = once + np.where(copies > 1, hardware.all_reduce(copies, span, routed * size, framework), 0.0)
     whole = (own + routed) * framework.weight_bytes
@@ -330,7 +330,7 @@ def exchange_seconds(
     return np.where(sharded, 0.0, np.where(dual, 2.0, 1.0) * once) + pair, np.where(sharded, each, 0.0)
 
 
-def sent_when(zero: Ints, gradients: Floats, weights: Floats) -> tuple[Floats, Floats]:
+def once_and_each(zero: Ints, gradients: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """(once a step, with every micro-batch) seconds, of those of one reduce-scatter of gradients, one all-gather."""
     once = np.where(zero < 2, gradients, 0.0) + np.where(zero < 3, weights, 0.0)
     return once, np.where(zero >= 2, gradients, 0.0) + np.where(zero >= 3, 2 * weights, 0.0)

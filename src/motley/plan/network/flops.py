@@ -10,7 +10,7 @@ Counted are products (one multiplication and one addition are 2 FLOPs), as in "I
 (arXiv 2505.09343, table 2: 250 GFLOP per training token at 4,096 tokens); norms, softmax and the choice of
 experts are below one percent and left out. Work that repeats itself (activation checkpointing) is not
 counted either: these are the FLOPs the mathematics needs, so that a share of the peak computed from them is
-honest. `model` is motley's own ModelConfig or the Shape of any family the planner knows.
+honest. `model` is motley's own ModelConfig or the NetworkSpec of any family.
 """
 
 from dataclasses import dataclass

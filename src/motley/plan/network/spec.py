@@ -1,9 +1,9 @@
-"""A network as the planner sees it: which matrices multiply a token, what is kept, what is sent.
+"""A network as the planner sees it: its products, attention, parameters and messages.
 
-    Shape = embedding, blocks (each: products, attention, experts), MTP blocks, head
+    NetworkSpec = embedding, blocks (each: products, attention, experts), MTP blocks, head
 
-Everything later (parameters, FLOPs, memory, time, messages) is summed from these operators, so that no number is
-written down twice. A shape is made from its family's configuration: motley's own `ModelConfig`, `Gpt` or `Llama`.
+Parameters, FLOPs, memory, seconds and messages are summed from these operators, so that no number is written down
+twice. A NetworkSpec is made from its family's configuration: motley's own `ModelConfig`, `GptConfig` or `LlamaConfig`.
 """
 
 from dataclasses import dataclass, replace
@@ -276,7 +276,7 @@ def _deepseek_block(config: ModelConfig, moe: bool) -> BlockSpec:
 
 
 def gpt(config: GptConfig, name: str = "gpt", source: str = "") -> NetworkSpec:
-    """The layers of `Gpt`."""
+    """The layers of `GptConfig`."""
     hidden, heads = config.hidden_size, config.heads
     _divides(heads, hidden, name)
     wide, narrow = config.intermediate_size or 4 * hidden, config.embedding_size or hidden
@@ -312,7 +312,7 @@ def gpt(config: GptConfig, name: str = "gpt", source: str = "") -> NetworkSpec:
 
 
 def llama(config: LlamaConfig, name: str = "llama", source: str = "") -> NetworkSpec:
-    """The layers of `Llama`."""
+    """The layers of `LlamaConfig`."""
     hidden, heads, kv_heads, ffn = config.hidden_size, config.heads, config.kv_heads, config.intermediate_size
     if config.head_dim is None:
         _divides(heads, hidden, name)

@@ -1,4 +1,4 @@
-"""A plan as one page for whoever pays: layers on chips, one step, memory, what each pool adds."""
+"""A plan as one page: layers on chips, one step, memory, what each pool adds."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -22,7 +22,7 @@ JOULES_PER_KWH = 3.6e6
 SPREAD = "spread by free memory"
 
 
-def spelled_out(found: FoundPlan) -> dict[str, Any]:
+def plan_values(found: FoundPlan) -> dict[str, Any]:
     """The plan as plain values."""
     workload, fleet = found.workload, found.fleet
     groups = [_group(found, group) for group in found.groups]
@@ -63,7 +63,7 @@ def spelled_out(found: FoundPlan) -> dict[str, Any]:
     }
 
 
-def compared(searcher: Searcher, found: FoundPlan) -> dict[str, Any]:
+def plan_comparison(searcher: Searcher, found: FoundPlan) -> dict[str, Any]:
     """`mixed_efficiency`, and `comparison`: the even split, each pool alone, what each pool is worth.
 
     The mixed efficiency divides the plan's speed by what the pools it uses reach alone, added up. A pool that cannot
@@ -73,7 +73,7 @@ def compared(searcher: Searcher, found: FoundPlan) -> dict[str, Any]:
     names = [pool.name for pool in pools]
     alone = {name: searcher.alone(name) for name in names}
     known = {name: plan for name, plan in alone.items() if plan is not None}
-    even = searcher.even() if len(names) > 1 else None
+    even = searcher.even_split() if len(names) > 1 else None
     fastest = min(known, key=lambda name: known[name].step_seconds, default=None)
     worth = []
     for name in names if len(names) > 1 else ():

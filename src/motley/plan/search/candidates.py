@@ -55,7 +55,7 @@ def members_of(pools: Sequence[Pool], workload: Workload) -> tuple[GroupMember, 
 
 
 def candidates_of(members: tuple[GroupMember, ...], workload: Workload) -> tuple[list[ParallelConfigs], Ints] | None:
-    """(a Layouts for each member, [members, candidates] stages on it)."""
+    """(the ParallelConfigs of each member, [members, candidates] stages on it); None where there is none."""
     blocks = list(_blocks(members, workload))
     if not blocks:
         return None

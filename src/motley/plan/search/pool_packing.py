@@ -60,7 +60,7 @@ def _keep(points: dict[int, list[Packing]], mask: int, new: Packing) -> None:
     own.append(new)
 
 
-def dealt(rates: Sequence[float], room: Sequence[float]) -> tuple[float, list[float]]:
+def divide_update(rates: Sequence[float], room: Sequence[float]) -> tuple[float, list[float]]:
     """(seconds, share of each) of an update that is divided so that all end together and no share exceeds its room.
 
     rates: whole updates a second. room: shares of the whole that fit each, together at least 1.

@@ -26,7 +26,7 @@ from motley.fleet.units import size_text
 from motley.plan.cost_model.configs import Ints
 from motley.plan.search.candidates import members_of
 from motley.plan.search.group_options import group_options
-from motley.plan.search.pool_packing import GroupOffer, Packing, dealt, pack
+from motley.plan.search.pool_packing import GroupOffer, Packing, divide_update, pack
 from motley.plan.search.solution import ChosenGroup, FoundPlan
 from motley.plan.search.step_lines import GroupOptions
 from motley.plan.workload import Workload
@@ -144,7 +144,7 @@ class Searcher:
     def alone(self, name: str) -> FoundPlan | None:
         return self.best([name])
 
-    def even(self) -> FoundPlan | None:
+    def even_split(self) -> FoundPlan | None:
         """What a framework for equal chips does: data parallelism over pools, every chip the same share of the batch.
 
         None where a pool cannot hold the model alone.
@@ -160,7 +160,7 @@ class Searcher:
             if share == 0:
                 continue
             group = frozenset([pool.name])
-            chosen = self._whole(group, share, crossing)
+            chosen = self._as_one_group(group, share, crossing)
             if chosen is None:
                 return None
             slowest = max(slowest, chosen.seconds)
@@ -189,13 +189,13 @@ class Searcher:
         slow = self._slow_link_seconds(pools)
         for group in self.options:
             fits = group == pools if self.all_chips else group <= pools
-            if fits and (chosen := self._whole(group, sequences, False)) is not None:
+            if fits and (chosen := self._as_one_group(group, sequences, False)) is not None:
                 found.append(self._found([chosen]))
         for level in self._levels:
             below = min((plan.step_seconds for plan in found), default=None)
             if below and level and not self._over_island:
                 below /= SPREAD_WORTH
-            several = self._several(pools, slow, sequences, level, below)
+            several = self._as_several_groups(pools, slow, sequences, level, below)
             if several is not None:
                 found.append(several)
         return min(found, key=lambda plan: plan.step_seconds) if found else None
@@ -207,7 +207,7 @@ class Searcher:
             seconds *= 1 + max(self._frameworks[pool].waiting for group in groups for pool in group.pools)
         return FoundPlan(self.workload, self.fleet, tuple(groups), seconds + slow, 0, 0.0)
 
-    def _whole(self, group: frozenset[str], sequences: int, crossing: bool) -> ChosenGroup | None:
+    def _as_one_group(self, group: frozenset[str], sequences: int, crossing: bool) -> ChosenGroup | None:
         """The fastest way for a group to take so many sequences with states on its own chips; None if none fits."""
         best: ChosenGroup | None = None
         for options in self.options[group]:
@@ -272,7 +272,7 @@ class Searcher:
                 break
         return inner, exposed
 
-    def _several(
+    def _as_several_groups(
         self, pools: frozenset[str], slow: float, sequences: int, level: int, below: float | None = None
     ) -> FoundPlan | None:
         """Smallest T at which the best partition of the pools takes the batch; then the plan at that T.
@@ -305,7 +305,7 @@ class Searcher:
             return None, [1.0] * len(picks)
         whole = self._state_bytes({name for pick in picks for name in pick.pools}, level)
         rates = [float(pick.options.rate[pick.index]) for pick in picks]
-        return dealt(rates, [pick.spare / whole for pick in picks])
+        return divide_update(rates, [pick.spare / whole for pick in picks])
 
     def _least_seconds(
         self, pools: frozenset[str], level: int, sequences: int, below: float | None = None, slow: float = 0.0
@@ -345,7 +345,7 @@ class Searcher:
         groups = [group for group in self.options if group <= pools]
         masks = {group: sum(1 << order.index(name) for name in group) for group in groups}
         state = self._state_bytes(pools, level) if level else 0.0
-        update = self._soonest(pools) if self._over_island else None
+        update = self._fastest_update(pools) if self._over_island else None
         for turn in range(2 if self._over_island else 1):
             # Memory seldom decides: take the fastest options first, and trade speed for memory only if they do not fit.
             for trade in (False, True) if level else (False,):
@@ -360,7 +360,7 @@ class Searcher:
             update, _ = self._update(best.picks, level)
         return None
 
-    def _soonest(self, pools: frozenset[str]) -> float:
+    def _fastest_update(self, pools: frozenset[str]) -> float:
         """Seconds of an update of the model by all chips of these pools together."""
         rates = {name: 0.0 for name in pools}
         for group, found in self.options.items():

@@ -1,4 +1,4 @@
-"""A plan as the search knows it: pipeline groups with their shares of the batch, step seconds, price."""
+"""A plan as the search finds it: pipeline groups with their shares of the batch, step seconds, price."""
 
 import math
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class ChosenGroup:
 
 @dataclass(frozen=True)
 class FoundPlan:
-    """A plan as the search knows it.
+    """A plan as the search finds it.
 
     Attributes:
         step_seconds: of one step over the whole batch.

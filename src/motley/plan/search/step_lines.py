@@ -34,7 +34,7 @@ from motley.plan.cost_model.step_time import (
     PieceKind,
     bubble_seconds,
     exchange_seconds,
-    sent_when,
+    once_and_each,
     tied_seconds,
     update_seconds,
     whole_update_seconds,
@@ -49,7 +49,7 @@ SPREAD_UNEVENNESS = 2.0  # states spread by free memory: the fullest chip update
 
 @dataclass(frozen=True)
 class GroupOptions:
-    """Arrays [options]; `layouts` has one entry a member, `stage_of` is [pieces, options].
+    """Arrays [options]; `configs` has one entry a member, `stage_of` is [pieces, options].
 
     Attributes:
         fixed, slow, once, hidden: the line in the module's docstring, in seconds; `hidden` is a share.
@@ -246,7 +246,7 @@ def crossing_seconds(a_byte: Floats, member: GroupMember, configs: ParallelConfi
     framework, latency = member.framework, member.hardware.latency
     there, back = (size * a_byte + 2 * latency for size in (framework.gradient_bytes, framework.weight_bytes))
     if framework.zero_over == "island":
-        return sent_when(configs.zero, there, back)
+        return once_and_each(configs.zero, there, back)
     return 2 * there, np.zeros(len(there))
 
 

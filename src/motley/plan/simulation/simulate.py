@@ -164,7 +164,7 @@ class SimulatedGroup:
     parts: tuple[SimulatedPool, ...]
 
     def speed(self, present: Sequence[int], slow_chips: int, settings: SimulateSettings) -> float:
-        """Share of the full speed that is left with `present` chips of each part, some of them slow."""
+        """Share of the full speed with only `present` chips of each part, some of them slow."""
         held = sum(part.memory_bytes * count for part, count in zip(self.parts, present, strict=True))
         if held < self.state_bytes:
             return 0.0
