@@ -97,7 +97,7 @@ def disagree(comm: Communicator) -> str:
 
 def test_a_worker_with_other_data_is_named_on_every_worker():
     for message in on_ranks(3, disagree):
-        assert message.startswith("worker 1 has data xyz, worker 0 has abc;")
+        assert message.startswith("rank 1 has data xyz, rank 0 has abc;")
 
 
 def meet_as(comm: Communicator, kinds: list[str], port: int) -> tuple[bool, list[list[float]], float, list[float]]:

@@ -53,14 +53,14 @@ def test_workers_started_with_other_data_or_another_model_are_named_on_all(
 ) -> None:
     out, given = tmp_path / "run", {"data": data, "shape": shape}
     for changed, named in (
-        ({"data": other}, "worker 1 has --data "),
-        ({"data": text}, f"worker 1 has --data other than {data} was made from (different: data, "),
-        ({"shape": "nano"}, "worker 1 has --model nano, worker 0 has "),
+        ({"data": other}, "rank 1 has --data "),
+        ({"data": text}, f"rank 1 has --data other than {data} was made from (different: data, "),
+        ({"shape": "nano"}, "rank 1 has --model nano, rank 0 has "),
     ):
         for status, said in started_together(out, given, given | changed):
             assert status == 2, said
             assert named in said
-            assert "every worker needs the same code, data and settings" in said
+            assert "all ranks need the same code, data and settings" in said
     copy, file = tmp_path / "copy", tmp_path / "same.json"
     shutil.copytree(data, copy)
     shutil.copy(shape, file)

@@ -271,10 +271,10 @@ class Communicator:
         return bool(self.sum(self.outgoing(torch.tensor(int(asked)))))
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Raises InputError, on every worker, naming the first worker and fact that differ from worker 0's."""
+        """Raises InputError, on every worker, naming the first rank and fact that differ from rank 0's."""
         gathered = self.all_values(facts)
         for rank, theirs in enumerate(gathered):
-            compare(f"worker {rank}", theirs, "worker 0", gathered[0])
+            compare(f"rank {rank}", theirs, "rank 0", gathered[0])
 
     def talk(self, doing: str, message: Callable[[], Any], whom: Sequence[int] = ()) -> Any:
         """Send or receive; a dead or silent peer becomes a CrewError that says what was going on.

@@ -76,7 +76,8 @@ class StepLog:
         self.metrics = RecentRecords(file, state.recent)
         forgotten = strategy.led(lambda: file.forgotten)
         if forgotten > at.step:
-            state.news.append(f"steps {at.step + 1} to {forgotten} are computed again, from the state after {at.step}")
+            repeated = f"steps {at.step + 1} to {forgotten}"
+            state.news.append(f"{repeated} are computed again, from the state after step {at.step}")
         if state.news:
             self.metrics.write("event", **position(at), message="; ".join(state.news))
             state.news = []
