@@ -1,8 +1,10 @@
 # Two commands:
 #   make demo    train a small DeepSeek of your own and talk to it       make demo ARGS=--no-serve
 #   make test    the whole test suite                                    make test TESTS=tests/model
-# Also: make lint, make clean (keeps runs/). Everything is installed into .venv, once.
-# Tests run two at a time, a thread each: most of them start processes of their own.
+# Also: make check ROOM=train (ruff and the tests of one room), make lint, make clean (keeps runs/). Everything is
+# installed into .venv, once.
+# Tests run two at a time, a thread each: most of them start processes of their own. What is costly to make is made once
+# for both (`once` in tests/conftest.py), so that tests are dealt one by one and no long file is left at the end.
 # PYTHON=... chooses the interpreter, PIP_ARGS=... is handed to pip (say, the index of another PyTorch build).
 
 VENV := .venv
@@ -11,21 +13,30 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 PYTHONS := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3 python)
 PAGES := $(shell find web -name node_modules -prune -o -type f -print)
 KERNELS := $(wildcard src/motley/model/native/*.cpp src/motley/model/native/*.h src/motley/model/native/build.py)
+ROOMS := $(filter-out __pycache__,$(notdir $(patsubst %/,%,$(wildcard tests/*/))))
 INPUTS := Makefile pyproject.toml constraints.txt hatch_build.py $(PAGES) $(KERNELS)
 
-.PHONY: demo test lint clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test check lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	@$(BIN)/motley demo $(ARGS)
 
 test: $(VENV)/installed-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS) $(ARGS); status=$$?; \
+	@$(PYTEST) $(TESTS) $(ARGS); status=$$?; \
 	command -v chromium >/dev/null || printf '\n%s\n%s\n%s\n' \
 	  '*******************************************************************************' \
 	  '*** The browser tests did NOT run: there is no Chromium. apt-get install chromium' \
 	  '*******************************************************************************'; \
 	exit $$status
+
+check: $(VENV)/installed-test
+	@[ -n "$(ROOM)" ] && [ -d "tests/$(ROOM)" ] || { echo "make check ROOM=one of: $(ROOMS)" >&2; exit 2; }
+	@$(BIN)/ruff check -q $(wildcard src/motley/$(ROOM)) tests/$(ROOM)
+	@$(BIN)/ruff format -q --check $(wildcard src/motley/$(ROOM)) tests/$(ROOM)
+	@$(PYTEST) tests/$(ROOM) $(ARGS)
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check

@@ -1,11 +1,8 @@
 """One command makes the whole journey, and goes on where it was stopped, however it was stopped."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from spawned_ranks import MOTLEY, Started, run, start
 
 from motley.demo.about import about
 from motley.demo.demo import STAGES
@@ -26,23 +24,23 @@ MINUTES = "0.2"  # too short anywhere: the fewest steps are taken, however fast 
 
 
 def demo(out: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "motley", "demo", "--out", str(out), "--minutes", MINUTES, "--no-serve", *arguments]
+    return [*MOTLEY, "demo", "--out", str(out), "--minutes", MINUTES, "--no-serve", *arguments]
 
 
 def facts(out: Path) -> dict[str, Any]:
     return json.loads((out / "journey.json").read_text())
 
 
-def run_until(command: list[str], holds: Callable[[], bool], how: signal.Signals) -> subprocess.Popen[str]:
+def run_until(command: list[str], holds: Callable[[], bool], how: signal.Signals) -> Started:
     """Start the command and send it a signal as soon as something holds; it must not end by itself before."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(command)
     deadline = time.monotonic() + 300
     while not holds():
         assert process.poll() is None, f"ended before it was stopped: {process.communicate()}"
         assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.02)
     process.send_signal(how)
-    process.wait(timeout=60)
+    process.wait(60)
     return process
 
 
@@ -56,19 +54,22 @@ def reached(run: Path, step: int) -> bool:
     return (run / "metrics.jsonl").is_file() and len(losses(run)) >= step
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+@pytest.fixture(scope="session")
+def out(once: Any) -> tuple[Path, list[str]]:
     """A demo killed in pretraining and stopped with Ctrl-C in fine-tuning; and what the three starts said."""
-    out = tmp_path_factory.mktemp("journey") / "a folder 文件夹" / "demo"
-    said = []
-    killed = run_until(demo(out), lambda: reached(out / "pretrain", 3), signal.SIGKILL)
-    said.append(killed.communicate()[1])
-    stopped = run_until(demo(out), lambda: reached(out / "sft", 3), signal.SIGINT)
-    assert stopped.returncode == 130
-    said.append(stopped.communicate()[1])
-    done = subprocess.run(demo(out), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out, [*said, done.stderr, done.stdout]
+
+    def make(top: Path) -> None:
+        out = top / "a folder 文件夹" / "demo"
+        killed = run_until(demo(out), lambda: reached(out / "pretrain", 3), signal.SIGKILL)
+        stopped = run_until(demo(out), lambda: reached(out / "sft", 3), signal.SIGINT)
+        assert stopped.returncode == 130
+        done = run(demo(out), timeout=600)
+        assert done.returncode == 0, done.stderr
+        said = [killed.communicate()[1], stopped.communicate()[1], done.stderr, done.stdout]
+        (top / "said.json").write_text(json.dumps(said))
+
+    top = once("journey", make)
+    return top / "a folder 文件夹" / "demo", json.loads((top / "said.json").read_text())
 
 
 def test_a_journey_that_was_killed_and_stopped_is_whole_in_the_end(out: tuple[Path, list[str]]) -> None:
@@ -77,8 +78,8 @@ def test_a_journey_that_was_killed_and_stopped_is_whole_in_the_end(out: tuple[Pa
     assert [stage["name"] for stage in stages] == ["probe", *(name for name, _, _ in STAGES)]
     assert all(stage["seconds"] > 0 and stage["predicted_seconds"] > 0 for stage in stages)
     plan = DemoPlan.from_json(facts(folder)["plan"])
-    for run, steps in (("pretrain", plan.pretrain.steps), ("sft", plan.sft.steps)):
-        numbers = [step for step, _ in losses(folder / run)]
+    for stage, steps in (("pretrain", plan.pretrain.steps), ("sft", plan.sft.steps)):
+        numbers = [step for step, _ in losses(folder / stage)]
         assert numbers == list(range(1, steps + 1)), "every step stands in the metrics once"
     assert list(folder.rglob("*.writing-*")) == []
 
@@ -158,19 +159,19 @@ def test_the_exported_model_answers(out: tuple[Path, list[str]]) -> None:
 def test_a_finished_journey_is_only_shown_again(out: tuple[Path, list[str]]) -> None:
     folder, _ = out
     before = (folder / "export" / "model.safetensors").stat().st_mtime_ns
-    done = subprocess.run([*demo(folder), "--json"], capture_output=True, text=True)
+    done = run([*demo(folder), "--json"])
     assert done.returncode == 0
     assert json.loads(done.stdout)["problems"] == facts(folder)["results"]["problems"]
     assert (folder / "export" / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_other_settings_in_the_same_folder_are_refused(out: tuple[Path, list[str]]) -> None:
-    done = subprocess.run([*demo(out[0]), "--seed", "5"], capture_output=True, text=True)
+    done = run([*demo(out[0]), "--seed", "5"])
     assert done.returncode == 2
     assert "seed=0, now asked for 5" in done.stderr
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def machine() -> Machine:
     return probe(1.0, torch.device("cpu"))
 
@@ -212,12 +213,7 @@ def test_every_trial_is_said_although_nobody_watches(
 
 
 def test_bad_text_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*demo(tmp_path / "demo"), "--data", str(tmp_path / "nothing.txt")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )
+    done = run([*demo(tmp_path / "demo"), "--data", str(tmp_path / "nothing.txt")])
     assert done.returncode == 2
     assert "nothing.txt" in done.stderr
     assert "Traceback" not in done.stderr

@@ -6,7 +6,6 @@ import random
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 
 import pytest
 from commands import command, losses
-from plans import LAYERS, plan_of
-from spawned_ranks import free_port
-from tiny_models import SHAPE
+from plans import LAYERS, SHAPE, plan_of
+from spawned_ranks import MOTLEY, Started, free_port, run, run_ranks, start
 
 from motley.cli import main
 from motley.errors import InputError
@@ -71,7 +69,7 @@ def test_torchrun_numbers_the_ranks_as_the_runtime_reads_the_plan(seed: int):
     host_of = {rank: node.host for node in nodes for rank in node.ranks}
     for rank, (chip,) in started.items():
         place = coordinates_of(layout, rank)
-        planned = plan["groups"][place.team_number]["stages"][place.stage]["pool"]
+        planned = plan["groups"][place.group_number]["stages"][place.stage]["pool"]
         assert host_of[rank] in hosts[planned]
         assert int(chip) < next(pool["chips_per_node"] for pool in plan["pools"] if pool["pool"] == planned)
     assert len({(host_of[rank], chip) for rank, (chip,) in started.items()}) == layout.workers  # one rank a chip
@@ -193,7 +191,7 @@ def ssh(tmp_path: Path) -> dict[str, str]:
     )
     fake.chmod(0o755)
     one_thread = {"OMP_NUM_THREADS": "1"}  # several hosts pretend to have these cores
-    return os.environ | one_thread | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return one_thread | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 SMALL = plan_of({"strong": (1, 1), "weak": (1, 1)}, [(["strong", "weak"], 1, [1, 1])])
@@ -202,20 +200,17 @@ ON_TWO = ["--hosts", "strong=127.0.0.2", "weak=127.0.0.3", "--ssh"]  # two names
 
 
 @pytest.mark.slow(18)
-def test_ranks_started_over_ssh_learn_what_those_under_one_torchrun_learn(
+def test_ranks_started_over_ssh_learn_what_those_started_together_learn(
     data: Path, shape: Path, tmp_path: Path, ssh: dict[str, str]
 ):
     (tmp_path / "plan.json").write_text(json.dumps(SMALL))
     torchrun = Path(sys.executable).with_name("torchrun")
     together = command(tmp_path / "together", data, shape, **SHORT, plan=tmp_path / "plan.json")
-    options = ["--nproc-per-node=2", f"--master-port={free_port()}"]
-    done = subprocess.run([str(torchrun), *options, *together[1:]], capture_output=True, text=True)
+    done = run_ranks(2, together)
     assert done.returncode == 0, done.stderr
     job = shlex.join(command(tmp_path / "apart", data, shape, **SHORT)[3:])
     asked = ["launch", "plan.json", *ON_TWO, f"--job={job}", f"--torchrun={torchrun}", f"--port={free_port()}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "motley", *asked], cwd=tmp_path, env=ssh, capture_output=True, text=True
-    )
+    done = run([*MOTLEY, *asked], cwd=tmp_path, environment=ssh)
     assert done.returncode == 0, done.stderr
     assert sorted((tmp_path / "hosts").read_text().split()) == ["127.0.0.2", "127.0.0.3"]
     assert done.stdout == "2 of 2 ranks ran to the end\n"
@@ -233,24 +228,12 @@ esac
 """
 
 
-def started(tmp_path: Path, ssh: dict[str, str], second: str) -> subprocess.Popen[str]:
+def started(tmp_path: Path, ssh: dict[str, str], second: str) -> Started:
     (tmp_path / "plan.json").write_text(json.dumps(SMALL))
     (tmp_path / "torchrun").write_text(WORKER.replace("{second}", second))
     (tmp_path / "torchrun").chmod(0o755)
-    asked = [sys.executable, "-m", "motley", "launch", "plan.json", *ON_TWO, "--torchrun=./torchrun"]
-    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background may have been told to ignore it
-    try:
-        return subprocess.Popen(
-            asked,
-            cwd=tmp_path,
-            env=ssh,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, heard)
+    asked = [*MOTLEY, "launch", "plan.json", *ON_TWO, "--torchrun=./torchrun"]
+    return start(asked, cwd=tmp_path, environment=ssh)
 
 
 def test_when_one_fails_all_are_ended_and_it_is_named(tmp_path: Path, ssh: dict[str, str]):
@@ -270,8 +253,7 @@ def test_with_restarts_all_are_started_again_when_one_fails(tmp_path: Path):
     asked = ["launch", "plan.json", "--hosts", "a=x,y", "b=z", "--here=y", f"--torchrun={tmp_path}/torchrun"]
     for restarts, ended in ((1, 2), (2, 0)):
         (tmp_path / "tried").unlink(missing_ok=True)
-        words = [sys.executable, "-m", "motley", *asked, f"--restarts={restarts}"]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        done = run([*MOTLEY, *asked, f"--restarts={restarts}"], cwd=tmp_path)
         assert (done.returncode, done.stderr.count("starting all again")) == (ended, restarts), done.stderr
 
 
@@ -294,6 +276,6 @@ def test_a_machine_of_a_cluster_runs_its_own_part_only(tmp_path: Path):
     (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$2 in $PWD"\n')
     (tmp_path / "torchrun").chmod(0o755)
     asked = ["launch", "plan.json", "--hosts", "a=x,y", "b=z", "--here=y", f"--torchrun={tmp_path}/torchrun"]
-    done = subprocess.run([sys.executable, "-m", "motley", *asked], cwd=tmp_path, capture_output=True, text=True)
+    done = run([*MOTLEY, *asked], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "2 of 6 ranks ran to the end\n")
     assert done.stderr == f"y: --node-rank=1 in {tmp_path}\n"
