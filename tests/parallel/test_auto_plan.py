@@ -106,7 +106,7 @@ def test_workers_too_small_for_the_model_make_a_plan_and_learn_what_one_process_
 ) -> None:
     done = start(tmp_path, data, deep, 6)
     assert done.returncode == 0, done.stderr
-    assert "may hold 6 MB; so a plan is made from a probe of these workers" in done.stderr
+    assert "may hold 6 MB; so a plan is made from a probe of these ranks" in done.stderr
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["chips"] == 3
     assert {pool["pool"]: pool["chips"] for pool in plan["pools"]} == {"pool0": 2, "pool1": 1}, "0 and 2 are alike"
@@ -121,7 +121,7 @@ def test_workers_too_small_for_the_model_make_a_plan_and_learn_what_one_process_
 def test_where_no_plan_fits_both_reasons_are_said(data: Path, deep: Path, tmp_path: Path) -> None:
     done = start(tmp_path, data, deep, 1)
     assert done.returncode != 0
-    assert "may hold 1 MB; no plan fits either: model cannot fit 3 workers" in done.stderr
+    assert "may hold 1 MB; no plan fits either: model cannot fit 3 ranks" in done.stderr
     assert not (tmp_path / "run" / "plan.json").exists()
 
 

@@ -48,7 +48,7 @@ def test_messages_that_take_most_of_several_steps_in_a_row_are_said_once() -> No
 
 def test_what_the_sentence_advises_can_be_done() -> None:
     for config, advised in (
-        (TrainingConfig(elastic=True), "--islands N, without --live, or a plan"),
+        (TrainingConfig(elastic=True), "--islands N, without --elastic, or a plan"),
         (TrainingConfig(plan=Path("plan.json")), "measure them (`motley fleet probe` under torchrun) and plan again"),
     ):
         seen = CommBoundWatch(slow=IN_A_ROW)

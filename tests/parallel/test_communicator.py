@@ -139,7 +139,7 @@ def test_copies_of_the_model_on_chips_of_several_kinds_are_refused_on_all():
 
 def test_a_worker_that_is_gone_ends_the_others_with_a_sentence():
     first, second = on_ranks(2, lose_one)
-    assert first.startswith("rank 0: adding up failed: another rank exited or is silent: ")
+    assert first.startswith("rank 0: all-reduce failed: another rank exited or is silent: ")
     assert second == "gone"
 
 
@@ -167,7 +167,7 @@ def wait_in_vain(comm: Communicator) -> str:
 def test_who_sends_no_message_is_waited_for_no_longer_than_is_said():
     """PyTorch's limit between two workers is that with which they met, half an hour here."""
     first, _ = on_ranks(2, wait_in_vain, seconds=60)
-    assert first.startswith("rank 0: waiting for worker 1 failed: another rank exited or is silent: ")
+    assert first.startswith("rank 0: receiving from rank 1 failed: another rank exited or is silent: ")
 
 
 def test_shares_follow_speed_and_absorb_a_straggler_within_ten_steps():

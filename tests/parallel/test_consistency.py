@@ -75,11 +75,11 @@ def test_equal_copies_pass_in_any_layout_and_one_bit_is_named() -> None:
     assert all(found == by_worker[0] for found in by_worker), "everybody stops, and says the same"
     said = by_worker[0]
     assert said[:8] == [""] * 8
-    assert said[8].startswith("worker 2 holds weights that differ from the copies of workers 0, 1 and 3 after step 2: ")
+    assert said[8].startswith("rank 2 holds weights that differ from the copies of ranks 0, 1 and 3 after step 2: ")
     assert "choose --zero 1" in said[8]
-    assert said[9].startswith("worker 1 holds weights that differ from the copies of workers 0, 2 and 3 after step 2: ")
+    assert said[9].startswith("rank 1 holds weights that differ from the copies of ranks 0, 2 and 3 after step 2: ")
     assert "a machine computes, keeps or transmits wrongly" in said[9]
-    assert said[10].startswith("worker 3 holds ")
+    assert said[10].startswith("rank 3 holds ")
     assert said[11] == ""
 
 
@@ -87,7 +87,7 @@ def test_of_two_copies_nobody_knows_which_is_right_and_copies_of_a_table_in_two_
     """The embedding lies in the first stage and, for the MTP module, in the last."""
     piped = Layout((PipelineGroup(((0, 1),), (2, 2), micro_batch=2),))
     (said,), other = on_ranks(2, fingerprints_of, [piped], [(1, "model.embed_tokens.weight")])
-    assert said.startswith("workers 0 and 1 hold copies of the same weights that differ after step 2: ")
+    assert said.startswith("ranks 0 and 1 hold copies of the same weights that differ after step 2: ")
     assert other == [said]
 
 
@@ -144,7 +144,7 @@ def test_a_run_whose_copies_differ_stops_with_a_sentence(
         assert worker.exitcode == 0
     first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
     assert first == second
-    assert first.startswith("workers 0 and 1 hold copies of the same weights that differ after step ")
+    assert first.startswith("ranks 0 and 1 hold copies of the same weights that differ after step ")
     assert "choose --zero 1" in first
     if seen:
         assert f"after step {seen}:" in first

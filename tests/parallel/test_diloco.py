@@ -342,7 +342,7 @@ def test_an_island_is_killed_and_the_run_goes_on_bit_for_bit_or_without_it(data:
     assert rows == list(range(15 * 4))
     done = run_ranks(1, command(fewer, data, shape, **ISLANDS))
     assert done.returncode == 2
-    assert "--islands 2 does not fit the 1 worker of this job" in done.stderr
+    assert "--islands 2 does not fit the 1 rank of this job" in done.stderr
     done = run_ranks(1, command(fewer, data, shape, **(ISLANDS | {"islands": 1})))
     assert done.returncode == 0, done.stderr
     assert "2 islands wrote the checkpoint, 1 go on from the shared model" in done.stderr

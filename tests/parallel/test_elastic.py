@@ -183,7 +183,7 @@ def test_ranks_use_the_zero_stage_that_was_asked_for_and_elastic_ranks_zero_0():
         return island.layout.zero
 
     assert [zero(), zero(zero=0), zero(zero=3), zero(elastic=True), zero(elastic=True, zero=0)] == [1, 0, 3, 0, 0]
-    with pytest.raises(InputError, match=r"^--zero 2 beside --plan: the plan says itself what workers share"):
+    with pytest.raises(InputError, match=r"^--zero 2 beside --plan: the plan says itself what ranks share"):
         motley.parallel.build.islands_for(PretrainConfig(zero=2), shape, Communicator(0, 2), {"groups": []})
 
 

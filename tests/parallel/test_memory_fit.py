@@ -110,7 +110,7 @@ def within(
 def test_a_worker_over_its_budget_is_refused_on_all_with_need_and_budget() -> None:
     first, second = on_ranks(2, within, [None, STATE / 2])
     assert first == second
-    assert re.match(r"worker 1 needs about \d+ MB \(\d+ MB for weights.* may hold \d+ MB; choose a smaller", str(first))
+    assert re.match(r"rank 1 needs about \d+ MB \(\d+ MB for weights.* may hold \d+ MB; choose a smaller", str(first))
 
 
 def gathering(comm: Communicator, islands: str, hosts: list[int]) -> str | None:
@@ -127,7 +127,7 @@ def test_a_host_too_small_for_what_a_checkpoint_gathers_is_named_on_all() -> Non
     needed = gathered_bytes(NANO, "muon")
     assert needed == pytest.approx(2 * WEIGHTS, rel=0.01)
     for islands, hosts, named in (
-        ("1", [needed - 1, 10 * needed], "worker 0 gathers"), ("1", [needed, 1], None), ("2", [1, 1], None),
+        ("1", [needed - 1, 10 * needed], "rank 0 gathers"), ("1", [needed, 1], None), ("2", [1, 1], None),
     ):  # fmt: skip
         first, second = on_ranks(2, gathering, islands, hosts)
         assert first == second
@@ -150,11 +150,11 @@ def test_activations_are_counted_in_the_format_that_the_worker_computes_in() -> 
 def test_who_holds_more_than_its_budget_is_named_again_only_at_a_new_high() -> None:
     budgets = MemoryBudgets((4, 5), [1000e6, 500e6], [0.0, 100e6])
     assert budgets.exceeded([1000e6, 600e6]) == []
-    assert budgets.exceeded([900e6, 601e6]) == ["worker 5 holds 501 MB for training, and may hold 500 MB"]
+    assert budgets.exceeded([900e6, 601e6]) == ["rank 5 holds 501 MB for training, and may hold 500 MB"]
     assert budgets.exceeded([900e6, 650e6]) == []
     assert budgets.exceeded([1001e6, 652e6]) == [
-        "worker 4 holds 1,001 MB for training, and may hold 1,000 MB",
-        "worker 5 holds 552 MB for training, and may hold 500 MB",
+        "rank 4 holds 1,001 MB for training, and may hold 1,000 MB",
+        "rank 5 holds 552 MB for training, and may hold 500 MB",
     ]
 
 
@@ -175,7 +175,7 @@ def test_memory_above_the_budget_is_an_event_and_a_line(
     pretrain(config, emulation=EmulatedFleet.asked_by(config))
     events = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "event"]
     (event,) = [event for event in events if "usually it takes" not in event["message"]]
-    found = re.fullmatch(r"worker 0 holds (\d+) MB for training, and may hold 400 MB", event["message"])
+    found = re.fullmatch(r"rank 0 holds (\d+) MB for training, and may hold 400 MB", event["message"])
     assert found
     assert 500 <= int(found[1]) < 800
     assert event["step"] == 3

@@ -93,11 +93,11 @@ WHOLE = PipelineGroup(((0,), (1,)), (4,))
         (Layout((dataclasses.replace(WHOLE, replicas=((0,), (2,))),)), r"for workers \[0, 2\], but 2 were started"),
         (Layout((dataclasses.replace(WHOLE, layers=(3,)),)), r"layers \[3\], the model has 4"),
         (Layout((dataclasses.replace(WHOLE, micro_batch=0),)), "a micro-batch below 1"),
-        (Layout((dataclasses.replace(WHOLE, layers=(2, 2)),)), "2 stages, but a lane with another number"),
+        (Layout((dataclasses.replace(WHOLE, layers=(2, 2)),)), "2 stages, but a replica with another number"),
         (Layout((dataclasses.replace(WHOLE, experts=(4, 0)),)), r"experts \[4, 0\], the model has"),
-        (Layout((WHOLE,), memory=(1.0,)), "memory shares .*one for each of 2 workers"),
+        (Layout((WHOLE,), memory=(1.0,)), "memory shares .*one for each of 2 ranks"),
         (Layout((WHOLE,), memory=(0.0, 0.0)), "memory shares"),
-        (Layout((WHOLE,), rates=(1.0, 0.0)), "rates .*one above 0 for each of 2 lanes"),
+        (Layout((WHOLE,), rates=(1.0, 0.0)), "rates .*one above 0 for each of 2 replicas"),
     ],
 )
 def test_a_layout_that_does_not_fit_model_or_workers_is_refused(layout: Layout, said: str):

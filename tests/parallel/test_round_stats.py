@@ -114,10 +114,10 @@ def shown(about: dict[str, Any], timing: StepStats) -> list[str]:
 def test_the_table_names_the_island_of_each_worker_and_how_long_it_waited_at_meetings():
     about = {"names": ["big", "big", "small"], "islands": ISLANDS}
     lines = [line.split() for line in shown(about, timing_of(ROUND, ISLANDS, seq_len=10))]
-    assert lines[0] == ["worker", "island", "chip", "tokens/s", "share", "idle", "meetings", "memory", "link"]
+    assert lines[0] == ["rank", "island", "chip", "tokens/s", "share", "idle", "outer", "step", "memory", "link"]
     assert [line[:3] for line in lines[1:]] == [["0", "0", "big"], ["1", "0", "big"], ["2", "1", "small"]]
     assert lines[3][3:7] == ["20", "50%", "30%", "20%"]
-    assert shown(about, StepStats()) == ["the workers of all islands are shown from their first meeting on"]
+    assert shown(about, StepStats()) == ["the ranks of all islands are shown after the first round"]
 
 
 def meet(comm: Communicator) -> tuple[list[StepStats], list[Any], int]:

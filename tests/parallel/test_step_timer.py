@@ -45,7 +45,7 @@ def test_the_parts_of_a_step_add_up_and_waits_inside_work_are_no_work():
         with watch.waiting("exchanging tokens of experts", [0, 3]):
             clock.now += 4
         clock.now += 8
-    with watch.waiting("waiting for worker 1", [1]):
+    with watch.waiting("receiving from rank 1", [1]):
         clock.now += 16
     assert watch.stop() == 31
     assert {kind: spent for kind, spent in watch.seconds.items() if spent} == {
@@ -80,8 +80,8 @@ def test_a_failure_inside_ends_the_wait():
         raise RuntimeError("Connection closed by peer")
 
     comm = Communicator(0, 2, watch=watch)
-    with pytest.raises(CommunicationError, match="adding up"):
-        comm.talk("adding up", fail)
+    with pytest.raises(CommunicationError, match="all-reduce"):
+        comm.talk("all-reduce", fail)
     clock.now += 2
     watch.stop()
     assert (watch.seconds["numbers"], watch.seconds["other"]) == (1, 2)
@@ -169,7 +169,7 @@ def test_the_table_shows_every_worker_or_of_many_the_slowest_and_the_most_idle(w
     console.print(ranks_table({"names": [f"chip [{rank}]" for rank in range(workers)]}, timing))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 1 + min(workers, MOST_LINES - 1)
-    assert lines[0].split() == ["worker", "chip", "tokens/s", "share", "idle", "memory", "link"]
+    assert lines[0].split() == ["rank", "chip", "tokens/s", "share", "idle", "memory", "link"]
     if workers <= MOST_LINES:
         assert [line.split()[0] for line in lines[1:]] == [str(rank) for rank in range(workers)]
     else:

@@ -1,8 +1,8 @@
-"""A plan for a crew that was given none, where the model does not fit every worker whole: made from a probe.
+"""Make a plan from a probe when none was given and some rank has no room for the whole model.
 
-every worker    measures what its chip multiplies, pairs of workers what their links carry
-worker 0        pools of like workers ──▶ fleet.yaml ──▶ plan.json, both in the run folder, to look at and to keep
-every worker    takes a seat that the plan has for a chip of its pool
+every rank      measures what its chip multiplies, pairs of ranks what their links carry
+rank 0          pools of like ranks ──▶ fleet.yaml ──▶ plan.json, both in the run folder, to look at and to keep
+every rank      takes a position that the plan has for a chip of its pool
 """
 
 import socket
@@ -41,14 +41,14 @@ FLEET_FILE, PLAN_FILE = "fleet.yaml", "plan.json"
 
 @dataclass(frozen=True)
 class ProbedRank:
-    """What one worker says of itself.
+    """What one rank says of itself.
 
     Attributes:
-        host: where it runs.
+        host: that it runs on.
         machine: what it measured.
         memory: bytes that it may hold.
         precision: what it will compute in.
-        emulated: what it pretends to be.
+        emulated: the chip that it emulates.
     """
 
     host: str
@@ -59,15 +59,15 @@ class ProbedRank:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Workers alike in this, and with as many like them on their host, are chips of one pool."""
-        pretended = (self.emulated.speed, self.emulated.link.bandwidth, self.emulated.link.latency)
+        """Ranks alike in this, and with as many like them on their host, are chips of one pool."""
+        emulated = (self.emulated.speed, self.emulated.link.bandwidth, self.emulated.link.latency)
         return (
             self.machine.device,
             self.machine.name,
             self.machine.chip,
             round(self.memory / 1e6),
             self.precision,
-            *pretended,
+            *emulated,
         )
 
 
@@ -86,35 +86,35 @@ def planned_from_probe(
     emulated: Emulated,
     why: InputError,
 ) -> tuple[Path, list[IslandLayout]]:
-    """(the plan's file, the layout that it asks for). Every worker calls this.
+    """(the plan's file, the layout that it asks for). Every rank calls this.
 
     Args:
         config: settings of the stage.
         shape: of the model.
         comm: all ranks.
         folder: of the run, for the files.
-        memory: bytes that this worker may hold.
-        precision: what this worker computes in.
-        emulated: what this worker pretends to be.
+        memory: bytes that this rank may hold.
+        precision: what this rank computes in.
+        emulated: the chip that this rank emulates.
         why: what is wrong without a plan.
 
-    Raises InputError where no plan fits these workers, or the best leaves some of them without work.
+    Raises InputError where no plan fits these ranks, or the best leaves some of them without work.
     """
     short = str(why).partition(";")[0]
     if comm.leads:
-        note(f"{short}; so a plan is made from a probe of these workers")
+        note(f"{short}; so a plan is made from a probe of these ranks")
     machine = probe(PROBE_SECONDS, comm.device, grid=True, shown=comm.leads)
     own = ProbedRank(socket.gethostname(), machine, memory, precision, emulated)
     with comm.waiting(max(comm.timeout, PREPARING_SECONDS) + most_seconds(PROBE_SECONDS)):
         chips: list[ProbedRank] = comm.all_values(own)
         hosts = [chip.host for chip in chips]
-        # Messages between two workers go by way of the host, in training too.
+        # Messages between two ranks go by way of the host, in training too.
         links = comm.talk("measuring links", lambda: links_between(hosts, torch.device("cpu")))
 
     def make() -> dict[str, Any]:
         if len(pools_of(chips)) > MOST_POOLS:
             raise InputError(
-                f"{short}; workers of {len(pools_of(chips))} kinds are too many to plan for at a start: write a fleet "
+                f"{short}; ranks of {len(pools_of(chips))} kinds are too many to plan for at a start: write a fleet "
                 "file of them (`motley fleet probe` under torchrun) and give its plan as --plan"
             )
         text = fleet_of(chips, links)
@@ -124,14 +124,14 @@ def planned_from_probe(
         )
         each = kept.optimizer / (kept.weights / NUMBER_BYTES)
         job = Workload(deepseek(shape, "model"), tokens, config.seq_len, config.batch_rows, optimizer_bytes=each)
-        searcher = Searcher(parse_fleet(text, "these workers"), job, all_chips=True)
+        searcher = Searcher(parse_fleet(text, "these ranks"), job, all_chips=True)
         found = searcher.best()
         if found is None:
             raise InputError(f"{short}; no plan fits either: {searcher.refusal()}")
         plan: dict[str, Any] = {**plan_values(found), "objective": "time", **plan_comparison(searcher, found)}
-        if found.chips < comm.size:  # so few rows that some worker gets none
+        if found.chips < comm.size:  # so few rows that some rank gets none
             raise InputError(
-                f"{short}; the best plan has work for {found.chips} of {comm.size} workers only, so give more "
+                f"{short}; the best plan has work for {found.chips} of {comm.size} ranks only, so give more "
                 "--batch-rows, or start fewer"
             )
         write_text(folder / FLEET_FILE, text)
@@ -149,7 +149,7 @@ def planned_from_probe(
 
 
 def pools_of(chips: Sequence[ProbedRank]) -> dict[str, list[int]]:
-    """Workers of each pool, one node after another, by the pool's name."""
+    """Ranks of each pool, one node after another, by the pool's name."""
     nodes: dict[tuple[Any, ...], list[int]] = {}
     for rank, chip in enumerate(chips):
         nodes.setdefault((chip.host, chip.kind), []).append(rank)
@@ -160,21 +160,21 @@ def pools_of(chips: Sequence[ProbedRank]) -> dict[str, list[int]]:
 
 
 def fleet_of(chips: Sequence[ProbedRank], links: Links) -> str:
-    """The fleet file of these workers; nodes, and pools, are joined as slowly as any two hosts are."""
+    """The fleet file of these ranks; nodes, and pools, are joined as slowly as any two hosts are."""
     pools, everyone = [], range(len(chips))
     across = links.slowest(everyone, same_host=False) or links.slowest(everyone, same_host=True)
     for name, ranks in pools_of(chips).items():
         first = chips[ranks[0]]
         (pool,) = yaml.safe_load(fleet_text([first.machine]))["pools"]
         nodes = len({chips[rank].host for rank in ranks})
-        # What a chip only pretends to compute in, it computes through fp32.
+        # A format that a chip only emulates is computed through fp32.
         precision = first.precision if first.precision in pool["measured"]["matmul"] else "fp32"
         pool |= {"name": name, "nodes": nodes, "chips_per_node": len(ranks) // nodes, "precision": precision}
         pool["measured"]["memory"] = f"{first.memory / 1e6:f} MB"
         if inside := links.slowest(ranks, same_host=True) or links.slowest(everyone, same_host=True):
             pool["link_inside"] = rate_text(inside[0])
-        pretended = first.emulated.link
-        rate, latency = pretended.bandwidth and pretended.bandwidth * (len(ranks) // nodes), pretended.latency
+        emulated = first.emulated.link
+        rate, latency = emulated.bandwidth and emulated.bandwidth * (len(ranks) // nodes), emulated.latency
         if across:
             rate, latency = rate or across[0], latency or across[1]
         if rate:
@@ -184,25 +184,25 @@ def fleet_of(chips: Sequence[ProbedRank], links: Links) -> str:
         if first.emulated.speed < 1:
             pool["emulated"] = {"speed": first.emulated.speed}
         pools.append(pool)
-    return yaml.safe_dump({"name": f"{len(chips)} workers", "pools": pools}, sort_keys=False)
+    return yaml.safe_dump({"name": f"{len(chips)} ranks", "pools": pools}, sort_keys=False)
 
 
 def seats(plan: Mapping[str, Any], chips: Sequence[ProbedRank]) -> list[int]:
-    """The worker that takes each seat of the plan, seats in the order of `from_plan`."""
+    """The rank at each position of the plan, positions in the order of `from_plan`."""
     taken: dict[int, int] = {}
-    workers = pools_of(chips)
-    for pool, places in ranks_of_pools(plan).items():
-        taken |= dict(zip(places, workers[pool], strict=True))
-    return [taken[place] for place in range(len(chips))]
+    by_pool = pools_of(chips)
+    for pool, positions in ranks_of_pools(plan).items():
+        taken |= dict(zip(positions, by_pool[pool], strict=True))
+    return [taken[position] for position in range(len(chips))]
 
 
-def seated(islands: Sequence[IslandLayout], workers: Sequence[int]) -> list[IslandLayout]:
-    """The one island of a plan with `workers` on its seats, instead of the worker of each seat's number."""
+def seated(islands: Sequence[IslandLayout], ranks: Sequence[int]) -> list[IslandLayout]:
+    """The one island of a plan with `ranks` at its positions, instead of the rank of each position's number."""
     (island,) = islands
     layout = island.layout
     groups = tuple(
-        replace(group, replicas=tuple(tuple(workers[seat] for seat in replica) for replica in group.replicas))
+        replace(group, replicas=tuple(tuple(ranks[position] for position in replica) for replica in group.replicas))
         for group in layout.groups
     )
-    memory = tuple(layout.memory[workers.index(rank)] for rank in range(len(layout.memory)))
+    memory = tuple(layout.memory[ranks.index(rank)] for rank in range(len(layout.memory)))
     return [replace(island, layout=replace(layout, groups=groups, memory=memory))]

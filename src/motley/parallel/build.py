@@ -1,6 +1,6 @@
-"""How a training stage begins on every worker: the crew meets, agrees, and each takes its place.
+"""Build the strategy of every rank: join the process group, compare settings, choose a layout, distribute weights.
 
-worker 0   opens the run folder, prepares data, loads or draws the weights     ──▶ shares what it found
+rank 0     opens the run folder, prepares data, loads or draws the weights     ──▶ shares what it found
 others     wait, then check that they see the same code, data and settings     ◀──
 """
 
@@ -44,8 +44,8 @@ from motley.train.job import Job
 USUAL_ROUND = 30
 """Steps between two outer steps where nothing says how many."""
 OWN = ("out", "device", "data", "model", "plan", "micro_batch", "precision")
-"""Settings that may differ: paths, what worker 0 decides for all, and each chip's number format. Data, model and shape
-are compared themselves (own.py)."""
+"""Settings that may differ: paths, what rank 0 decides for all, and each chip's number format. Data, model and shape
+are compared themselves (input_checks.py)."""
 USUAL_ZERO: Zero = 1
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 
 def meet(config: TrainingConfig) -> Communicator:
-    """Find the other workers, if torchrun started some; each on a device of its own."""
+    """Join the other ranks, if torchrun started some; each on a device of its own."""
     device = choose_device(config.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -72,7 +72,7 @@ def sources() -> str:
 
 
 def facts(config: TrainingConfig, data: Path) -> dict[str, str]:
-    """What must be the same on all workers: program, data and settings."""
+    """What must be the same on all ranks: program, data and settings."""
     settings = {name: str(value) for name, value in dataclasses.asdict(config).items() if name not in OWN}
     versions = {"motley": __version__, "source code": sources(), "PyTorch": torch.__version__.split("+")[0]}
     return {**versions, "data": fingerprint(data), **settings}
@@ -96,7 +96,7 @@ def as_planned(
 ) -> Config:
     """The settings, with what the plan says of model, context and batch where they are left at their defaults.
 
-    What is taken from it, and what differs from it, is said aloud by the worker that `leads`.
+    What is taken from it, and what differs from it, is printed by the rank that `leads`.
 
     trained: the network of the weights that fine-tuning starts from: a plan names a network, never its weights, so that
     --model is not taken from it but compared; None: the model may be the plan's.
@@ -129,7 +129,7 @@ def islands_for(
 ) -> tuple[list[IslandLayout], int]:
     """(the islands that the settings ask for, steps in a round).
 
-    Raises InputError where they do not fit the model or the crew.
+    Raises InputError where they do not fit the model or the number of ranks.
     """
     if plan is None:
         usual: Zero = 0 if config.elastic else USUAL_ZERO
@@ -139,16 +139,16 @@ def islands_for(
     if config.islands != "1":
         raise InputError(f"--islands {config.islands} beside --plan: the plan says itself which islands there are")
     if config.zero is not None:
-        raise InputError(f"--zero {config.zero} beside --plan: the plan says itself what workers share")
+        raise InputError(f"--zero {config.zero} beside --plan: the plan says itself what ranks share")
     islands = islands_of_plan(plan, shape)
-    workers = sum(len(island.ranks) for island in islands)
-    if workers != comm.size:
-        raise InputError(f"the plan is for {workers} workers, but {comm.size} were started")
+    planned = sum(len(island.ranks) for island in islands)
+    if planned != comm.size:
+        raise InputError(f"the plan is for {planned} ranks, but {comm.size} were started")
     return islands, config.sync_every or plan.get("inner_steps") or USUAL_ROUND
 
 
 def check_devices(islands: Sequence[IslandLayout], comm: Communicator) -> None:
-    """Raises InputError, on every worker, where copies of a model would drift apart: each kind rounds in its own way.
+    """Raises InputError, on every rank, where copies of a model would drift apart: each kind rounds in its own way.
 
     What has never run is said aloud.
     """
@@ -158,15 +158,15 @@ def check_devices(islands: Sequence[IslandLayout], comm: Communicator) -> None:
         other = next((rank for rank in island.ranks if kinds[rank] != kinds[first]), None)
         if island.layout.zero == 0 and len(island.layout.replicas) > 1 and other is not None:
             raise InputError(
-                f"with ZeRO 0 every worker updates its own copy of the model, and workers {first} ({kinds[first]}) and "
+                f"with ZeRO 0 every rank updates its own copy of the model, and ranks {first} ({kinds[first]}) and "
                 f"{other} ({kinds[other]}) round differently, so that copies would drift apart; choose --zero 1, where "
-                "each weight is updated once and sent to the others, without --live"
+                "each weight is updated once and sent to the others, without --elastic"
             )
     piped = any(group.stages > 1 for island in islands for group in island.layout.groups)
     if comm.leads and (comm.by_host or (piped and comm.device.type != "cpu")):
         note(
-            "pipelines and --live on GPUs, and crews that share a GPU or have CPUs too, have only been tested on "
-            "CPUs: compare losses of a few steps with those of one worker alone"
+            "pipelines and --elastic on GPUs, and jobs whose ranks share a GPU or have CPUs too, have only been tested "
+            "on CPUs: compare losses of a few steps with those of one process alone"
         )
 
 
@@ -287,14 +287,14 @@ def _with_experts_that_fit(
     formats: Sequence[Format],
     leads: bool,
 ) -> list[IslandLayout]:
-    """A plan's islands with experts moved off workers that have no room for theirs; who leads says so."""
+    """A plan's islands with experts moved off ranks that have no room for theirs; who leads says so."""
     fitting = experts_by_memory(islands, shape, config, budgets, formats)
     for before, after in zip(islands, fitting, strict=True):
         for planned, group in zip(before.layout.groups, after.layout.groups, strict=True):
             if leads and group.experts != planned.experts:
-                workers = [before.ranks[rank] for replica in group.replicas for rank in replica]
+                sharing = [before.ranks[rank] for replica in group.replicas for rank in replica]
                 note(
-                    f"workers {workers} share experts as {list(group.experts)} instead of {list(planned.experts)}: one "
+                    f"ranks {sharing} share experts as {list(group.experts)} instead of {list(planned.experts)}: one "
                     "has no room for as many as the plan gives it"
                 )
     return fitting
@@ -302,7 +302,7 @@ def _with_experts_that_fit(
 
 def _joined(ranks: Ranks, comm: Communicator, islands: Sequence[IslandLayout], every: int) -> "Diloco":
     """The strategy of an island's ranks, joined with the other islands."""
-    from motley.parallel.diloco.diloco import Diloco  # only where it is asked for
+    from motley.parallel.diloco.diloco import Diloco  # only where there are islands
 
     return Diloco(ranks, comm, [island.ranks for island in islands], [island.speed for island in islands], every)
 

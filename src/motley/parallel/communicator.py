@@ -1,12 +1,12 @@
-"""The workers of a training job, and the few ways in which they talk.
+"""Process groups of a training job, and their collectives and messages.
 
-    torchrun --nproc-per-node 4 -m motley pretrain ...        every worker runs the same command
+    torchrun --nproc-per-node 4 -m motley pretrain ...        every rank runs the same command
 
-      worker 0   1   2   3        each knows its rank; all sums and messages go through `Crew`
-         └───┴───┴───┘            a worker that is gone ends the job with a sentence, never with a hang
+      rank 0     1   2   3        all collectives and messages go through `Communicator`
+         └───┴───┴───┘            if a rank exits, the others fail with an error and never hang
 
-A process that was started without torchrun is a crew of one, for which every sum is what it already has. Some workers
-of a crew can be a crew of their own (`part`): they are numbered from 0 again, and nothing they say leaves them.
+A process that was started without torchrun is a group of one rank, for which an all-reduce changes nothing.
+`part` makes a communicator of some of the ranks: they are numbered from 0 again, and their collectives stay among them.
 """
 
 import os
@@ -30,9 +30,9 @@ from motley.errors import CommunicationError, InputError
 from motley.parallel.telemetry.step_timer import StepTimer
 
 COMM_TIMEOUT_SECONDS = 300.0
-"""How long a worker waits for a silent one before it says so and ends. One that died is noticed at once."""
+"""How long a rank waits for a silent one before it fails. One that exited is noticed at once."""
 PREPARING_SECONDS = 1800.0
-"""The same where worker 0 speaks for all: it may be preparing data or writing a checkpoint."""
+"""The same while rank 0 works for all: it may be preparing data or writing a checkpoint."""
 LAST_LOOK_SECONDS = 2.0
 """How long a rank whose message failed looks for ranks that exited."""
 UNKNOWN = "another rank exited or is silent"
@@ -65,22 +65,22 @@ class LinkModel(Protocol):
 
 @dataclass(frozen=True)
 class Communicator:
-    """This worker among all, or among those of a part.
+    """This rank among all, or among those of a part.
 
     Attributes:
         rank: its number, from 0.
         size: how many there are.
         device: what it computes on.
-        groups: process groups made so far, by their workers' numbers among all.
-        timer: what this worker does with its time; all messages are waits.
-        timeout: seconds to wait for a silent worker.
-        processes: (host, process id) of each worker, where they are known.
-        members: of a part, its workers' numbers among all.
-        whole: the crew that a part belongs to.
-        links: delays of emulated links between the workers, where there are any.
-        by_host: whether sums travel through the host's memory, as CPUs and GPUs together need it, and workers that
-            share a GPU. Messages between two workers always do: over NCCL those that cross could block each other.
-        launcher: process id of the torchrun that started this worker, if one did.
+        groups: process groups made so far, by their ranks' numbers among all.
+        timer: what this rank does with its time; all messages are waits.
+        timeout: seconds to wait for a silent rank.
+        processes: (host, process id) of each rank, where they are known.
+        members: of a part, its ranks' numbers among all.
+        whole: the process group that a part belongs to.
+        links: delays of emulated links between the ranks, where there are any.
+        by_host: whether sums travel through the host's memory, as CPUs and GPUs together need it, and ranks that
+            share a GPU. Messages between two ranks always do: over NCCL those that cross could block each other.
+        launcher: process id of the torchrun that started this rank, if one did.
     """
 
     rank: int = 0
@@ -104,16 +104,16 @@ class Communicator:
 
     @property
     def leads(self) -> bool:
-        """Whether this worker writes files and talks to people."""
+        """Whether this rank writes files and talks to people."""
         return self.rank == 0
 
     @property
     def orphaned(self) -> bool:
-        """Whether the torchrun that would start these workers again is gone; the system gave them another parent."""
+        """Whether the torchrun that would restart these ranks exited; they have another parent process then."""
         return self.launcher is not None and self.launcher != os.getppid()
 
     def part(self, parts: Sequence[Sequence[int]]) -> "Communicator":
-        """The crew of this worker's part, of `parts` that share all workers out; every worker calls this alike."""
+        """The communicator of this rank's part of all ranks; every rank calls this with the same `parts`."""
         self.form(parts)
         own = tuple(next(part for part in parts if self.rank in part))
         links = self.links and self.links.among(own)
@@ -125,9 +125,9 @@ class Communicator:
         )  # fmt: skip
 
     def form(self, groups: Iterable[Sequence[int]]) -> None:
-        """Make process groups of these ranks; every worker calls this with the same groups.
+        """Make process groups of these ranks; every rank calls this with the same groups.
 
-        Groups are made by all workers in one order, whoever is in them; so all parts of a crew call this together.
+        Groups are made by all ranks in one order, whoever is in them; so all parts call this together.
         """
         wanted = {tuple(sorted(map(self.among_all, ranks))) for ranks in groups if 1 < len(ranks) < self.size}
         if self.whole is not None:
@@ -137,24 +137,24 @@ class Communicator:
                 self.groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout))
 
     def among_all(self, rank: int) -> int:
-        """The number of one of these workers among all, which torch.distributed goes by."""
+        """The number of one of these ranks among all, which torch.distributed goes by."""
         return self.members[rank] if self.members else rank
 
     def group(self, ranks: Sequence[int] | None = None) -> Any:
-        """The process group of these ranks (made by `form`); None: all of these workers."""
+        """The process group of these ranks (made by `form`); None: all of these ranks."""
         if ranks is None or len(ranks) == self.size:
             return None if self.whole is None else self.whole.group(self.members)
         return self.groups[tuple(sorted(map(self.among_all, ranks)))]
 
     def sum(self, values: Tensor, ranks: Sequence[int] | None = None) -> Tensor:
-        """`values`, in place, added up over the workers `ranks` (default: all)."""
+        """All-reduce `values` in place over `ranks` (default: all)."""
         if not self.alone and (ranks is None or len(ranks) > 1):
             travelling = self.posted(values)
-            self.talk("adding up", lambda: dist.all_reduce(travelling, group=self.group(ranks)), ranks or ())
+            self.talk("all-reduce", lambda: dist.all_reduce(travelling, group=self.group(ranks)), ranks or ())
             if travelling is not values:
                 values.copy_(travelling)
             self.timer.summed(values.nbytes, len(ranks or range(self.size)))
-            self.crossed("adding up", [(ranks, None, values.nbytes)])
+            self.crossed("all-reduce", [(ranks, None, values.nbytes)])
         return values
 
     def posted(self, tensor: Tensor) -> Tensor:
@@ -162,40 +162,42 @@ class Communicator:
         return tensor.cpu() if self.by_host else tensor
 
     def outgoing(self, tensor: Tensor) -> Tensor:
-        """Where messages leave from: the device of a crew, or wherever the tensor is when there is nobody to tell."""
+        """`tensor` on the device that collectives use; as it is where there is only one rank."""
         return tensor if self.alone else tensor.to(self.device)
 
     def everyone(self, values: Sequence[float]) -> list[list[float]]:
-        """Each worker's `values`, in the order of ranks."""
+        """Each rank's `values`, in the order of ranks."""
         mine = torch.tensor(values, dtype=torch.float64)
         if self.alone:
             return [mine.tolist()]
         mine = mine if self.by_host else mine.to(self.device)
         rows = [torch.empty_like(mine) for _ in range(self.size)]
-        self.talk("sharing numbers", lambda: dist.all_gather(rows, mine, group=self.group()))
+        self.talk("all-gather of numbers", lambda: dist.all_gather(rows, mine, group=self.group()))
         self.timer.moved((self.size - 1) * mine.nbytes, (self.size - 1) * mine.nbytes)
-        self.crossed("sharing numbers", [(None, None, mine.nbytes)])
+        self.crossed("all-gather of numbers", [(None, None, mine.nbytes)])
         return [row.tolist() for row in rows]
 
     def share(self, value: Any, source: int = 0) -> Any:
-        """What worker `source` has, on all: any picklable value of our own making."""
+        """What rank `source` has, on all: any picklable value of our own making."""
         if self.alone:
             return value
         box = [value]
         with self.waiting(max(self.timeout, PREPARING_SECONDS)):
-            self.talk("sharing settings", lambda: dist.broadcast_object_list(box, self.among_all(source), self.group()))
-        self.crossed("sharing settings", [(None, source, 0)])
+            self.talk(
+                "broadcast of settings", lambda: dist.broadcast_object_list(box, self.among_all(source), self.group())
+            )
+        self.crossed("broadcast of settings", [(None, source, 0)])
         return box[0]
 
     def acquainted(self) -> Self:
-        """This crew, knowing the process of each worker, and waiting no longer than its patience from now on."""
+        """This communicator, with the process of each rank, and from now on with its own timeout."""
         processes = tuple(self.all_values((socket.gethostname(), os.getpid())))
         assert dist.group.WORLD is not None
         dist.group.WORLD.set_timeout(timedelta(seconds=self.timeout))
         return replace(self, processes=processes)
 
     def led(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns at worker 0, on all. An error there is raised everywhere: nobody waits in vain."""
+        """What `work` returns at rank 0, on all ranks. An error there is raised on all, so that none waits."""
         result, failure, cause = None, None, None
         if self.leads:
             try:
@@ -207,14 +209,14 @@ class Communicator:
             return result
         if cause is not None:
             raise cause
-        raise InputError(failure[1]) if failure[0] else CommunicationError(f"worker 0 failed: {failure[1]}")
+        raise InputError(failure[1]) if failure[0] else CommunicationError(f"rank 0 failed: {failure[1]}")
 
     def all_values(self, value: Any) -> list[Any]:
-        """Each worker's `value`, in the order of ranks: any picklable value of our own making."""
+        """Each rank's `value`, in the order of ranks: any picklable value of our own making."""
         gathered: list[Any] = [value] * self.size
         if not self.alone:
-            self.talk("gathering values", lambda: dist.all_gather_object(gathered, value, self.group()))
-            self.crossed("gathering values", [(None, None, 0)])
+            self.talk("all-gather of values", lambda: dist.all_gather_object(gathered, value, self.group()))
+            self.crossed("all-gather of values", [(None, None, 0)])
         return gathered
 
     def begin_to_send(self, tensor: Tensor, to: int) -> list[tuple[Any, Tensor]]:
@@ -224,16 +226,16 @@ class Communicator:
             arrival = self.links.arrival(to, tensor.nbytes)
             messages.insert(0, torch.tensor([arrival], dtype=torch.float64))
         self.timer.moved(tensor.nbytes, 0)
-        return [(self.talk(f"sending to worker {to}", lambda m=m: dist.isend(m, dst=there), [to]), m) for m in messages]
+        return [(self.talk(f"sending to rank {to}", lambda m=m: dist.isend(m, dst=there), [to]), m) for m in messages]
 
     def send(self, tensor: Tensor, to: int) -> None:
         for work, _ in self.begin_to_send(tensor, to):
-            self.talk(f"sending to worker {to}", work.wait, [to])
+            self.talk(f"sending to rank {to}", work.wait, [to])
 
     def receive(self, tensor: Tensor, source: int, seconds: float = PREPARING_SECONDS) -> Tensor:
-        """Fill `tensor` with what worker `source` sends, for which this one waits at most so many seconds.
+        """Fill `tensor` with what rank `source` sends, for which this one waits at most so many seconds.
 
-        The time limits of groups do not hold between two workers.
+        The time limits of groups do not hold between two ranks.
         """
         here = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
 
@@ -249,40 +251,40 @@ class Communicator:
             take(here, there)
             time.sleep(max(0.0, float(arrival) - time.monotonic()))
 
-        self.talk(f"waiting for worker {source}", message, [source])
+        self.talk(f"receiving from rank {source}", message, [source])
         if here is not tensor:
             tensor.copy_(here)
         self.timer.moved(0, tensor.nbytes)
         return tensor
 
     def crossed(self, doing: str, messages: Iterable[tuple[Sequence[int] | None, int | None, int]]) -> None:
-        """After collectives that ran at once: wait as long as pretended cables take for them.
+        """After collectives that ran at once: wait as long as emulated links take for them.
 
         Args:
             doing: as in `talk`.
-            messages: of each the workers (None: all), the one that alone sends or receives (None: all do), bytes.
+            messages: of each the ranks (None: all), the one that alone sends or receives (None: all do), bytes.
         """
         if (links := self.links) is not None:
             whole = [(ranks or range(self.size), root, size) for ranks, root, size in messages]
             self.talk(doing, lambda: links.collectives(whole))
 
     def stopping(self, asked: bool) -> bool:
-        """Whether any worker was asked to stop; all of them then do."""
+        """Whether any rank was asked to stop; all of them then do."""
         return bool(self.sum(self.outgoing(torch.tensor(int(asked)))))
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Raises InputError, on every worker, naming the first rank and fact that differ from rank 0's."""
+        """Raises InputError, on every rank, naming the first rank and fact that differ from rank 0's."""
         gathered = self.all_values(facts)
         for rank, theirs in enumerate(gathered):
             compare(f"rank {rank}", theirs, "rank 0", gathered[0])
 
     def talk(self, doing: str, message: Callable[[], Any], whom: Sequence[int] = ()) -> Any:
-        """Send or receive; a dead or silent peer becomes a CrewError that says what was going on.
+        """Send or receive; a dead or silent peer becomes a CommunicationError that says what was going on.
 
         Args:
-            doing: for people, and for the stopwatch.
+            doing: for people, and for the step timer.
             message: sends, receives or waits.
-            whom: workers it may have to wait for; empty: all.
+            whom: ranks it may have to wait for; empty: all.
         """
         try:
             with self.timer.waiting(doing, whom):
@@ -291,12 +293,12 @@ class Communicator:
             raise
         except RuntimeError as error:  # torch.distributed raises nothing finer
             first = str(error).strip().splitlines()[0][:200]
-        # Raised out here, where the first error is gone: its frames hold messages, which hold connections open.
+        # Raised out here, where the first error is released: its frames hold messages, which hold connections open.
         raise CommunicationError(f"rank {self.rank}: {doing} failed: {self._lost()}: {first}{self.advice}")
 
     @contextmanager
     def waiting(self, seconds: float, ranks: Sequence[int] | None = None) -> Iterator[None]:
-        """Inside, wait so long for messages among these workers (None: all) instead of `patience`."""
+        """Inside, wait so long for messages among these ranks (None: all) instead of `timeout`."""
         group: Any = self.group(ranks) or dist.group.WORLD
         if group is None:  # nobody to wait for
             yield
@@ -350,9 +352,9 @@ def _state(pid: int) -> str | None:
 
 
 def _fresh(store: Store, rank: int, size: int) -> Store:
-    """A part of `store` that nobody wrote to before: when torchrun starts workers again, it keeps the old addresses.
+    """A part of `store` that nobody wrote to before: when torchrun starts ranks again, it keeps the old addresses.
 
-    worker 0   start = its name                              start/all = all names that came
+    rank 0     start = its name                              start/all = all names that came
     others     read start, start/RANK = own name             own name in start/all: yes, this is the new start
     """
     mine = uuid.uuid4().hex
@@ -368,22 +370,20 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
         if store.check([f"{start}/all"]) and mine in store.get(f"{start}/all").decode().split():
             return PrefixStore(start, store)
         time.sleep(0.05)
-    raise CommunicationError(
-        f"worker {rank} waited {PREPARING_SECONDS:.0f} s for worker 0 to begin; start the job again"
-    )
+    raise CommunicationError(f"rank {rank} waited {PREPARING_SECONDS:.0f} s for rank 0 to begin; start the job again")
 
 
 def seat_of(device: torch.device) -> str:
-    """A device by its kind, and a GPU by its serial number: NCCL needs one of its own for each worker."""
+    """A device by its kind, and a GPU by its serial number: NCCL needs one of its own for each rank."""
     return f"cuda {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else device.type
 
 
 def join(device: torch.device, timeout: float = COMM_TIMEOUT_SECONDS) -> Communicator:
-    """Meet the other workers of this job, if torchrun (or anything that sets its variables) started one.
+    """Join the other ranks of this job, if torchrun (or anything that sets its variables) started one.
 
     Args:
-        device: what this worker computes on.
-        timeout: seconds to wait for a silent worker, once all have met.
+        device: what this rank computes on.
+        timeout: seconds to wait for a silent rank, once all have joined.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -394,9 +394,9 @@ def join(device: torch.device, timeout: float = COMM_TIMEOUT_SECONDS) -> Communi
         store, rank, _ = next(rendezvous("env://", timeout=limit))
         store = _fresh(store, rank, size)
         store.set(f"device/{rank}", seat_of(device))
-        seats = [store.get(f"device/{other}").decode() for other in range(size)]
-        apart = len(set(seats)) == size and all(seat.startswith("cuda") for seat in seats)
-        backend, by_host = ("cpu:gloo,cuda:nccl", False) if apart else ("gloo", set(seats) != {"cpu"})
+        devices = [store.get(f"device/{other}").decode() for other in range(size)]
+        apart = len(set(devices)) == size and all(name.startswith("cuda") for name in devices)
+        backend, by_host = ("cpu:gloo,cuda:nccl", False) if apart else ("gloo", set(devices) != {"cpu"})
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     comm = Communicator(dist.get_rank(), size, device, timeout=timeout, by_host=by_host, launcher=launcher)

@@ -1,10 +1,10 @@
-"""Workers that hold copies of the same weights compare them now and then: copies that differ teach nobody anything.
+"""Ranks that hold copies of the same weights compare them now and then: copies that differ are no longer one model.
 
     weights, routers' biases ──▶ a number for each group of holders ──▶ everyone's, with the step's other numbers
                                                                         one differs: all stop with a sentence
 
-With ZeRO 0 and in a live crew every holder updates its own copy and trusts that all come to the same bits. From ZeRO 1
-on copies are sent by their owner; comparing them finds machines that transmit or keep them wrongly.
+With ZeRO 0 and in an elastic job every holder updates its own copy and relies on all computing the same bits. From
+ZeRO 1 on copies are sent by their owner; comparing them finds machines that transmit or keep them wrongly.
 """
 
 from collections import Counter
@@ -39,10 +39,10 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 class CopyCheck:
-    """What of this worker's state other workers hold too.
+    """What of this rank's state other ranks hold too.
 
     Args:
-        model: this worker's stage.
+        model: this rank's stage.
         shards: its parts.
         comm: all ranks.
     """
@@ -61,14 +61,14 @@ class CopyCheck:
                 self._tensors[holders].append(buffer)
 
     def checksums(self) -> list[float]:
-        """Of each group of holders, in the same order on every worker; 0 where this one is not among them."""
+        """Of each group of holders, in the same order on every rank; 0 where this one is not among them."""
         with torch.no_grad():
             zero = torch.zeros((), dtype=torch.int64, device=self.comm.device)
             sums = [sum((checksum(one) for one in self._tensors[group]), zero) & MASK for group in self.groups]
         return [float(value) for value in torch.stack(sums).tolist()] if sums else []
 
     def check(self, everyone: Sequence[Sequence[float]], step: int) -> None:
-        """Raises InputError, on every worker, naming those whose copies differ.
+        """Raises InputError, on every rank, naming those whose copies differ.
 
         Args:
             everyone: each rank's checksums.
@@ -82,11 +82,11 @@ class CopyCheck:
             odd = [self.comm.among_all(rank) for rank, value in zip(group, found, strict=True) if value != usual]
             rest = [self.comm.among_all(rank) for rank, value in zip(group, found, strict=True) if value == usual]
             if count <= len(group) / 2:
-                who = f"workers {_listed(sorted([*odd, *rest]))} hold copies of the same weights that differ"
+                who = f"ranks {_listed(sorted([*odd, *rest]))} hold copies of the same weights that differ"
             else:
                 who = (
-                    f"worker{'s' * (len(odd) > 1)} {_listed(odd)} hold{'s' * (len(odd) == 1)} weights that differ from "
-                    f"the copies of worker{'s' * (len(rest) > 1)} {_listed(rest)}"
+                    f"rank{'s' * (len(odd) > 1)} {_listed(odd)} hold{'s' * (len(odd) == 1)} weights that differ from "
+                    f"the copies of rank{'s' * (len(rest) > 1)} {_listed(rest)}"
                 )
             raise InputError(f"{who} after step {step}: {self._why()}")
 
@@ -96,7 +96,7 @@ class CopyCheck:
             return f"a machine computes, keeps or transmits wrongly; {again} without it"
         return (
             "each updates its own copy, and their machines do not come to the same bits; choose --zero 1, where each "
-            f"weight is updated once and sent to the others (without --live), and {again}"
+            f"weight is updated once and sent to the others (without --elastic), and {again}"
         )
 
 

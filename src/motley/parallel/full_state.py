@@ -1,11 +1,11 @@
-"""The whole training state at one worker, and back: a checkpoint knows nothing of the layout that wrote it.
+"""Gather the whole training state on one rank, and scatter it again: checkpoints are independent of layout.
 
-    parts of all workers ──▶ worker 0: every tensor whole, under its own name ──▶ one checkpoint, as a single process
-    parts of all workers ◀── worker 0                                        ◀── writes it; any layout goes on from it
+    shards of all ranks ──▶ rank 0: every tensor whole, under its own name ──▶ one checkpoint, as a single process
+    shards of all ranks ◀── rank 0                                           ◀── writes it; any layout goes on from it
 
-Only worker 0 needs the disk; the others get what they hold by message. Worker 0 holds the whole state for a moment, in
-its host's memory. Devices hold what they held before and at most one part besides: a share goes from where it lies to
-the host in parcels, and from there to where it is kept part by part.
+Only rank 0 needs the disk; the others get what they hold by message. Rank 0 holds the whole state for a moment, in
+its host's memory. Devices hold what they held before and at most one shard besides: a share goes from where it lies to
+the host in parcels, and from there to where it is kept shard by shard.
 """
 
 from collections.abc import Collection, Iterable
@@ -32,7 +32,7 @@ def gather(
     comm: Communicator,
     names: Collection[str] | None = None,
 ) -> tuple[State, State] | None:
-    """(weights and buffers, optimizer state) of the whole model at worker 0, in its host's memory; None elsewhere.
+    """(weights and buffers, optimizer state) of the whole model at rank 0, in its host's memory; None elsewhere.
 
     names: of the only weights and buffers that are wanted, without optimizer state; None: everything.
     """
@@ -67,7 +67,7 @@ def scatter(
     names: Collection[str] | None = None,
     keep: float = 0.0,
 ) -> None:
-    """Put the state that worker 0 has (None elsewhere) into every worker's model and optimizer.
+    """Put the state that rank 0 has (None elsewhere) into every rank's model and optimizer.
 
     An empty optimizer state leaves the optimizers as they are. Raises KeyError for state of another optimizer.
 
@@ -114,7 +114,7 @@ def _move(tensor: Tensor, new: Tensor, keep: float) -> None:
 def _own_state(
     shards: FlatBuffers, optimizer: Optimizer, names: Collection[str] | None = None
 ) -> list[tuple[ParameterShard, str, Tensor]]:
-    """(part, kind, tensor) of the parts that this worker owns; of `names` only weights."""
+    """(shard, kind, tensor) of the shards that this rank owns; of `names` only weights."""
     states = optimizer.state_tensors() if names is None else {}
     found = []
     for part in shards.here:
@@ -128,7 +128,7 @@ def _own_state(
 
 def _room(parts: Iterable[ParameterShard], sent: Collection[tuple[str, str]]) -> tuple[State, State]:
     """Memory of the host for whole (weights, optimizer state), of which pieces (label, kind) are `sent`."""
-    rows = {part.name: part.stop for part in parts}  # of its last part
+    rows = {part.name: part.stop for part in parts}  # of its last shard
     weights: State = {}
     states: State = {}
     for part in parts:
@@ -142,9 +142,9 @@ def _room(parts: Iterable[ParameterShard], sent: Collection[tuple[str, str]]) ->
 
 
 def _pieces(parts: list[tuple[ParameterShard, bool]], known: set[str]) -> list[tuple[ParameterShard, str]]:
-    """(part, kind) of all that a worker gets, in the order of the messages: weights, then the states of what it keeps.
+    """(shard, kind) of all that a rank gets, in the order of the messages: weights, then the states of what it keeps.
 
-    parts: that it holds, and whether it keeps their optimizer state.
+    shards: that it holds, and whether it keeps their optimizer state.
     known: names of the optimizer state that there is.
     """
     states = [(part, kind) for part, keeps in parts if keeps for kind in KINDS if f"{part.name}:{kind}" in known]
@@ -152,7 +152,7 @@ def _pieces(parts: list[tuple[ParameterShard, bool]], known: set[str]) -> list[t
 
 
 def _piece(part: ParameterShard, kind: str, state: tuple[State, State]) -> Tensor:
-    """A part of whole tensors, where it lies."""
+    """A shard of whole tensors, where it lies."""
     weights, states = state
     tensor = weights[part.name] if kind == "weight" else states[f"{part.name}:{kind}"]
     return tensor if kind == "step" else tensor[part.start : part.stop]

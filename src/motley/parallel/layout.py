@@ -1,12 +1,12 @@
-"""Who holds and computes what, as data that can be printed, drawn and tested.
+"""Which rank holds and computes what, as data that can be printed, drawn and tested.
 
-    team      lanes    stages          layers    experts
-    fast      0 1      0→ · → ·        7 3       4 4         a lane is a pipeline of workers, one a stage;
-    slow      2        · → ·           5 5       8           a team's lanes are cut alike, its neighbours share experts
+    group     replicas  stages          layers    experts
+    fast      0 1       0→ · → ·        7 3       4 4         a replica is a pipeline of ranks, one a stage; replicas
+    slow      2         · → ·           5 5       8           of a group are cut alike, neighbours share experts
 
-Teams may differ in everything: number of stages, cuts, experts on a worker, micro-batch. Whatever the layout, each
-parameter is held by one worker of every lane (an expert, of every group of lanes that share them), and the gradient is
-the sum over all rows of the step.
+Pipeline groups may differ in number of stages, cuts, experts on a rank and micro-batch. Whatever the layout, each
+parameter is held by one rank of every replica (an expert, by one of every group of replicas that share them), and the
+gradient is the sum over all rows of the step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,16 +25,16 @@ Zero = Literal[0, 1, 2, 3]
 
 @dataclass(frozen=True)
 class PipelineGroup:
-    """Lanes of equal workers.
+    """Replicas of data parallelism that are cut into the same pipeline.
 
     Attributes:
-        lanes: ranks of each lane's stages, [lanes][stages].
+        replicas: ranks of each replica's stages, [replicas][stages].
         layers: layers of each stage, in order; they add up to the model's.
-        experts: how many routed experts each of len(experts) neighbouring lanes holds; empty: each lane holds all.
+        experts: how many routed experts each of len(experts) neighbouring replicas holds; empty: each holds all.
         schedule: order of forward and backward passes in the pipeline.
         micro_batch: rows computed at a time.
         recompute: keep only each block's input for the backward pass.
-        formats: what a plan lets each stage compute in; empty: each worker decides.
+        formats: what a plan lets each stage compute in; empty: each rank decides.
     """
 
     replicas: tuple[tuple[int, ...], ...]
@@ -51,7 +51,7 @@ class PipelineGroup:
 
     @property
     def expert_replicas(self) -> int:
-        """Neighbouring lanes that share the experts."""
+        """Neighbouring replicas that share the experts."""
         return max(1, len(self.experts))
 
     def stage_layers(self, stage: int) -> range:
@@ -62,23 +62,23 @@ class PipelineGroup:
         return next(stage for stage in range(self.stages) if layer in self.stage_layers(stage))
 
     def expert_range(self, replica: int, experts: int) -> range:
-        """The experts that a lane holds."""
+        """The experts that a replica holds."""
         if not self.experts:
             return range(experts)
         ends = list(accumulate(self.experts, initial=0))
-        place = replica % self.expert_replicas
-        return range(ends[place], ends[place + 1])
+        index = replica % self.expert_replicas
+        return range(ends[index], ends[index + 1])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All teams of a job.
+    """All pipeline groups of a job.
 
     Attributes:
         zero: what is kept by one of its holders only: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.
         memory: bytes that each rank has room for of that, or parts of the whole where it has not enough; empty: plenty.
-        rates: rows a second of each lane, lanes of the first team first, to begin with; empty: even. What is kept once
-            is updated by workers in proportion to them, as far as memory allows.
+        rates: rows a second of each replica, those of the first pipeline group first, to begin with; empty: even. What
+            is kept once is updated by ranks in proportion to them, as far as memory allows.
     """
 
     groups: tuple[PipelineGroup, ...]
@@ -88,11 +88,11 @@ class Layout:
 
     @property
     def replicas(self) -> list[tuple[int, int]]:
-        """(team, lane of it) of every lane, in order."""
+        """(pipeline group, replica in it) of every replica, in order."""
         return [(number, replica) for number, group in enumerate(self.groups) for replica in range(len(group.replicas))]
 
     def expert_groups(self) -> list[tuple[int, ...]]:
-        """Workers that share a stage's experts, in the order of the experts they hold; alone where nobody shares."""
+        """Ranks that share a stage's experts, in the order of the experts they hold; alone where nobody shares."""
         return [
             tuple(replica[stage] for replica in group.replicas[start : start + group.expert_replicas])
             for group in self.groups
@@ -104,41 +104,42 @@ class Layout:
     def workers(self) -> int:
         return sum(len(replica) for group in self.groups for replica in group.replicas)
 
-    def check(self, config: ModelConfig, workers: int) -> None:
-        """Raises InputError where this layout does not fit the model or the workers that were started."""
+    def check(self, config: ModelConfig, size: int) -> None:
+        """Raises InputError where this layout does not fit the model or the ranks that were started."""
         ranks = sorted(rank for group in self.groups for replica in group.replicas for rank in replica)
-        if ranks != list(range(workers)):
-            raise InputError(f"the layout is for workers {ranks}, but {workers} were started, numbered from 0")
+        if ranks != list(range(size)):
+            raise InputError(f"the layout is for ranks {ranks}, but {size} were started, numbered from 0")
         for number, group in enumerate(self.groups):
-            name = f"team {number}"
+            name = f"pipeline group {number}"
             if not group.replicas or not group.layers or group.micro_batch < 1:
-                raise InputError(f"{name} has no lanes, no stages or a micro-batch below 1")
+                raise InputError(f"{name} has no replicas, no stages or a micro-batch below 1")
             if sum(group.layers) != config.num_hidden_layers or min(group.layers) < 0:
                 raise InputError(f"{name} has layers {list(group.layers)}, the model has {config.num_hidden_layers}")
             if min(group.layers[1:-1], default=1) < 1:
                 raise InputError(f"{name} has layers {list(group.layers)}: only the first and last stage may have none")
             if any(len(replica) != group.stages for replica in group.replicas):
-                raise InputError(f"{name} has {group.stages} stages, but a lane with another number of workers")
+                raise InputError(f"{name} has {group.stages} stages, but a replica with another number of ranks")
             if group.experts and (sum(group.experts) != config.n_routed_experts or min(group.experts) < 1):
                 raise InputError(f"{name} has experts {list(group.experts)}, the model has {config.n_routed_experts}")
             if len(group.replicas) % group.expert_replicas:
                 raise InputError(
-                    f"{name} shares experts among {group.expert_replicas} lanes, which do not divide its {len(group.replicas)}"
+                    f"{name} shares experts among {group.expert_replicas} replicas, which do not divide its "
+                    f"{len(group.replicas)}"
                 )
         if self.zero >= 2 and any(group.stages > 1 or group.expert_replicas > 1 for group in self.groups):
             raise InputError(
-                f"ZeRO {self.zero} is for workers that each compute with the whole model; pipelines and spread experts "
-                "run with ZeRO 0 and 1"
+                f"ZeRO {self.zero} is for ranks that each compute with the whole model; pipelines and expert "
+                "parallelism run with ZeRO 0 and 1"
             )
-        if self.memory and (len(self.memory) != workers or min(self.memory) < 0 or not sum(self.memory)):
-            raise InputError(f"memory shares {list(self.memory)}: one for each of {workers} workers, none below 0")
+        if self.memory and (len(self.memory) != size or min(self.memory) < 0 or not sum(self.memory)):
+            raise InputError(f"memory shares {list(self.memory)}: one for each of {size} ranks, none below 0")
         if self.rates and (len(self.rates) != len(self.replicas) or min(self.rates) <= 0):
-            raise InputError(f"rates {list(self.rates)}: one above 0 for each of {len(self.replicas)} lanes")
+            raise InputError(f"rates {list(self.rates)}: one above 0 for each of {len(self.replicas)} replicas")
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one worker stands in a layout."""
+    """Where one rank stands in a layout."""
 
     layout: Layout
     group_number: int
@@ -151,7 +152,7 @@ class Coordinates:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The workers of its lane, by stage."""
+        """The ranks of its replica, by stage."""
         return self.group.replicas[self.replica]
 
     @property
@@ -164,7 +165,7 @@ class Coordinates:
 
     @property
     def replica_number(self) -> int:
-        """Of all lanes of the layout."""
+        """Of all replicas of the layout."""
         return self.layout.replicas.index((self.group_number, self.replica))
 
     @property
@@ -173,7 +174,7 @@ class Coordinates:
 
     @property
     def expert_ranks(self) -> tuple[int, ...]:
-        """The workers that share this stage's experts, in the order of the experts they hold."""
+        """The ranks that share this stage's experts, in the order of the experts they hold."""
         start = self.replica - self.replica % self.group.expert_replicas
         return tuple(
             self.group.replicas[replica][self.stage] for replica in range(start, start + self.group.expert_replicas)
@@ -190,9 +191,9 @@ def coordinates_of(layout: Layout, rank: int) -> Coordinates:
     )
 
 
-def side_by_side(workers: int, layers: int, micro_batch: int, zero: Zero = 0) -> Layout:
-    """Every worker a lane of its own that holds the whole model: uneven data parallelism and nothing else."""
-    groups = tuple(PipelineGroup(((rank,),), (layers,), micro_batch=micro_batch) for rank in range(workers))
+def side_by_side(size: int, layers: int, micro_batch: int, zero: Zero = 0) -> Layout:
+    """Uneven data parallelism alone: every rank is a replica and holds the whole model."""
+    groups = tuple(PipelineGroup(((rank,),), (layers,), micro_batch=micro_batch) for rank in range(size))
     return Layout(groups, zero=zero)
 
 
@@ -201,8 +202,8 @@ class IslandLayout:
     """One of the islands that a job consists of.
 
     Attributes:
-        ranks: its workers, among all of the job.
-        layout: of these workers, numbered from 0.
+        ranks: its ranks, among all of the job.
+        layout: of these ranks, numbered from 0.
         speed: relative to the other islands, to begin with.
     """
 
@@ -212,26 +213,26 @@ class IslandLayout:
 
 
 def island_of(islands: Sequence[IslandLayout], rank: int) -> IslandLayout:
-    """The island that `rank` of all workers belongs to."""
+    """The island that `rank` of all ranks belongs to."""
     return next(island for island in islands if rank in island.ranks)
 
 
-def islands_side_by_side(text: str, workers: int, layers: int, micro_batch: int, zero: Zero) -> list[IslandLayout]:
-    """`2` or `3:1`: how many islands, or the workers of each; every worker holds the whole model.
+def islands_side_by_side(text: str, size: int, layers: int, micro_batch: int, zero: Zero) -> list[IslandLayout]:
+    """`2` or `3:1`: how many islands, or the ranks of each; every rank holds the whole model.
 
-    Raises InputError where the workers cannot be split so.
+    Raises InputError where the ranks cannot be split so.
     """
     parts = text.split(":")
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise InputError(f"--islands is {text!r}; give their number, such as 2, or the workers of each, such as 3:1")
+        raise InputError(f"--islands is {text!r}; give their number, such as 2, or the ranks of each, such as 3:1")
     counts = [int(part) for part in parts]
     if len(counts) == 1:
         count = counts[0]
-        counts = [workers // count + (number < workers % count) for number in range(count)]
-    if sum(counts) != workers or min(counts) < 1:
+        counts = [size // count + (number < size % count) for number in range(count)]
+    if sum(counts) != size or min(counts) < 1:
         raise InputError(
-            f"--islands {text} does not fit the {workers} worker{'s' * (workers > 1)} of this job (torchrun); a run "
-            f"goes on with any number of islands, up to --islands {workers}"
+            f"--islands {text} does not fit the {size} rank{'s' * (size > 1)} of this job (torchrun); a run "
+            f"goes on with any number of islands, up to --islands {size}"
         )
     found, first = [], 0
     for count in counts:
@@ -246,9 +247,9 @@ def islands_of_plan(plan: Mapping[str, Any], config: ModelConfig) -> list[Island
     with _reading():
         found, rank = {}, 0
         for group in plan["groups"]:
-            workers = group["dp"] * len(group["stages"])
-            found.setdefault(group["island"], []).append((group, range(rank, rank + workers)))
-            rank += workers
+            size = group["dp"] * len(group["stages"])
+            found.setdefault(group["island"], []).append((group, range(rank, rank + size)))
+            rank += size
         islands = []
         for members in found.values():
             layout = from_plan({**plan, "groups": [group for group, _ in members]}, config)
@@ -258,7 +259,7 @@ def islands_of_plan(plan: Mapping[str, Any], config: ModelConfig) -> list[Island
 
 
 def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
-    """The layout of a plan file (`motley plan`) of one island: ranks in the order of its teams, copies, stages.
+    """The layout of a plan file (`motley plan`) of one island: ranks in the order of its groups, copies, stages.
 
     Raises InputError for what this runtime does not run, and for what is no plan.
     """
@@ -269,12 +270,12 @@ def from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
 def ranks_of_pools(plan: Mapping[str, Any]) -> dict[str, list[int]]:
     """Which ranks, in the order of `from_plan`, work on the first, second, ... chip of each pool."""
     ranks: dict[str, list[int]] = {entry["pool"]: [] for entry in plan["pools"]}
-    workers = 0
+    first = 0
     for group in plan["groups"]:
         stages, copies = group["stages"], group["dp"]
         for number, stage in enumerate(stages):
-            ranks[stage["pool"]] += [workers + copy * len(stages) + number for copy in range(copies)]
-        workers += copies * len(stages)
+            ranks[stage["pool"]] += [first + copy * len(stages) + number for copy in range(copies)]
+        first += copies * len(stages)
     return ranks
 
 
@@ -315,13 +316,13 @@ def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
         rank += entry["dp"] * len(layers)
         experts = config.n_routed_experts or 0
         equal = (experts // entry["ep"],) * entry["ep"] if entry["ep"] > 1 else ()
-        spread = tuple(int(count) for count in entry.get("experts", equal))
+        held = tuple(int(count) for count in entry.get("experts", equal))
         recompute = entry["recompute"] != "none"
         formats = tuple(entry["precision"][stage["pool"]] for stage in entry["stages"])
         if unknown := set(formats) - set(ACTIVATIONS):
             raise InputError(f"the plan computes in {min(unknown)} on {pools}; known are {', '.join(ACTIVATIONS)}")
         groups.append(
-            PipelineGroup(replicas, layers, spread, entry["schedule"], entry["micro_batch"], recompute, formats)
+            PipelineGroup(replicas, layers, held, entry["schedule"], entry["micro_batch"], recompute, formats)
         )
         rates += [entry["sequences"] / entry["dp"] / plan["step_seconds"]] * entry["dp"]
         if zero:
@@ -332,7 +333,7 @@ def _from_plan(plan: Mapping[str, Any], config: ModelConfig) -> Layout:
 
 
 def _room(stage: Mapping[str, Any], zero: int) -> float:
-    """Bytes that each worker of a stage has for what is kept once: what the plan lets it keep, and what is free."""
+    """Bytes that each rank of a stage has for what is kept once: what the plan lets it keep, and what is free."""
     planned = stage["memory_bytes"]
     kept = sum(planned[kind] for kind in ("optimizer", "gradients", "weights")[:zero])
     return max(kept + max(0.0, stage["memory_limit_bytes"] - sum(planned.values())), 1.0)

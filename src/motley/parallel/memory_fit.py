@@ -1,10 +1,10 @@
-"""Does training fit? Asked before anything is allocated: a system short of memory kills.
+"""Check before anything is allocated that training fits into memory: a system that runs out of it kills processes.
 
-alone     weights, gradients and optimizer state against the device's memory
-a crew    the same by layout, and the activations of a micro-batch, against each worker's own: device, or pretended
+one process   weights, gradients and optimizer state against the device's memory
+many ranks    the same by layout, and a micro-batch's activations, against each rank's own memory or the emulated one
 
-What is kept once goes to whoever updates it fastest, as far as memory allows. Who turns out to hold more than its
-budget while it trains is named.
+What is kept once goes to the ranks that update it fastest, as far as memory allows. Ranks that hold more than their
+budget while they train are named.
 """
 
 import os
@@ -34,42 +34,42 @@ from motley.train.optimizer import NUMBERS_AT_ONCE, OptimizerName
 FP32_BYTES = 4
 SPARE = 1.15  # of saved activations over the planner's count of them: 1.12 for nano, in fp32
 STATE_SHARE = 0.5  # of the memory that is left may hold what is kept once, and more only where that is not enough
-NEW_HIGH = 1.1  # times what was last said of a worker's memory is worth saying again
-ALLOCATED = 1.15  # of what is held over what is counted (docs/benchmarks.md, what a worker keeps)
+NEW_HIGH = 1.1  # times what was last said of a rank's memory is worth saying again
+ALLOCATED = 1.15  # of what is held over what is counted (docs/benchmarks.md, what a rank keeps)
 UPDATE_COPIES = 4  # of the numbers that Muon orthogonalises at once, in fp32
 SLACK = 1.05  # room for parts that do not fill it to the byte
 STATES = {"muon": 1, "adamw": 2}  # tensors of a parameter's size (Muon leaves AdamW's two to the few others)
 
 
 def gathered_bytes(config: ModelConfig, optimizer: OptimizerName) -> int:
-    """Of the whole state at a worker that writes a checkpoint: weights and optimizer state, all in fp32 there."""
+    """Of the whole state at a rank that writes a checkpoint: weights and optimizer state, all in fp32 there."""
     return sum(part.parameters for part in network_parts(config, 0)) * (1 + STATES[optimizer]) * FP32_BYTES
 
 
-# ------------------------------------------------------------------------------------------ a crew
+# ------------------------------------------------------------------------------------------ many ranks
 
 
 def check_gathering(
     islands: Sequence[IslandLayout], config: ModelConfig, optimizer: OptimizerName, comm: Communicator
 ) -> None:
-    """Raises InputError, on every worker, when the host of one that writes cannot hold what a checkpoint gathers.
+    """Raises InputError, on every rank, when the host of one that writes cannot hold what a checkpoint gathers.
 
-    Its device, which may be small, need not: the state goes there part by part (gather.py). Every worker calls this.
+    Its device, which may be small, need not: the state goes there shard by shard (full_state.py). All ranks call this.
     """
     hosts: list[int] = comm.all_values(host_memory()[0])
     needed = gathered_bytes(config, optimizer)
     for writer in (island.ranks[0] for island in islands if len(island.ranks) > 1):
         if needed > hosts[writer]:
             raise InputError(
-                f"for each checkpoint worker {writer} gathers all weights and optimizer state in its host's memory, "
-                f"{in_gigabytes(needed)}, and that is {in_gigabytes(hosts[writer])}; start that worker on a host with "
+                f"for each checkpoint rank {writer} gathers all weights and optimizer state in its host's memory, "
+                f"{in_gigabytes(needed)}, and that is {in_gigabytes(hosts[writer])}; start that rank on a host with "
                 "more memory, or choose a smaller --model"
             )
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Of one worker, in bytes.
+    """Of one rank, in bytes.
 
     Attributes:
         held: weights, gradients and optimizer state, and without a plan what updates and messages take besides.
@@ -89,10 +89,10 @@ class MemoryNeed:
         return int((self.budget - self.held) / self.row)
 
 
-def budget(device: torch.device, pretended: float | None) -> float:
-    """Bytes that this worker may hold: its accelerator's, or an even part of the host's; less where pretended."""
+def budget(device: torch.device, emulated: float | None) -> float:
+    """Bytes that this rank may hold: its accelerator's, or an even part of the host's; less where emulated."""
     own = device_memory(device)[1] or host_memory()[0] / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(own, pretended or own)
+    return min(own, emulated or own)
 
 
 def dealt(
@@ -102,13 +102,13 @@ def dealt(
     budgets: Sequence[float],
     speeds: Sequence[float],
 ) -> list[IslandLayout]:
-    """The islands, in which workers begin with rows, and keep what is kept once, by their speed and memory.
+    """The islands, in which ranks begin with rows, and keep what is kept once, by their speed and memory.
 
-    Islands begin with steps by their workers' speed, so that they arrive together in the first round already.
+    Islands begin with steps by their ranks' speed, so that they arrive together in the first round already.
 
-    budgets: bytes that each worker may hold. What a worker keeps in any case (weights below ZeRO 3, gradients below 2)
+    budgets: bytes that each rank may hold. What a rank keeps in any case (weights below ZeRO 3, gradients below 2)
     is not left, and activations get half of what is, if the others' halves do for all that is kept once.
-    speeds: of each worker, relative to the others.
+    speeds: of each rank, relative to the others.
     """
     found = []
     for island in islands:
@@ -128,19 +128,19 @@ def dealt(
     return found
 
 
-def in_passing_bytes(shape: ModelConfig, zero: int, workers: int) -> float:
+def in_passing_bytes(shape: ModelConfig, zero: int, ranks: int) -> float:
     """Messages that are under way (with ZeRO 3 about a layer's), and the copies of what is updated at once.
 
-    A checkpoint needs none of its own: it sends one message at a time (gather.py), when none of these is there.
+    A checkpoint needs none of its own: it sends one message at a time (full_state.py), when none of these is there.
     """
     whole = sum(part.parameters for part in network_parts(shape, 0)) * FP32_BYTES
     travelling = whole / shape.num_hidden_layers if zero == 3 else whole
-    messages = min(AT_ONCE * MESSAGE_BYTES, travelling) if workers > 1 else 0
+    messages = min(AT_ONCE * MESSAGE_BYTES, travelling) if ranks > 1 else 0
     return messages + UPDATE_COPIES * min(NUMBERS_AT_ONCE * FP32_BYTES, whole)
 
 
 def row_bytes(shape: ModelConfig, place: Coordinates, seq_len: int, number_bytes: int, recompute: bool) -> float:
-    """Activations that a worker holds for one row of each micro-batch that its schedule has in flight."""
+    """Activations that a rank holds for one row of each micro-batch that its schedule has in flight."""
     plain, engine = network_of(shape, "model", ""), load_framework("motley-cpu")
     blocks = [block for block, count in plain.runs for _ in range(count)]
     own = [blocks[layer] for layer in place.group.stage_layers(place.stage)] + list(plain.mtp if place.last else ())
@@ -156,7 +156,7 @@ def row_bytes(shape: ModelConfig, place: Coordinates, seq_len: int, number_bytes
 def held_and_row(
     shape: ModelConfig, config: TrainingConfig, layout: Layout, rank: int, number_format: Format
 ) -> tuple[float, float]:
-    """Bytes of weights, gradients and optimizer state that a worker of the layout holds, and of a row's activations."""
+    """Bytes of weights, gradients and optimizer state that a rank of the layout holds, and of a row's activations."""
     mtp = bool(config.mtp_weight)
     held = held_bytes(shape, layout, rank, config.optimizer, mtp=mtp, moments=config.moments).total
     number_bytes = ACTIVATIONS[number_format].itemsize
@@ -173,11 +173,11 @@ def within_memory(
     planned: bool,
     shrink: bool,
 ) -> list[IslandLayout]:
-    """`islands`, in which every worker fits its memory.
+    """`islands`, in which every rank fits its memory.
 
-    Every worker calls this. Raises InputError on all of them, naming the one that fits least.
+    Every rank calls this. Raises InputError on all of them, naming the one that fits least.
 
-    budgets, formats: bytes that each worker may hold, and what it computes in.
+    budgets, formats: bytes that each rank may hold, and what it computes in.
     planned: a plan, which has margins of its own, asks for these islands.
     shrink: micro-batches to what fits; else they stay as they are.
     """
@@ -193,7 +193,7 @@ def within_memory(
     need = needs[tight]
     if need.most_rows < need.rows:
         raise InputError(
-            f"worker {tight} needs about {in_megabytes(need.held + need.rows * need.row)} "
+            f"rank {tight} needs about {in_megabytes(need.held + need.rows * need.row)} "
             f"({in_megabytes(need.held)} for weights, gradients, optimizer state and messages, the rest for a "
             f"micro-batch of {need.rows} x {config.seq_len} tokens) and may hold {in_megabytes(need.budget)}; choose "
             "a smaller --model or --seq-len, --recompute, or a plan that gives it less"
@@ -204,7 +204,7 @@ def within_memory(
 
 
 def _fitting(island: IslandLayout, most: Sequence[int]) -> IslandLayout:
-    """The island with micro-batches of at most what each of its workers can hold."""
+    """The island with micro-batches of at most what each of its ranks can hold."""
     groups = [
         replace(
             group, micro_batch=min(group.micro_batch, *(most[rank] for replica in group.replicas for rank in replica))
@@ -216,10 +216,10 @@ def _fitting(island: IslandLayout, most: Sequence[int]) -> IslandLayout:
 
 @dataclass
 class MemoryBudgets:
-    """What workers may hold, and who was seen to hold more.
+    """What ranks may hold, and which of them exceeded it.
 
     Attributes:
-        ranks: of the workers, as people know them.
+        ranks: their numbers in the whole job.
         bytes: that each may hold.
         program: bytes that each process held before it had anything of the model (`held_already`).
         told: the most that was said of each.
@@ -231,18 +231,18 @@ class MemoryBudgets:
     told: list[float] = field(default_factory=list)
 
     def exceeded(self, memory: Sequence[float]) -> list[str]:
-        """A sentence about each worker that holds more than its budget and than what was last said of it.
+        """A sentence about each rank that holds more than its budget and than what was last said of it.
 
-        memory: bytes of each process (`timing.memory_bytes`).
+        memory: bytes of each process (`allocator.memory_bytes`).
         """
         self.told = self.told or [0.0] * len(self.bytes)
         found = []
-        for worker, (budget, whole, program) in enumerate(zip(self.bytes, memory, self.program, strict=True)):
+        for index, (budget, whole, program) in enumerate(zip(self.bytes, memory, self.program, strict=True)):
             held = whole - program
-            if held > max(budget, NEW_HIGH * self.told[worker]):
-                self.told[worker] = held
+            if held > max(budget, NEW_HIGH * self.told[index]):
+                self.told[index] = held
                 found.append(
-                    f"worker {self.ranks[worker]} holds {in_megabytes(held)} for training, and may hold "
+                    f"rank {self.ranks[index]} holds {in_megabytes(held)} for training, and may hold "
                     f"{in_megabytes(budget)}"
                 )
         return found

@@ -6,8 +6,8 @@
     V100, T4     fp16
     P100, CPU    fp32
 
-What a rank is told comes first (`--precision`), then the chip that it emulates, then the plan, then what its kind of chip
-was measured to gain from.
+A rank's `--precision` comes first, then the chip that it emulates, then the plan, then what its kind of chip was
+measured to gain from.
 """
 
 from collections.abc import Callable, Sequence

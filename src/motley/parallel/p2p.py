@@ -1,4 +1,4 @@
-"""Many numbers from one worker's tensors to another's: in messages of bounded size, through both hosts' memory.
+"""Many numbers from one rank's tensors to another's: in messages of bounded size, through both hosts' memory.
 
     tensors    │  a  │ b │          c          │ d │        on any device, one after the other
     messages   ├── 32 MB ──┼── 32 MB ──┼─ rest ─┤          fp32, each in the host's memory at both ends
@@ -19,7 +19,7 @@ PARCEL_NUMBERS = MESSAGE_BYTES // torch.float32.itemsize
 
 
 def send(tensors: Sequence[Tensor], comm: Communicator, to: int) -> None:
-    """Send all numbers of `tensors` to worker `to`, which takes them one tensor after the other (`Arrivals`)."""
+    """Send all numbers of `tensors` to rank `to`, which receives them tensor by tensor (`Arrivals`)."""
     parcel, filled = torch.empty(min(PARCEL_NUMBERS, sum(tensor.numel() for tensor in tensors))), 0
     for tensor in tensors:
         left = tensor.detach().reshape(-1)
@@ -35,7 +35,7 @@ def send(tensors: Sequence[Tensor], comm: Communicator, to: int) -> None:
 
 
 class Arrivals:
-    """What worker `source` sends, tensor after tensor.
+    """What rank `source` sends, tensor after tensor.
 
     Args:
         comm: of both.
@@ -44,7 +44,7 @@ class Arrivals:
     """
 
     def __init__(self, comm: Communicator, source: int, shapes: Sequence[Sequence[int]]) -> None:
-        self._crew, self._source = comm, source
+        self._comm, self._source = comm, source
         self._to_come = sum(math.prod(shape) for shape in shapes)
         self._room = torch.empty(min(PARCEL_NUMBERS, self._to_come))
         self._parcel = self._room[:0]
@@ -55,7 +55,7 @@ class Arrivals:
         while len(left):
             if not len(self._parcel):
                 self._parcel = self._room[: self._to_come]
-                self._crew.receive(self._parcel, self._source)
+                self._comm.receive(self._parcel, self._source)
                 self._to_come -= len(self._parcel)
             fits = min(len(left), len(self._parcel))
             left[:fits] = self._parcel[:fits]

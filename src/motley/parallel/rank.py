@@ -344,7 +344,7 @@ class Ranks:
         return Batch(ids, torch.full_like(ids, NO_LOSS), torch.full_like(ids, PADDING))
 
     def _micro_batches(self, shares: list[int] | None = None) -> int:
-        """How many this rank computes: what its rows make, or what the busiest of the replicas in step with it needs."""
+        """How many this rank computes: as its rows need, or those of the busiest replica in step with it."""
         shares = shares or self._rows
         number, group = self.coordinates.replica_number, self.coordinates.group
         first = number - self.coordinates.replica % group.expert_replicas

@@ -1,4 +1,4 @@
-"""Which worker's chip is of the same kind as another's: number formats and copies of weights go by that."""
+"""The kind of a rank's chip: ranks of one kind share a number format and compute the same bits."""
 
 import torch
 

@@ -89,7 +89,7 @@ def own_data(given: Sequence[str], used: Path, inputs: Callable[[], Mapping[str,
     Args:
         given: what --data names.
         used: the prepared data in use.
-        inputs: from what this worker would prepare data.
+        inputs: from what this rank would prepare data.
     """
     if (folder := prepared_folder(given)) is not None:
         return fingerprint(folder)

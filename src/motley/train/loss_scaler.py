@@ -4,9 +4,9 @@
     gradient of what     ◀── gradient     receives and sends true gradients, in the wire's format; multiplies what it
     it sent, as it is                     receives, divides (in fp32) what it sends and its parameters' gradients
 
-A power of two changes no digit, so a scale changes no gradient that fits. If a gradient overflows on any rank, all ranks
-skip the step, and the scale of the rank where it overflowed halves. After many good steps it doubles again. Every rank
-keeps the scales of all ranks and updates them from the same numbers, so they need no message of their own.
+A power of two only shifts exponents, so scaling is exact for gradients that fit. If a gradient overflows on any rank,
+all ranks skip the step, and the rank where it overflowed halves its scale; after GOOD_STEPS it doubles it again. Every
+rank keeps the scales of all ranks and updates them from the same numbers, so they need no message of their own.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class LossScaler:
     """The loss scale of every rank; part of the training state.
 
     Attributes:
-        values: by rank; 1 where the format needs none.
-        good: steps since the scale last changed.
-        ranks: those that need one.
+        values: loss scale of each rank; 1 where its format needs none.
+        good: steps without overflow since each scale last changed.
+        ranks: those that compute in fp16.
     """
 
     values: list[float]
@@ -35,13 +35,13 @@ class LossScaler:
 
     @classmethod
     def of(cls, formats: Sequence[Format]) -> "LossScaler":
-        """To begin with."""
+        """The scales at the start of a run."""
         ranks = [rank for rank, name in enumerate(formats) if name == "fp16"]
         values = [FIRST if rank in ranks else 1.0 for rank in range(len(formats))]
         return cls(values, [0] * len(formats), ranks)
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint's scales. With other ranks they begin at the lowest of them, and grow from there."""
+        """Resume from a checkpoint's scales. If other ranks wrote it, all start from its lowest one."""
         before = LossScaler(saved["values"], saved["good"], saved.get("ranks", saved.get("workers", [])))
         if before.ranks == self.ranks and len(before.values) == len(self.values):
             self.values, self.good = before.values, before.good
@@ -51,9 +51,9 @@ class LossScaler:
                 self.values[rank], self.good[rank] = lowest, 0
 
     def follow(self, culprits: Sequence[int]) -> str | None:
-        """After a step in which the numbers of `culprits` overflowed: lower their scales, and say why to skip it.
+        """Update the scales after a step that overflowed on the ranks `culprits`; returns why it must be skipped.
 
-        None where nobody's did, or where lowering scales does not help.
+        None if it overflowed on no rank, or where lower scales would not help.
         """
         if not culprits:
             for rank in self.ranks:
@@ -66,7 +66,7 @@ class LossScaler:
         return f"{_named(culprits)} overflowed fp16; loss scale now {self.values[culprits[0]]:g}"
 
     def hopeless(self, culprits: Sequence[int]) -> str:
-        """What to do about those that overflow at the lowest scale, to end a sentence with."""
+        """The end of an error text about ranks that overflow at the lowest scale; empty if there are none."""
         lowest = [rank for rank in culprits if rank in self.ranks and self.values[rank] == LOWEST]
         return f"; {_named(lowest)} overflowed fp16 at a loss scale of 1: give it --precision fp32" if lowest else ""
 

@@ -59,10 +59,10 @@ def check_stages(text: str, seq_len: int) -> None:
             )
 
 
-def sequence_length(stages: Stages, seq_len: int, gone: float) -> int:
-    """Tokens of a sequence when a share `gone` of the run is over.
+def sequence_length(stages: Stages, seq_len: int, passed: float) -> int:
+    """Tokens of a sequence after a share `passed` of the run.
 
     Short sequences first cost less attention, and a new model learns more from a token among few (sequence length
     warmup: Li et al., arXiv 2108.06084).
     """
-    return next((length for length, until in stages if gone < until), seq_len)
+    return next((length for length, until in stages if passed < until), seq_len)

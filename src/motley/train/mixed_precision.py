@@ -77,6 +77,6 @@ def why_no_fp8(device: torch.device) -> str | None:
         return reason
     try:
         mistake = fp8.wrong(device)
-    except Exception as error:  # whatever a compiler or a driver says, the other workers wait to hear of it
+    except Exception as error:  # whatever a compiler or a driver says, the other ranks wait to hear of it
         return f"products cannot be computed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return mistake and f"products differ from their emulation, which is a fault to report: {mistake}"

@@ -1,4 +1,4 @@
-"""A run is a folder: what it was asked to do, and whether it is done.
+"""A run is a folder: its settings, and its result once it is done.
 
 runs/NAME/config.json    the settings; the same command goes on, another one is refused
 runs/NAME/machine.json   what it began on, measured
@@ -108,7 +108,7 @@ def kept_speed(folder: Path) -> float | None:
 
 
 def as_begun(config: Config, kept: float | None) -> Config:
-    """`config`, with `kept_speed` of its folder unless another was asked for: a run goes on as it began."""
+    """`config`, with `kept_speed` of its folder unless another was set: a run goes on as it began."""
     if kept is None or not isinstance(config.bias_speed, ByLength):
         return config
     return dataclasses.replace(config, bias_speed=kept)
@@ -120,7 +120,7 @@ def open_run(folder: Path, stage: str, config: TrainingConfig, inputs: dict[str,
     Args:
         folder: the run folder.
         stage: its name in config.json.
-        config: the settings asked for now.
+        config: the settings given now.
         inputs: what else decides the result (fingerprint of the data).
 
     Raises InputError when the folder belongs to a run with other settings or other data, naming the first difference.

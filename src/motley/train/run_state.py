@@ -1,4 +1,4 @@
-"""Where a run stands between two steps: with model and optimizer all that going on needs."""
+"""The state of a run between two steps: what resuming needs besides model and optimizer."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from motley.train.slow_step import SlowStepWatch
 
 @dataclass
 class Position:
-    """How far a run is; part of every checkpoint."""
+    """How far a run has come; part of every checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -24,21 +24,21 @@ class Position:
 
 @dataclass
 class RunState:
-    """A step changes it in one go, once the sums over all rows are there: a rank that loses its peers in the middle of a
-    step still holds the state after a whole number of steps.
+    """A step updates it at once, after all of its collectives: if other ranks exit during a step, this one still holds
+    the state after a whole number of steps.
 
     Attributes:
-        at: how far the run is.
-        guard: what losses and gradient norms are usual.
+        at: how far the run has come.
+        guard: recent losses and gradient norms.
         checkpoint_due: a checkpoint is to be written.
         validation_due: the model is to be validated.
         synchronized: the last step at which all ranks were at the same step.
-        usual: how long steps and checkpoints usually take.
+        usual: recent durations of steps and checkpoints.
         expert_counts: routed tokens per expert of the last step, one tensor per MoE layer.
         recent: metrics records of the last steps.
-        news: what the metrics are to say before the next step.
-        balance: whether the experts are used.
-        asked_to_stop: this process was told to stop; kept when ranks regroup.
+        news: events to write to the metrics before the next step.
+        balance: watches how evenly experts are used.
+        asked_to_stop: this process received a stop signal; kept when ranks regroup.
     """
 
     at: Position = field(default_factory=Position)
@@ -58,5 +58,5 @@ class RunState:
 
     @property
     def written(self) -> int:
-        """The step up to which the metrics are surely on disk."""
+        """The last step whose metrics are certainly on disk."""
         return min([self.at.step, *(record["step"] - 1 for record in self.recent)])

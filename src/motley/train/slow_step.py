@@ -1,34 +1,34 @@
 """Report steps, rounds, validations and checkpoints that took far longer than usual, with the ranks that were busy.
 
-A process that was suspended, a laptop that slept, a disk that hung: nothing is lost, but the log says where the time went.
+Causes are a suspended process, a sleeping laptop or a disk that hangs. Nothing is lost; the log says where time went.
 """
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-WINDOW, KNOWN = 20, 2  # times before that say what is usual: at most, and at least
-LONG, LEAST_SECONDS = 5.0, 1.0  # times what is usual, and seconds beyond it
-GUILTY = 0.5  # share of the time that one was busy for who made the others wait
+WINDOW, KNOWN = 20, 2  # earlier durations whose median is usual: at most, and at least
+LONG, LEAST_SECONDS = 5.0, 1.0  # slow: this many times the median, and this many seconds above it
+GUILTY = 0.5  # a rank that was busy for more than this share of the time made the others wait
 
 
 @dataclass
 class SlowStepWatch:
-    """How long steps, rounds, validations and checkpoints of a run take; the first two of each say nothing yet.
+    """Recent durations of steps, rounds, validations and checkpoints; the first KNOWN of each are never reported.
 
-    TensorBoard is imported behind the first step, for seconds, and a new machine is slow in other ways.
+    The first step imports TensorBoard, which takes seconds, and caches are cold.
     """
 
     _seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def remark(self, what: str, seconds: float, who: str = "", busy: Sequence[float] = ()) -> str | None:
-        """None where it took about as long as usual. Otherwise what there is to say.
+        """Record a duration; returns a remark if it was far above the median, else None.
 
         Args:
-            what: took the time, such as "step".
-            seconds: that it took.
-            who: share it: "worker" or "island".
-            busy: seconds of it that each of them did not wait; empty where that was not measured.
+            what: was timed, such as "step".
+            seconds: its duration.
+            who: took part: "rank" or "island".
+            busy: seconds that each of them did not wait; empty if not measured.
         """
         before = self._seconds.get(what, [])
         self._seconds[what] = [*before, seconds][-WINDOW:]
@@ -38,7 +38,7 @@ class SlowStepWatch:
         if seconds < max(LONG * usual, usual + LEAST_SECONDS):
             return None
         said = f"this {what} took {seconds:.1f} s, usually it takes {usual:.2g} s"
-        late = [number for number, own in enumerate(busy) if own > GUILTY * seconds]
+        late = [number for number, spent in enumerate(busy) if spent > GUILTY * seconds]
         if late:
             names = " and ".join(f"{who} {number} for {busy[number]:.1f} s" for number in late)
             return f"{said}; busy or stopped meanwhile: {names}"

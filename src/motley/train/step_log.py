@@ -1,4 +1,4 @@
-"""What a training run tells while it runs: records of the metrics, the progress bar, and remarks for people.
+"""Logging of a training run: metrics records, the progress bar, and remarks in the terminal.
 
 The trainer calls it at fixed points of a step; nothing here changes what is learned.
 """
@@ -19,10 +19,10 @@ from motley.train.validation import Reading
 
 
 class StepClock:
-    """Seconds of the step in hand; writing a checkpoint does not count."""
+    """Measures the current step; writing a checkpoint does not count."""
 
     def __init__(self) -> None:
-        self.ended = time.perf_counter()  # the step before, or the validation behind it
+        self.ended = time.perf_counter()  # the previous step, or the validation after it
         self.begin()
 
     def begin(self) -> None:
@@ -30,13 +30,13 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside is no part of the step."""
+        """Time spent inside does not count."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
 
     def seconds(self) -> float:
-        """Of the step so far."""
+        """Seconds of the step so far."""
         return time.perf_counter() - self._began - self._paused
 
     def since_last(self) -> float:
@@ -50,11 +50,11 @@ class StepClock:
 
 
 class StepLog:
-    """Metrics, progress bar and remarks of one run; a context manager.
+    """Writes metrics, progress bar and remarks of one run; a context manager.
 
     Args:
         strategy: that carries out the steps.
-        state: where the run stands.
+        state: of the run.
         title: of the progress bar.
     """
 
@@ -91,7 +91,7 @@ class StepLog:
         self._stack.__exit__(*error)
 
     def say(self, *remarks: str | None) -> None:
-        """Tell people, in the terminal and in the metrics."""
+        """Write remarks to the terminal and to the metrics."""
         for message in filter(None, remarks):
             self.metrics.write("event", **position(self.state.at), message=message)
             if self.strategy.leads:
@@ -109,14 +109,15 @@ class StepLog:
         self.say(self.state.usual.remark("checkpoint", seconds))
 
     def stepped(self, before: int, losses: StepLosses, norm: float, skipped: str | None, end: StepEnd) -> None:
-        """Write down a step that ended."""
+        """Log a finished step."""
         state, config, at, strategy = self.state, self.config, self.state.at, self.strategy
         elapsed, took = self.clock.seconds(), self.clock.since_last()
         at.seconds += self.clock.turn()
         uneven = [imbalance(counts) for counts in losses.expert_counts]
         self.metrics.write(
             "train", **position(at), loss=losses.main, mtp_loss=losses.mtp, balance_loss=losses.balance,
-            learning_rate=config.learning_rate_at(before), grad_norm=norm, tokens_per_second=end.rows * config.seq_len / elapsed,
+            learning_rate=config.learning_rate_at(before), grad_norm=norm,
+            tokens_per_second=end.rows * config.seq_len / elapsed,
             memory_bytes=memory_bytes(strategy.model.device),
             **({"sequence_length": config.length(before)} if config.length(before) < config.seq_len else {}),
             **({"imbalance": [round(value, 3) for value in uneven]} if uneven else {}), **end.numbers,

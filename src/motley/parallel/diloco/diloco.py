@@ -60,7 +60,7 @@ OUTER_TENSORS = "outer.safetensors"
 ROUND_PATIENCE_SECONDS = 1800.0
 """How long an island at least waits for one that is still on its way, as long as their speeds are not known."""
 LATE_ROUNDS = 10
-"""How many rounds long, beyond its patience, it waits once a round showed them."""
+"""How many rounds long, beyond its patience, it waits once a round was measured."""
 KEPT_IN_OVERLAP = 0.5
 """Share of an island's own weights that stays when an exchange ran behind its steps."""
 WORTH_CHANGING = 0.05
@@ -68,7 +68,7 @@ WORTH_CHANGING = 0.05
 
 
 HEAD_BYTES = 16
-"""Before each fragment, as float64: the tokens behind it; when it arrives, on the clock of pretended cables."""
+"""Before each fragment, as float64: the tokens behind it; when it arrives, on the clock of emulated links."""
 
 
 @dataclass
@@ -298,7 +298,7 @@ class Diloco:
         self.world.timer.moved(len(message) * (self.count - 1), len(message) * (self.count - 1))
 
     def _arrival(self, size: int) -> float:
-        """When a message of so many bytes has reached all leaders over pretended cables (links.py); 0 without any."""
+        """When a message of so many bytes has reached all leaders over emulated links; 0 without any."""
         links = self.world.links
         others = [leader for leader in self.leaders if leader != self.world.rank]
         return max(
@@ -360,8 +360,8 @@ class Diloco:
     def _outer_step(self, islands: list[IslandRound], rank_round: list[RankRound]) -> OuterStep:
         """What the islands told at the end of the round in hand."""
         fragments, overlap = len(self.fragments), self.config.overlap
-        meetings = [self.round.meetings(island, fragments, overlap) for island in range(self.count)]
-        arrivals = [[arrives for _, arrives in own] for own in meetings]
+        exchanges = [self.round.meetings(island, fragments, overlap) for island in range(self.count)]
+        arrivals = [[arrives for _, arrives in own] for own in exchanges]
         self.stats = timing_of(rank_round, self._islands, self.config.seq_len)
         spans = spans_of(rank_round, self._islands, self.leaders, arrivals)
         scales = [one.loss_scale for one in rank_round]
@@ -387,7 +387,7 @@ class Diloco:
         return int.from_bytes(hashlib.sha256(repr(digests).encode()).digest()[:6], "big")
 
     def _talk(self, message: Any) -> Any:
-        return self.world.talk("meeting the other islands", message)
+        return self.world.talk("outer step", message)
 
     def _records(self, outer: OuterStep | None) -> list[tuple[str, Mapping[str, Any]]]:
         """What the ranks of all islands did in a round that ended."""

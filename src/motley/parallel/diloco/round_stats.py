@@ -1,8 +1,8 @@
-"""What every worker of several islands did in a round: a few numbers more in the message that ends it anyway.
+"""What every rank of several islands did in a round: a few numbers more in the message that ends it anyway.
 
-    worker 0   ▏     20 steps      ▕╱╱╱╱╱ for worker 2 ╱╱╱╱╱╱▏outer step▕╱╱╱▕   island 0, its leader
-    worker 1   ▏     20 steps      ▕╱╱╱╱╱ for worker 2 ╱╱╱╱╱╱╱╱╱╱╱╱╱╱╱╱╱▕╱╱╱▕   island 0
-    worker 2   ▏               10 steps                ▕╱ wire ╱▏ outer step ▕   island 1: it sent last
+    rank 0     ▏     20 steps      ▕╱╱╱╱╱ for rank 2 ╱╱╱╱╱╱▏outer step▕╱╱╱▕     island 0, its leader
+    rank 1     ▏     20 steps      ▕╱╱╱╱╱ for rank 2 ╱╱╱╱╱╱╱╱╱╱╱╱╱╱╱╱╱▕╱╱╱▕     island 0
+    rank 2     ▏               10 steps                ▕╱ wire ╱▏ outer step ▕   island 1: it sent last
                0 s                                                            end of the round
 
 Seconds count from the round's beginning, which is the same moment for all: islands leave the message in which they ask
@@ -19,13 +19,13 @@ from motley.parallel.telemetry.step_timer import KINDS, OTHER, Span, StepTimer, 
 
 @dataclass
 class Crossing:
-    """A fragment, as one worker saw it; in seconds of the round.
+    """A fragment, as one rank saw it; in seconds of the round.
 
     Attributes:
         left: its island had sent it.
-        came: the worker was there to take it in.
+        came: the rank was there to take it in.
         arrived: at a leader, what all islands sent was there; elsewhere as `taken`.
-        taken: the worker went on with its next step.
+        taken: the rank went on with its next step.
     """
 
     left: float = 0.0
@@ -36,17 +36,17 @@ class Crossing:
 
 @dataclass
 class RankRound:
-    """What one worker did in a round; as plain numbers it is part of a message.
+    """What one rank did in a round; as plain numbers it is part of a message.
 
     Attributes:
-        lane: its number in its island.
-        tokens: in the rows of that lane.
+        replica: its number in its island.
+        tokens: in the rows of that replica.
         sent, received: bytes.
         memory: bytes.
         loss_scale: at the round's end.
         paused: seconds in which all wrote a checkpoint.
-        reached: seconds until the worker was ready for the round's last message.
-        seconds: of its steps, by kind (stopwatch.KINDS).
+        reached: seconds until the rank was ready for the round's last message.
+        seconds: of its steps, by kind (step_timer.KINDS).
         crossings: of each fragment.
     """
 
@@ -62,7 +62,7 @@ class RankRound:
     crossings: list[Crossing] = field(default_factory=list)
 
     def numbers(self) -> list[float]:
-        """As many for every worker, as all have the same fragments."""
+        """As many for every rank, as all have the same fragments."""
         plain = [getattr(self, name) for name in PLAIN]
         return [*plain, *self.seconds.values(), *(number for one in self.crossings for number in astuple(one))]
 
@@ -81,7 +81,7 @@ PLAIN = [one.name for one in fields(RankRound)][:-2]
 
 
 class RoundWatch:
-    """Keeps this worker's `doings` while a round goes on.
+    """Collects this rank's `RankRound` while a round goes on.
 
     Args:
         watch: of its steps.
@@ -98,7 +98,7 @@ class RoundWatch:
         return time.perf_counter() - self._began
 
     def stepped(self, tokens: int, seconds: float) -> None:
-        """A step has ended, of so many tokens in the worker's lane; it took `seconds` without a checkpoint."""
+        """A step has ended, of so many tokens in the rank's replica; it took `seconds` without a checkpoint."""
         spent, rank_round = self._watch.stop(), self.rank_round
         self._began = self._began or time.perf_counter() - spent
         for kind in KINDS:
@@ -139,7 +139,7 @@ def timing_of(rank_round: Sequence[RankRound], islands: Sequence[int], seq_len: 
 def spans_of(
     rank_round: Sequence[RankRound], islands: Sequence[int], leaders: Sequence[int], arrivals: Sequence[Sequence[int]]
 ) -> list[list[Span]]:
-    """[worker][span]: `steps` (how many), `meeting` (fragment, or -1: the round's last message), `outer` (fragment).
+    """[rank][span]: `steps` (how many), `meeting` (fragment, or -1: the round's last message), `outer` (fragment).
 
     Args:
         rank_round: of each rank.
@@ -170,7 +170,7 @@ def spans_of(
 def _late(
     fragment: int, rank: int, rank_round: Sequence[RankRound], leaders: Sequence[int], island: int
 ) -> tuple[int, ...]:
-    """The worker that sent a fragment last, if it did when this one was already waiting; else only the way was long."""
+    """The rank that sent a fragment last, if it did when this one was already waiting; else only the way was long."""
     last = max(leaders, key=lambda leader: rank_round[leader].crossings[fragment].left)
     if rank_round[last].crossings[fragment].left > rank_round[rank].crossings[fragment].came:
         return (last,)

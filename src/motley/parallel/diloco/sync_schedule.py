@@ -1,4 +1,4 @@
-"""Who does which part of a round: islands of different speed that all arrive together.
+"""Rows and inner steps of each island in a round, by speed, so that all reach the outer step together.
 
     a round of 10 steps, 8 rows each, speeds 5:2            80 rows, 20 inner steps of about 4 rows
 
@@ -6,7 +6,7 @@
     island 1   ▏  1  ▕ ...  ▏ 6 ▕   rows 57 … 79            ones come; rows in a row: none is lost, none comes twice
                0                10  the run's steps, which the learning rate follows
 
-A round takes as many rows as its steps would take in one crew, so a run of islands sees the same data as any other.
+A round takes as many rows as its steps would take without islands, so a run of islands sees the same data as any other.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
-"""Experts spread over workers: each holds some, tokens travel to them and back.
+"""Expert parallelism: each rank holds some experts, an all-to-all brings tokens to them and back.
 
-    worker 0   tokens a b   experts 0 1 2     dispatch: each slot (a token for one expert) goes to the expert's worker
-    worker 1   tokens c d   experts 3         combine:  its output comes back, is weighed and summed at home
+    rank 0     tokens a b   experts 0 1 2     dispatch: each slot (a token for one expert) goes to the expert's rank
+    rank 1     tokens c d   experts 3         combine:  its output comes back, is weighed and summed at home
 
-The workers of a group compute their micro-batches in step; how many experts each holds may differ.
+The ranks of a group compute their micro-batches in step; how many experts each holds may differ.
 """
 
 from itertools import accumulate
@@ -18,11 +18,11 @@ from motley.parallel.communicator import Communicator
 
 
 class ExpertParallel(Experts):
-    """The experts of one worker out of a group, as a drop-in for `Experts`.
+    """The experts of one rank out of a group, as a drop-in for `Experts`.
 
     Args:
-        held: experts on this worker.
-        spread: experts on each worker of the group, in order.
+        held: experts on this rank.
+        spread: experts on each rank of the group, in order.
     """
 
     def __init__(self, held: int, spread: tuple[int, ...], hidden_size: int, intermediate_size: int) -> None:
@@ -40,13 +40,13 @@ class ExpertParallel(Experts):
         assert self.comm is not None
         k, slots = chosen.shape[1], chosen.flatten()
         ends = torch.tensor(self.ends, device=slots.device)
-        worker = torch.bucketize(slots, ends, right=True)  # place in the group of each slot's expert
-        order = worker.argsort(stable=True)
-        leaving = torch.bincount(worker, minlength=len(self.ranks))
+        target = torch.bucketize(slots, ends, right=True)  # index in the group of the rank that holds a slot's expert
+        order = target.argsort(stable=True)
+        leaving = torch.bincount(target, minlength=len(self.ranks))
         arriving = self._exchange_counts(leaving)
         out_splits, in_splits = leaving.tolist(), arriving.tolist()
         rows = _Travel.apply(x[order // k], out_splits, in_splits, self.comm, self.ranks)
-        first = self.ends[place - 1] if (place := self.ranks.index(self.comm.rank)) else 0
+        first = self.ends[index - 1] if (index := self.ranks.index(self.comm.rank)) else 0
         expert = self._plain(slots[order], out_splits, in_splits) - first
         ones = torch.ones(len(expert), 1, device=x.device)
         done = super().forward(rows, expert[:, None], ones) if len(expert) else rows
@@ -65,13 +65,13 @@ class ExpertParallel(Experts):
 def all_to_all(
     values: Tensor, leaving: list[int], arriving: list[int], comm: Communicator, ranks: tuple[int, ...]
 ) -> Tensor:
-    """Rows of `values` in runs of `leaving` to the workers `ranks`; what they sent, in runs of `arriving`.
+    """Rows of `values` in runs of `leaving` to the ranks `ranks`; what they sent, in runs of `arriving`.
 
     Groups order their members by rank; runs here follow `ranks`.
     """
-    by_rank = sorted(range(len(ranks)), key=lambda place: ranks[place])
+    by_rank = sorted(range(len(ranks)), key=lambda index: ranks[index])
     if by_rank != list(range(len(ranks))):
-        raise ValueError(f"the workers of an expert group must stand in the order of their ranks, not {ranks}")
+        raise ValueError(f"the ranks of an expert group must stand in the order of their ranks, not {ranks}")
     posted = comm.posted(values.contiguous())
     received = posted.new_empty(sum(arriving), *values.shape[1:])
     comm.talk(

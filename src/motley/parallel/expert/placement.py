@@ -1,6 +1,6 @@
 """Experts of equal chips with unequal memory: as evenly as their memories can hold them.
 
-    four lanes share 16 experts     4 4 4 4 ──▶ 5 5 4 2     the last has room for two; the others share what is left
+    four replicas share 16 experts   4 4 4 4 ──▶ 5 5 4 2     the last has room for two; the others share what is left
 
 What a plan says stays wherever it fits.
 """
@@ -23,9 +23,9 @@ def experts_by_memory(
     budgets: Sequence[float],
     formats: Sequence[Format],
 ) -> list[IslandLayout]:
-    """The islands, with fewer experts on workers that could not hold theirs, where the others of their group can.
+    """The islands, with fewer experts on ranks that could not hold theirs, where the others of their group can.
 
-    budgets, formats: bytes that each worker of the job may hold, and what it computes in.
+    budgets, formats: bytes that each rank of the job may hold, and what it computes in.
     """
     found = []
     for island in islands:
@@ -45,7 +45,7 @@ def _fitting(
     budgets: Sequence[float],
     formats: Sequence[Format],
 ) -> PipelineGroup:
-    """Team `number` of the layout with experts that fit its workers; as it is where they do, or nothing would."""
+    """Pipeline group `number` with experts that fit its ranks; unchanged where they do, or where nothing would."""
     group = layout.groups[number]
     most = [math.inf] * len(group.experts)
     for replica, ranks in enumerate(group.replicas) if group.experts else ():
@@ -62,11 +62,11 @@ def _fitting(
     return replace(group, experts=_even_up_to(most, group.experts))
 
 
-def _one_fewer(experts: tuple[int, ...], place: int) -> tuple[int, ...]:
-    """The same with one of a place's experts at the next one."""
+def _one_fewer(experts: tuple[int, ...], index: int) -> tuple[int, ...]:
+    """The same with one expert moved from a rank of the group to the next one."""
     moved = list(experts)
-    moved[place] -= 1
-    moved[(place + 1) % len(moved)] += 1
+    moved[index] -= 1
+    moved[(index + 1) % len(moved)] += 1
     return tuple(moved)
 
 
@@ -81,7 +81,7 @@ def _even_up_to(most: Sequence[float], experts: tuple[int, ...]) -> tuple[int, .
     if sum(most) < sum(experts) or min(most) < 1:
         return experts
     dealt, left = list(experts), sum(experts)
-    for done, place in enumerate(sorted(range(len(most)), key=lambda place: most[place])):
-        dealt[place] = int(min(most[place], left // (len(most) - done)))
-        left -= dealt[place]
+    for done, index in enumerate(sorted(range(len(most)), key=lambda index: most[index])):
+        dealt[index] = int(min(most[index], left // (len(most) - done)))
+        left -= dealt[index]
     return tuple(dealt)

@@ -44,7 +44,7 @@ class PipelineRunner:
 
     Attributes:
         span_seconds: from the first to the last piece of work of the last step, gaps of the pipeline included (but not
-            the waits of `zero`): what a lane needs for its rows.
+            the waits of `zero`): what a replica needs for its rows.
         broken: [3], above 0 where the last step had what is not finite: in what forward passes made, in activations
             received, in gradients received.
         pace: called after each piece of work with its seconds; returns seconds that it added (emulated slowness).
@@ -73,17 +73,17 @@ class PipelineRunner:
         length: int,
         scale: float = 1.0,
     ) -> Tally:
-        """Forward and backward passes of all rows of the lane; gradients land in the parameters' .grad, times `scale`.
+        """Forward and backward passes of the replica's rows; gradients land in the parameters' .grad, times `scale`.
 
         Args:
-            batch: the lane's rows of the step; may be empty.
+            batch: the replica's rows of the step; may be empty.
             count: micro-batches to compute; more than the rows make are filled with padding that teaches nothing, so
-                that workers which share experts keep step. With `zero`: their number, over which the rows are spread.
+                that ranks which share experts keep step. With `zero`: their number, over which the rows are spread.
             counts: of the whole step.
             weights: of the parts of the loss.
             confined: attention stays within documents.
             length: into sequences of so many tokens rows are cut.
-            scale: this worker's loss scale, a power of two; messages carry what is not scaled.
+            scale: this rank's loss scale, a power of two; messages carry what is not scaled.
         """
         started, waited = time.perf_counter(), self.comm.timer.waited
         batch, rows = self._cut(batch, count)
@@ -148,7 +148,7 @@ class PipelineRunner:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, count: int, confined: bool) -> float:
-        """Summed loss in nats of the lane's rows (0 on stages without the head); `count` as in `run`."""
+        """Summed loss in nats of the replica's rows (0 on stages without the head); `count` as in `run`."""
         total = 0.0
         batch, rows = self._cut(batch, count)
         sending: Sending = []
@@ -260,13 +260,13 @@ class PipelineRunner:
     def _send(self, tensor: Tensor, to: int, sending: Sending) -> None:
         """Begin to send; `sending` keeps what is under way, as much as a pipeline can hold."""
         sending += self.comm.begin_to_send(tensor, to)
-        self._finish(sending, 4 * self.coordinates.group.stages)  # over a pretended cable a message comes in two
+        self._finish(sending, 4 * self.coordinates.group.stages)  # over an emulated link a message comes in two
 
     def _finish(self, sending: Sending, left: int = 0) -> None:
         limit = timedelta(seconds=self.comm.timeout)
         while len(sending) > left:
             work, _ = sending.pop(0)
-            self.comm.talk("sending along a pipeline", lambda: work.wait(limit) if work is not None else None)  # noqa: B023
+            self.comm.talk("sending to the next stage", lambda: work.wait(limit) if work is not None else None)  # noqa: B023
 
 
 def _any(rows: slice) -> bool:

@@ -1,4 +1,4 @@
-"""The part of the model that one rank computes: some layers, and of spread experts some."""
+"""The part of the model that one rank computes: some of its layers and, with expert parallelism, of their experts."""
 
 import torch
 from torch import Tensor, nn

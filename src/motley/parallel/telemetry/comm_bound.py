@@ -1,7 +1,7 @@
-"""Do messages take most of a step? Said once: without a plan nobody measured the links, and islands spare most of it.
+"""Say once when messages take most of a step: the links are slow, and islands would spare most of that.
 
-worker 0   work ▏ gradients ▏ update ▏ weights         what even the last to come waits for a sum is the sum's own
-worker 1   work          ▏ gr ▏ up ▏   weights         time, and no other's slowness: the least over the workers
+rank 0     work ▏ gradients ▏ update ▏ weights         what even the last to come waits for a sum is the sum's own
+rank 1     work          ▏ gr ▏ up ▏   weights         time, and no other's slowness: the least over the ranks
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ IN_A_ROW = 3
 
 @dataclass
 class CommBoundWatch:
-    """Looks at every step of a crew without islands until it has something to say.
+    """Looks at every step of ranks without islands until it has something to say.
 
     Attributes:
         slow: steps in a row in which messages took most of the time.
@@ -48,7 +48,7 @@ def _remedy(config: TrainingConfig) -> str:
             "the plan takes them for faster, or for worth it; measure them (`motley fleet probe` under torchrun) and "
             "plan again, or give more --batch-rows"
         )
-    without = ", without --live," if config.elastic else ""
+    without = ", without --elastic," if config.elastic else ""
     return (
         f"islands, one on each side of a slow link, would spare most of that: --islands N{without} or a plan for "
         "measured links (`motley fleet probe` under torchrun, `motley plan`); else give more --batch-rows"

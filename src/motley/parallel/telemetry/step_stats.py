@@ -1,4 +1,4 @@
-"""What all workers measured of a step: one small message each step, as numbers for shares, metrics and people."""
+"""What all ranks measured of a step: one small message each step, as numbers for shares, metrics and people."""
 
 import math
 import platform
@@ -19,38 +19,38 @@ DRAWN = 16  # steps of a run, about, whose spans are kept
 def introduction(
     world: Communicator, place: Coordinates, rows: int, planned: bool = False, island: int = 0
 ) -> dict[str, Any]:
-    """For the metrics: each worker's chip, island (where there are several), team, lane and stage.
+    """For the metrics: each rank's chip, island (where there are several), pipeline group, replica and stage.
 
-    Teams and lanes are numbered through all islands. With a plan: the seconds that it foresees for computing `rows`.
+    Pipeline groups and replicas are numbered through all islands. With a plan: the seconds that it predicts for `rows`.
 
     Args:
-        world: all workers.
+        world: all ranks.
         place: of this one, in its island.
         rows: that its island takes in a step; of several islands, in a round.
         planned: whether there is a plan.
-        island: this worker's.
+        island: this rank's.
     """
     layout = place.layout
     seconds = rows / sum(layout.rates) if planned else 0.0
     mine = (device_name(world.device), platform.node(), island, place.group_number, place.replica_number, place.stage)
     told = world.all_values((*mine, len(layout.groups), len(layout.replicas), seconds))
-    chips, hosts, islands, groups, replicas, stages, more_teams, more_lanes, foreseen = map(
+    chips, hosts, islands, groups, replicas, stages, group_counts, replica_counts, foreseen = map(
         list, zip(*told, strict=True)
     )
     several = len(set(hosts)) > 1
-    first_teams, first_lanes = _firsts(islands, more_teams), _firsts(islands, more_lanes)
+    first_group, first_replica = _firsts(islands, group_counts), _firsts(islands, replica_counts)
     return {
         "names": [f"{chip}, {host}" if several else chip for chip, host in zip(chips, hosts, strict=True)],
         **({"islands": islands} if len(set(islands)) > 1 else {}),
-        "groups": [first_teams[own] + group for own, group in zip(islands, groups, strict=True)],
-        "replicas": [first_lanes[own] + replica for own, replica in zip(islands, replicas, strict=True)],
+        "groups": [first_group[own] + group for own, group in zip(islands, groups, strict=True)],
+        "replicas": [first_replica[own] + replica for own, replica in zip(islands, replicas, strict=True)],
         "stages": stages,
         **({"predicted_step_seconds": max(foreseen)} if planned else {}),
     }
 
 
 def _firsts(islands: Sequence[int], counts: Sequence[int]) -> list[int]:
-    """Of each island, how many of what its workers count as `counts` lie in the islands before it."""
+    """Of each island, how many of what its ranks count as `counts` lie in the islands before it."""
     by_island = dict(zip(islands, counts, strict=True))
     return [sum(by_island[before] for before in range(island)) for island in range(max(islands) + 1)]
 
@@ -61,8 +61,8 @@ def is_drawn(step: int, steps: int) -> bool:
 
 
 def all_spans(comm: Communicator, step_seconds: float) -> list[list[list[Any]]]:
-    """[worker][span] of the step that just ended: kind, micro-batch, workers waited for, start and end in seconds."""
-    inside = [span for span in comm.timer.spans if span.start < step_seconds]  # islands may have met behind it
+    """[rank][span] of the step that just ended: kind, micro-batch, ranks waited for, start and end in seconds."""
+    inside = [span for span in comm.timer.spans if span.start < step_seconds]  # of islands, an exchange may follow it
     return comm.all_values(rounded(visible(inside, step_seconds)))
 
 
@@ -72,7 +72,7 @@ def rounded(spans: Sequence[Span]) -> list[list[Any]]:
 
 
 def measured_here(comm: Communicator) -> list[float]:
-    """This worker's numbers of the step that ends, as `Timing.of` reads them."""
+    """This rank's numbers of the step that ends, as `StepStats.of` reads them."""
     watch = comm.timer
     total = watch.stop()
     return [total, *(watch.seconds[kind] for kind in KINDS), watch.sent, watch.received, memory_bytes(comm.device)]
@@ -80,13 +80,13 @@ def measured_here(comm: Communicator) -> list[float]:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Of one step, or of a round of islands, lists by worker unless they say otherwise; empty before the first.
+    """Of one step, or of a round of islands, lists by rank unless they say otherwise; empty before the first.
 
     Attributes:
-        rows: of each lane.
-        step_seconds: until the last worker was done.
-        seconds: by kind (stopwatch.KINDS); they add up to step_seconds.
-        tokens: in the rows of the worker's lane.
+        rows: of each replica.
+        step_seconds: until the last rank was done.
+        seconds: by kind (step_timer.KINDS); they add up to step_seconds.
+        tokens: in the rows of the rank's replica.
         share: of the step's rows.
         sent, received: bytes.
         memory: bytes.
@@ -103,14 +103,14 @@ class StepStats:
 
     @classmethod
     def of(cls, rows: Sequence[int], layout: Layout, seq_len: int, measured: Sequence[Sequence[float]]) -> "StepStats":
-        """From what every worker measured (`measured_here`).
+        """From what every rank measured (`measured_here`).
 
         That message is itself a wait, which nobody can measure before it: who is done early waits for the last.
         """
         step_seconds = max(row[0] for row in measured)
         seconds: list[dict[str, float]] = [dict(zip(KINDS, row[1:], strict=False)) for row in measured]
-        for worker, row in zip(seconds, measured, strict=True):
-            worker["numbers"] += step_seconds - row[0]
+        for own_seconds, row in zip(seconds, measured, strict=True):
+            own_seconds["numbers"] += step_seconds - row[0]
         own = [rows[coordinates_of(layout, rank).replica_number] for rank in range(len(measured))]
         sent, received, memory = ([row[column] for row in measured] for column in (-3, -2, -1))
         return cls(
@@ -121,31 +121,31 @@ class StepStats:
     @property
     def rank_seconds(self) -> list[float]:
         """Of computing."""
-        return [sum(worker[kind] for kind in WORK) for worker in self.seconds]
+        return [sum(rank[kind] for kind in WORK) for rank in self.seconds]
 
     @property
     def exchange_seconds(self) -> float:
         """That sums of gradients and the way of new weights take by themselves: what the last to come waits for too."""
-        return sum(min(worker[kind] for worker in self.seconds) for kind in ("gradients", "spreading"))
+        return sum(min(rank[kind] for rank in self.seconds) for kind in ("gradients", "spreading"))
 
     @property
     def own_seconds(self) -> list[float]:
         """Of anything but waiting for others."""
-        return [self.step_seconds - sum(worker[kind] for kind in WAITS) for worker in self.seconds]
+        return [self.step_seconds - sum(rank[kind] for kind in WAITS) for rank in self.seconds]
 
     @property
     def idle_share(self) -> list[float]:
         """Share of the step spent waiting for others."""
-        return [sum(worker[kind] for kind in WAITS) / max(self.step_seconds, 1e-9) for worker in self.seconds]
+        return [sum(rank[kind] for kind in WAITS) / max(self.step_seconds, 1e-9) for rank in self.seconds]
 
     @property
     def meeting_share(self) -> list[float]:
         """Share of a round spent waiting for other islands."""
-        return [worker["meeting"] / max(self.step_seconds, 1e-9) for worker in self.seconds]
+        return [rank["meeting"] / max(self.step_seconds, 1e-9) for rank in self.seconds]
 
     @property
     def tokens_per_second(self) -> list[float]:
-        """Each worker's own speed: the tokens of its lane by what it computed for them itself."""
+        """Each rank's own speed: the tokens of its replica by what it computed for them itself."""
         return [
             tokens / spent if spent > 0 else 0.0 for tokens, spent in zip(self.tokens, self.rank_seconds, strict=True)
         ]
@@ -164,8 +164,8 @@ class StepStats:
             "tokens_per_second": self.tokens_per_second,
             "share": self.share,
             "busy_seconds": self.rank_seconds,
-            "wait_seconds": {kind: [worker[kind] for worker in self.seconds] for kind in WAITS},
-            "other_seconds": [worker[OTHER] for worker in self.seconds],
+            "wait_seconds": {kind: [rank[kind] for rank in self.seconds] for kind in WAITS},
+            "other_seconds": [rank[OTHER] for rank in self.seconds],
             "idle_share": self.idle_share,
             "memory_bytes": self.memory,
             "sent_bytes": self.sent,

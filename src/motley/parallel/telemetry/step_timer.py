@@ -1,11 +1,11 @@
-"""What one worker does with its time: it is always at exactly one thing, so that the parts add up to the step.
+"""Time one rank's step: every moment belongs to exactly one kind, so that the kinds add up to the step.
 
     other ▏ forward ▏ experts ▏ forward ▏ neighbour ▏ backward ▏ gradients ▏ optimizer ▏ spreading ▏ numbers
             ╰─ work ─╯ ╰ wait ╯                       ╰─ work ─╯ ╰─ wait ──╯
 
 A wait inside work is taken from the work. A wait lasts until what was waited for is here: the slowness of others and
 the time on the wire are one, as seen from here. On GPUs, where sums run beside the host, it is what the host waits.
-Every step begins right after a message among all, so that all workers' clocks start together.
+Every step begins right after a message among all, so that all ranks' clocks start together.
 """
 
 import time
@@ -21,14 +21,14 @@ OTHER = "other"
 """The rest: reading rows, clipping, bookkeeping."""
 KINDS = (*WORK, *WAITS, OTHER)
 WAITS_BY_WORDS = {
-    "waiting for worker": "neighbour",
+    "receiving from": "neighbour",
     "sending": "neighbour",
     "exchanging": "experts",
-    "summing gradients": "gradients",
-    "spreading weights": "spreading",
-    "meeting the other islands": "meeting",
+    "reducing gradients": "gradients",
+    "broadcasting weights": "spreading",
+    "outer step": "meeting",
 }
-"""What `Crew.talk` is told that it does, as a kind; anything else is `numbers`."""
+"""The kind of a wait, by how the description given to `Communicator.talk` begins; any other is `numbers`."""
 SHORTEST = 1 / 1000
 """Of the step: what is shorter cannot be seen in a picture of it, and is left out there."""
 MOST_SPANS = 20_000
@@ -36,12 +36,12 @@ MOST_SPANS = 20_000
 
 
 class Span(NamedTuple):
-    """A worker at one thing.
+    """A rank at one thing.
 
     Attributes:
         kind: one of KINDS.
         micro_batch: that was computed; -1: none.
-        whom: workers that were waited for; empty: none, or all.
+        whom: ranks that were waited for; empty: none, or all.
         start, end: seconds since the step began.
     """
 
@@ -53,12 +53,12 @@ class Span(NamedTuple):
 
 
 class StepTimer:
-    """Seconds, bytes and spans of this worker's current step.
+    """Seconds, bytes and spans of this rank's current step.
 
     Attributes:
         seconds: by kind.
-        sent, received: bytes of messages. A sum over n workers counts 2 (n - 1) / n of its size each way, as a ring
-            makes of it; one from all, or from one to all, counts once at each worker.
+        sent, received: bytes of messages. A sum over n ranks counts 2 (n - 1) / n of its size each way, as a ring
+            makes of it; one from all, or from one to all, counts once at each rank.
         spans: what was done when, one after the other.
     """
 
@@ -86,7 +86,7 @@ class StepTimer:
 
     @contextmanager
     def at(self, kind: str, micro_batch: int = -1, whom: Sequence[int] = ()) -> Iterator[None]:
-        """Inside, this worker is at something else."""
+        """Inside, this rank is at something else."""
         before = self._now
         self._turn((kind, micro_batch, tuple(whom)))
         try:
@@ -95,16 +95,16 @@ class StepTimer:
             self._turn(before)
 
     def waiting(self, doing: str, whom: Sequence[int] = ()) -> AbstractContextManager[None]:
-        """Inside, this worker waits for a message, described as for people."""
+        """Inside, this rank waits for a message; `doing` as in `Communicator.talk`."""
         kind = next((kind for words, kind in WAITS_BY_WORDS.items() if doing.startswith(words)), "numbers")
         return self.at(kind, whom=whom)
 
-    def summed(self, size: float, workers: int) -> None:
-        """Count a sum of `size` bytes over so many workers."""
-        self.moved(2 * size * (workers - 1) / workers, 2 * size * (workers - 1) / workers)
+    def summed(self, size: float, ranks: int) -> None:
+        """Count an all-reduce of `size` bytes over so many ranks."""
+        self.moved(2 * size * (ranks - 1) / ranks, 2 * size * (ranks - 1) / ranks)
 
     def passed(self, size: float, gives: bool) -> None:
-        """Count a message of `size` bytes from one to all or from all to one, which this worker gives or gets."""
+        """Count a message of `size` bytes from one to all or from all to one, which this rank gives or gets."""
         self.moved(size if gives else 0, 0 if gives else size)
 
     def moved(self, sent: float, received: float) -> None:

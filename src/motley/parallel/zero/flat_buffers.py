@@ -1,9 +1,9 @@
-"""The parts of the model that one worker keeps, and how gradients and updates reach everyone who needs them.
+"""The shards of the model that one rank keeps, and how gradients and updates reach the ranks that need them.
 
     gradient   ZeRO 0: holders all-reduce        from 1 on: holders reduce to the owner (from 2 on during the passes)
-    update     every holder by itself            the owner, which then broadcasts the new weights (3: when asked for)
+    update     every holder by itself            the owner, which then broadcasts the new weights (3: when needed)
 
-What a worker keeps lies side by side in one tensor for weights and one for gradients. A run of neighbouring parts with
+What a rank keeps lies side by side in one tensor for weights and one for gradients. A run of neighbouring shards with
 the same holders and owner travels from there as it is.
 """
 
@@ -24,7 +24,7 @@ from motley.train.step import all_finite, clip_factor, squared_length
 
 
 class FlatBuffer:
-    """Memory for parts, side by side in the order given."""
+    """Memory for shards, side by side in the order given."""
 
     def __init__(self, parts: list[ParameterShard], device: torch.device) -> None:
         self.parts = parts
@@ -36,7 +36,7 @@ class FlatBuffer:
         return part.label in self._start
 
     def span(self, parts: list[ParameterShard]) -> Tensor:
-        """Neighbouring parts as one flat tensor."""
+        """Neighbouring shards as one flat tensor."""
         start = self._start[parts[0].label]
         return self.flat[start : start + sum(part.numbers for part in parts)]
 
@@ -47,7 +47,7 @@ class FlatBuffer:
 def runs_of(parts: Iterable[ParameterShard], rank: int, by_owner: bool) -> list[list[ParameterShard]]:
     """Neighbours that `rank` shares with the same others, and with `by_owner` for the same owner.
 
-    Neighbours among all parts: then they are neighbours at each of their holders.
+    Neighbours among all shards: then they are neighbours at each of their holders.
     """
     runs = groupby(parts, lambda part: (part.holders, part.owner if by_owner else None))
     return [list(run) for (holders, _), run in runs if rank in holders and len(holders) > 1]
@@ -65,9 +65,9 @@ class FlatBuffers:
         optimizer: that updates them.
 
     Attributes:
-        here: parts whose weights this worker keeps.
-        kept: parts whose optimizer state it keeps.
-        trained: of all parts, those that the loss depends on.
+        here: shards whose weights this rank keeps.
+        kept: shards whose optimizer state it keeps.
+        trained: of all shards, those that the loss depends on.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class FlatBuffers:
         self._furnish(model)
 
     def view(self, part: ParameterShard) -> nn.Parameter:
-        """The weights of a part that this worker keeps."""
+        """The weights of a shard that this rank keeps."""
         return self._views[part.label]
 
     def clear(self) -> None:
@@ -104,17 +104,17 @@ class FlatBuffers:
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
-        """Multiply the gradient that this worker keeps."""
+        """Multiply the gradient that this rank keeps."""
         self.gradients.flat.mul_(factor)
 
     @torch.no_grad()
     def finite(self) -> bool:
-        """Whether all of the gradient that this worker keeps is."""
+        """Whether all of the gradient that this rank keeps is."""
         return all_finite([self.gradients.flat])
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum the gradient of each part over its holders; with ZeRO only the owner knows the sum afterwards."""
+        """Sum the gradient of each shard over its holders; with ZeRO only the owner knows the sum afterwards."""
         for run in self._shared if self.zero < 2 else []:  # from 2 on it is under way already
             owner = run[0].owner if self.zero else None
             self.buckets.sum(self.gradients.span(run), run[0].holders, owner)
@@ -122,7 +122,7 @@ class FlatBuffers:
 
     @torch.no_grad()
     def norm(self) -> float:
-        """Length of the whole gradient, the same on every worker; each part counts once, at its owner."""
+        """Length of the whole gradient, the same on every rank; each shard counts once, at its owner."""
         owned = [self.view(part).grad for part in self.trained if part.owner == self.comm.rank]
         total = squared_length([grad for grad in owned if grad is not None])
         return math.sqrt(float(self.comm.sum(self.comm.outgoing(total))))
@@ -142,7 +142,7 @@ class FlatBuffers:
             self.buckets.finish()
 
     def _furnish(self, model: Transformer) -> None:
-        """Let the model's parameters, and the views of their parts, lie in this worker's memory."""
+        """Point the model's parameters, and the views of their shards, at the flat buffers."""
         for part in self.here:
             if part in self.gradients:
                 self._views[part.label].grad = self.gradients.of(part)

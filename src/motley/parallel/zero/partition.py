@@ -1,7 +1,7 @@
-"""Who holds which part of the model, and who owns it: pure functions of the layout, the same on every worker.
+"""Who holds which shard of the model, and who owns it: pure functions of the layout, the same on every rank.
 
-    part       a parameter, or some experts of a stack, or some rows of a vocabulary table
-    holders    the workers that compute with it: one of every lane (of every group of lanes that share experts)
+    shard      a parameter, or some experts of a stack, or some rows of a vocabulary table
+    holders    the ranks that compute with it: one of every replica (of every group of replicas that share experts)
     owner      the holder that keeps and updates what is kept once: all are done at the same time, within their memory
 
     ZeRO       0         1         2         3
@@ -9,7 +9,7 @@
     gradients  holders   holders   owner     owner
     optimizer  holders   owner     owner     owner
 
-Muon needs whole matrices, so parts are never finer than a matrix; the split is as even as that allows.
+Muon needs whole matrices, so shards are never finer than a matrix; the split is as even as that allows.
 """
 
 import math
@@ -24,13 +24,14 @@ import torch
 from motley.model import ModelConfig, Transformer
 from motley.parallel.layout import Layout, PipelineGroup, Zero, coordinates_of
 from motley.train.optimizer import ITERATIONS, MOMENTS, Moments, OptimizerName, as_matrices, by_muon
+from motley.train.step import is_trained
 
 NUMBER_BYTES = 4
 ELEMENTWISE = 400
 """What one number costs an optimizer besides matrix products, as floating-point operations that take as long: some 35
 bytes to and fro, on a core with 10 GB/s and 100 GFLOP/s. GPUs compute some ten times as much a byte: there it is too
 little, but little beside the products of wide matrices."""
-TABLE_PARTS = 16  # a vocabulary table is cut into so many parts: AdamW updates number by number
+TABLE_PARTS = 16  # a vocabulary table is cut into so many shards: AdamW updates number by number
 BISECTIONS = 12  # of the time that updates may take: to a four-thousandth of what the slowest would need for all
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -58,7 +59,7 @@ class ParameterShard:
 
 
 def shards_of(config: ModelConfig, layout: Layout, optimizer: OptimizerName) -> tuple[ParameterShard, ...]:
-    """All parts of the model in the order of its parameters, the same on every worker."""
+    """All shards of the model in the order of its parameters, the same on every rank."""
     return _owned_parts(config, _any_batch(layout), optimizer)
 
 
@@ -68,11 +69,11 @@ def cut_shards(config: ModelConfig, layout: Layout) -> tuple[ParameterShard, ...
 
 
 def _any_batch(layout: Layout) -> Layout:
-    """The layout without what parts do not depend on, so that a start, which changes that, builds them once."""
+    """The layout without what shards do not depend on, so that a start, which changes that, builds them once."""
     return replace(layout, groups=tuple(replace(group, micro_batch=1) for group in layout.groups))
 
 
-@lru_cache(maxsize=2)  # a start asks for each worker of a layout; a large model has tens of thousands of parts
+@lru_cache(maxsize=2)  # a start asks for each rank of a layout; a large model has tens of thousands of shards
 def _owned_parts(config: ModelConfig, layout: Layout, optimizer: OptimizerName) -> tuple[ParameterShard, ...]:
     found = cut_shards(config, layout)
     owners = _owners(found, layout, optimizer)
@@ -101,7 +102,7 @@ ALONE_FROM: dict[Kind, Zero] = {
 
 
 def kept(parts: Iterable[ParameterShard], kind: Kind, zero: Zero, rank: int) -> list[ParameterShard]:
-    """The parts of which worker `rank` keeps something from step to step."""
+    """The shards of which `rank` keeps something from step to step."""
     return [p for p in parts if (p.owner == rank if zero >= ALONE_FROM[kind] else rank in p.holders)]
 
 
@@ -111,14 +112,9 @@ def unit_of(name: str) -> str:
     return ".".join(names[: 3 if name.startswith("model.layers.") else min(2, len(names) - 1)])
 
 
-def trained(name: str, mtp: bool) -> bool:
-    """Whether the loss depends on a parameter; `mtp`: it has a part that the MTP modules predict."""
-    return mtp or not name.startswith("mtp.")
-
-
 @dataclass(frozen=True)
 class HeldBytes:
-    """What one worker keeps from step to step, in bytes; activations, and ZeRO's messages, come on top."""
+    """What one rank keeps from step to step, in bytes; activations, and ZeRO's messages, come on top."""
 
     weights: int
     gradients: int
@@ -130,17 +126,17 @@ class HeldBytes:
 
 
 def bytes_kept_once(part: ParameterShard, layout: Layout, optimizer: OptimizerName) -> int:
-    """What a part's owner keeps for all its holders; moments count as fp32, so that owners do not depend on them."""
+    """What a shard's owner keeps for all its holders; moments count as fp32, so that owners do not depend on them."""
     states = 1 if by_muon(optimizer, part.name, len(part.shape)) else 2
     numbers = states * (layout.zero >= 1) + (layout.zero >= 2) + (layout.zero >= 3)
     return NUMBER_BYTES * part.numbers * numbers
 
 
 def bytes_kept_anyway(parts: Iterable[ParameterShard], zero: Zero, rank: int, mtp: bool) -> int:
-    """What worker `rank` keeps of what it computes with, whoever owns it: weights below ZeRO 3, gradients below 2."""
+    """What `rank` keeps of what it computes with, whoever owns it: weights below ZeRO 3, gradients below 2."""
     held = [part for part in parts if rank in part.holders]
     weights = sum(part.numbers for part in held) if zero < ALONE_FROM["weights"] else 0
-    gradients = sum(p.numbers for p in held if trained(p.name, mtp)) if zero < ALONE_FROM["gradients"] else 0
+    gradients = sum(p.numbers for p in held if is_trained(p.name, mtp)) if zero < ALONE_FROM["gradients"] else 0
     return NUMBER_BYTES * (weights + gradients)
 
 
@@ -152,14 +148,14 @@ def held_bytes(
     mtp: bool = True,
     moments: Moments = "fp32",
 ) -> HeldBytes:
-    """What worker `rank` of a layout keeps, all but moments in fp32 (the routers' biases, a few numbers, left out)."""
+    """What `rank` of a layout keeps, all but moments in fp32 (the routers' biases, a few numbers, left out)."""
     parts = shards_of(config, layout, optimizer)
-    learning = [part for part in parts if trained(part.name, mtp)]
+    learning = [part for part in parts if is_trained(part.name, mtp)]
     states = counters = 0
     for part in kept(parts, "optimizer", layout.zero, rank):
         if by_muon(optimizer, part.name, len(part.shape)):
             states += part.numbers
-        elif trained(part.name, mtp):
+        elif is_trained(part.name, mtp):
             states += 2 * part.numbers
             counters += 1  # AdamW counts its steps
     weights = sum(part.numbers for part in kept(parts, "weights", layout.zero, rank))
@@ -193,7 +189,7 @@ def _holders(name: str, row: int, config: ModelConfig, layout: Layout) -> Iterat
 
 
 def _stages(name: str, config: ModelConfig, group: PipelineGroup) -> set[int]:
-    """Stages of a team that compute with a parameter."""
+    """Stages of a pipeline group that compute with a parameter."""
     last = group.stages - 1
     if name == "model.embed_tokens.weight":
         return {0, last} if config.num_nextn_predict_layers or config.tie_word_embeddings else {0}
@@ -203,7 +199,7 @@ def _stages(name: str, config: ModelConfig, group: PipelineGroup) -> set[int]:
 
 
 def _owners(parts: Sequence[ParameterShard], layout: Layout, optimizer: OptimizerName) -> list[int]:
-    """One holder for each part, so that all are done with their updates as early as their memory allows.
+    """One holder for each shard, so that all are done with their updates as early as their memory allows.
 
     Where there is not enough memory for all, what each keeps is in proportion to what it has.
     """
@@ -230,7 +226,7 @@ def _owners(parts: Sequence[ParameterShard], layout: Layout, optimizer: Optimize
 
 
 def update_work(part: ParameterShard, optimizer: OptimizerName) -> float:
-    """Floating-point operations of one update of a part, or what takes as long."""
+    """Floating-point operations of one update of a shard, or what takes as long."""
     products = 0.0
     if by_muon(optimizer, part.name, len(part.shape)):
         count, rows, columns = as_matrices(part.name, torch.empty(part.shape, device="meta")).shape
@@ -248,7 +244,7 @@ def _filled(
 ) -> list[int] | None:
     """Owners where none works more than its `most` nor keeps more bytes than its `room`; None where that fails.
 
-    Of what a group of workers holds, each takes the next run.
+    Of what a group of ranks holds, each takes the next run.
     """
     worked, kept_bytes = [0.0] * len(most), [0] * len(most)
     places: dict[tuple[int, ...], int] = {}
@@ -269,7 +265,7 @@ def _filled(
 
 
 def _by_memory(parts: Sequence[ParameterShard], room: Sequence[float]) -> list[int]:
-    """Of what a group of workers holds, each takes the next run up to its share of their memory."""
+    """Of what a group of ranks holds, each takes the next run up to its share of their memory."""
     whole: dict[tuple[int, ...], int] = {}
     for part in parts:
         whole[part.holders] = whole.get(part.holders, 0) + part.numbers

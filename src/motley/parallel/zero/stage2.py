@@ -1,8 +1,7 @@
 """ZeRO-2: gradients are reduced to their owners while the backward pass still runs, unit by unit.
 
-All ranks exchange messages in the same number of turns, one micro-batch of each in a turn; the rows of a replica are
-spread evenly over them. The messages of a turn are a list that is the same for all, so a rank without rows takes part
-without computing:
+All ranks compute the same number of micro-batches, in step; the rows of a replica are divided evenly among them. The
+messages of a micro-batch are a list that is the same for all, so a rank without rows takes part without computing:
 
     backward: norm ·  block 1 ·  block 0 ·  embedding ·        ·  its gradient is reduced to the owners
 
@@ -29,7 +28,7 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that travel at once, and their parts, in order."""
+    """Parameters that travel at once, and their shards, in order."""
 
     module: str
     parts: tuple[ParameterShard, ...]
@@ -63,15 +62,15 @@ Step = tuple[Literal["gather", "send"], Unit]
 
 
 class Zero2:
-    """ZeRO 2: each worker's gradient of a unit goes to the owners as soon as a backward pass has made it.
+    """ZeRO 2: each rank's gradient of a unit goes to the owners as soon as a backward pass has made it.
 
     Args:
-        model: the whole model of this worker.
+        model: the whole model of this rank.
         shards: what it keeps.
         watched: take note where a gradient is not finite; only loss scales ask for it.
 
     Attributes:
-        scale: this worker's loss scale in the step, a power of two.
+        scale: this rank's loss scale in the step, a power of two.
         finite: whether all that it made of the step's gradient was, if `watched`; what others sent does not count.
     """
 
@@ -91,12 +90,12 @@ class Zero2:
         self.scale, self.finite = scale, True
 
     def begin(self, backward: bool) -> None:
-        """A turn; `backward`: it teaches, otherwise it only measures."""
+        """Begin a micro-batch; `backward`: with a backward pass, else only to evaluate."""
         self.todo.extend(self._plan(backward))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Do what is left of the turn: everything, for a worker that had no rows."""
+        """Exchange what is left of the micro-batch: everything, for a rank that had no rows."""
         while self.todo:
             self._do(*self.todo.popleft())
 
@@ -121,14 +120,14 @@ class Zero2:
             self._do(*self.todo.popleft())
 
     def _do(self, action: Literal["gather", "send"], unit: Unit) -> None:
-        """What this worker does for the others at a step of the list, and for itself where it computes."""
+        """What this rank does for the others at a step of the list, and for itself where it computes."""
         self._send(unit)
 
     def _of(self, unit: Unit) -> list[nn.Parameter]:
         return [self.parameters[name] for name, _ in unit.parameters()]
 
     def _send(self, unit: Unit) -> None:
-        """Add this worker's gradient of a unit (nothing, where it made none) to the owners', and forget it."""
+        """Add this rank's gradient of a unit (nothing, where it made none) to the owners', and forget it."""
         flat = self._flat_gradient(unit)
         if flat is not None and self._watched:
             self.finite = self.finite and all_finite([flat])
