@@ -19,12 +19,12 @@ from motley.errors import InputError
 from motley.fleet.capabilities import capabilities
 from motley.fleet.device import Format
 from motley.fleet.probe import Machine, MatmulRate, choose_dtype, device_name
+from motley.parallel import number_formats as number_formats_module
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout, PipelineGroup, from_plan, side_by_side
 from motley.parallel.number_formats import asked_format, check_formats, number_formats, wire_dtype
 from motley.parallel.overflow import culprits
 from motley.train import loss_scaler as scale
-from motley.parallel import number_formats as number_formats_module
 from motley.train.checkpoint import checkpoints
 from motley.train.loss import summed_cross_entropy
 from motley.train.loss_scaler import LossScaler

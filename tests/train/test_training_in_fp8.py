@@ -14,10 +14,10 @@ from tiny_models import DEEP, Rows
 from motley.errors import InputError
 from motley.fleet.device import Format
 from motley.model import fp8
+from motley.parallel import number_formats as number_formats_module
 from motley.parallel.communicator import Communicator
 from motley.parallel.layout import Layout, PipelineGroup, side_by_side
 from motley.parallel.number_formats import number_formats
-from motley.parallel import number_formats as number_formats_module
 from motley.train import mixed_precision as precision
 from motley.train.run_folder import RunFolder
 
