@@ -162,6 +162,13 @@ class Started:
         out, err = (b"".join(pieces).decode(errors="replace") for pieces in self._said)
         return out, err
 
+    def first_line(self, timeout: float = 90) -> str:
+        """Of standard output, once it is there; empty if the process exits without one."""
+        deadline = time.monotonic() + timeout
+        while "\n" not in self.said[0] and self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.said[0].partition("\n")[0]
+
     def poll(self) -> int | None:
         return self.returncode
 

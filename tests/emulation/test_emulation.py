@@ -15,7 +15,7 @@ import torch
 from cgroup2 import Group
 from commands import command, losses, torchrun
 from layouts import TWO_STAGES, settings
-from spawned_ranks import on_ranks
+from spawned_ranks import on_ranks, run
 from tiny_models import DEEP, FEW, Rows, random_model
 
 from motley.cli import main
@@ -109,6 +109,9 @@ class Clock:
 
     def process_time(self) -> float:
         return self.cpu
+
+    def monotonic(self) -> float:
+        return 100.0
 
     def sleep(self, seconds: float) -> None:
         self.slept += seconds
@@ -262,11 +265,11 @@ def links(rank: int, *pools: str, latency: float = 0.05, rate: float = 1e6) -> D
     return DelayedLinks(rank, pools, (latency,) * len(pools), (rate,) * len(pools))
 
 
-def test_a_link_carries_one_message_after_the_other():
+def test_a_link_carries_one_message_after_the_other(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("motley.emulation.link_delay.time", Clock())
     cable = links(0, "a", "b")
-    now = time.monotonic()
     first, second = cable.arrival(1, 1_000_000), cable.arrival(1, 2_000_000)
-    assert first - now == pytest.approx(1.05, abs=0.5)
+    assert first == pytest.approx(101.05)
     assert second - first == pytest.approx(2.0), "the first took a second to leave; latencies pass at once"
 
 
@@ -342,7 +345,8 @@ def test_a_chip_that_fails_is_killed_at_its_step_and_the_restarted_job_learns_wh
     assert "rank 1 emulates chip 0 of pool small: 0.25 of full speed, by waiting after each piece" in done.stderr
     assert "rank 1 fails now" in done.stderr
     undisturbed = tmp_path / "undisturbed"
-    subprocess.run(command(undisturbed, data, shape, precision="fp32", steps=12), check=True, capture_output=True)
+    done = run(command(undisturbed, data, shape, precision="fp32", steps=12))
+    assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-4)
 
 

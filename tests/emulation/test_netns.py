@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import command, losses
+from spawned_ranks import run
 
 from motley.cli import main
 from motley.emulation.apply import EmulatedFleet
@@ -289,5 +290,6 @@ def test_a_fleet_emulated_over_true_links_learns_what_one_process_learns(data: P
     assert result["links"] == "relay"
     assert min(result["bytes_sent"]) > 100_000, "gradients and weights"
     alone = command(folder / "alone", data, shape, precision="fp32", steps=8)
-    subprocess.run(alone, check=True, capture_output=True)
+    done = run(alone)
+    assert done.returncode == 0, done.stderr
     assert losses(folder / "run") == pytest.approx(losses(folder / "alone"), rel=1e-4)

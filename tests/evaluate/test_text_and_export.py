@@ -3,13 +3,12 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from spawned_ranks import MOTLEY, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from motley.data.conversation import ConversationEncoder, Message
@@ -155,8 +154,7 @@ def test_what_is_exported_says_the_same_greedy_text_in_transformers(model_folder
 
 def test_the_command_exports_a_whole_folder(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "motley", "export", str(model_folder), "--to", "hf", str(out), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run([*MOTLEY, "export", str(model_folder), "--to", "hf", str(out), "--json"])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["out"] == str(out)
     assert {file.name for file in out.iterdir()} == {

@@ -65,7 +65,7 @@ def killed(words: list[str], out: Path) -> None:
     process.ranks[-1].kill()
     _, said = process.communicate()
     assert process.returncode != 0
-    assert " lost " in said
+    assert " failed: " in said
 
 
 def learned(out: Path) -> list[dict[str, Any]]:

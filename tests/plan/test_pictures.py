@@ -14,7 +14,7 @@ from motley.plan.report.step_html import detail_caption, phases
 FLEETS = Path(__file__).parents[2] / "examples" / "fleets"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     out = tmp_path_factory.mktemp("plan") / "plan.json"
     return plan(PlanConfig("v2-lite", fleet=FLEETS / "lab.yaml", tokens="1B", out=out))

@@ -6,55 +6,47 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
+from spawned_ranks import MOTLEY, start
 from thinking_model import ANSWER, ENDLESS, QUESTION, THINKING
 
 from motley.cli import main
 from motley.errors import InputError
 from motley.infer.load import open_engine
+from motley.serve import app
 from motley.serve.about import Defaults, read_defaults
 from motley.serve.app import ServeConfig, listen, serve
 from motley.serve.chat import Chat, ChatConfig
 
-MOTLEY = [sys.executable, "-m", "motley"]
-
 
 def test_serve_says_its_address_once_it_listens_and_ends_quietly_on_ctrl_c(thinking_model: Path) -> None:
-    server = subprocess.Popen(
-        [*MOTLEY, "serve", str(thinking_model), "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout is not None
-    assert server.stderr is not None
-    line = server.stdout.readline()
+    server = start([*MOTLEY, "serve", str(thinking_model), "--port", "0"])
+    line = server.first_line()
     found = re.search(r"http://127\.0\.0\.1:\d+/", line)
-    assert found, line + server.stderr.read()
+    assert found, server.said
     about = httpx.get(found[0] + "api/about").json()
     assert (about["model"], about["context_length"]) == ("little", 4096)
     assert about["prompts"][0]["text"] == QUESTION
     server.send_signal(signal.SIGINT)
-    assert server.wait(timeout=30) == 0
-    assert server.stderr.read() == ""
+    _, error = server.communicate(30)
+    assert server.returncode == 0
+    assert error == ""
+
+
+def look_for_pages_in(folder: Path) -> None:
+    app.PAGES = folder
 
 
 def test_without_its_page_serve_says_where_the_api_is(thinking_model: Path, tmp_path: Path) -> None:
-    code = "import sys, pathlib, motley.serve.app as app; app.PAGES = pathlib.Path(sys.argv.pop(1))\n"
-    code += "from motley.cli import main; raise SystemExit(main())"
-    server = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path), "serve", str(thinking_model), "--port", "0"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert server.stdout is not None
-    line = server.stdout.readline()
+    server = start([*MOTLEY, "serve", str(thinking_model), "--port", "0"], before=partial(look_for_pages_in, tmp_path))
+    line = server.first_line()
     server.send_signal(signal.SIGINT)
-    assert server.wait(timeout=30) == 0
+    assert server.wait(30) == 0
     assert re.search(r"^the API is at http://127\.0\.0\.1:\d+/v1; the page was not built", line), line
     assert "talk to it at" not in line
 

@@ -53,7 +53,6 @@ class Later(threading.Thread):
 
     def run(self) -> None:
         self.response = self.work()
-        self.done_at = time.monotonic()
 
 
 def body(question: str = QUESTION, **settings: Any) -> dict[str, Any]:
