@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from commands import command, losses
 from plans import LAYERS, SHAPE, plan_of
-from spawned_ranks import MOTLEY, Started, free_port, run, run_ranks, start
+from spawned_ranks import free_port
 
 from motley.cli import main
 from motley.errors import InputError
@@ -68,8 +68,8 @@ def test_torchrun_numbers_the_ranks_as_the_runtime_reads_the_plan(seed: int):
     assert sorted(started) == list(range(layout.workers))
     host_of = {rank: node.host for node in nodes for rank in node.ranks}
     for rank, (chip,) in started.items():
-        place = coordinates_of(layout, rank)
-        planned = plan["groups"][place.group_number]["stages"][place.stage]["pool"]
+        coordinates = coordinates_of(layout, rank)
+        planned = plan["groups"][coordinates.group_number]["stages"][coordinates.stage]["pool"]
         assert host_of[rank] in hosts[planned]
         assert int(chip) < next(pool["chips_per_node"] for pool in plan["pools"] if pool["pool"] == planned)
     assert len({(host_of[rank], chip) for rank, (chip,) in started.items()}) == layout.workers  # one rank a chip
