@@ -40,7 +40,7 @@ def plan_of(pools: dict[str, tuple[int, int]], teams: list[tuple[list[str], int,
         {"pool": name, "chips": chips[name], "nodes": nodes, "chips_per_node": each}
         for name, (nodes, each) in pools.items()
     ]
-    return {"pools": listed, "teams": written, "step_seconds": 1.0}
+    return {"pools": listed, "groups": written, "step_seconds": 1.0}
 
 
 def planned(fleet: Fleet, config: ModelConfig, rows: int, seq_len: int = 64) -> dict[str, Any] | None:
