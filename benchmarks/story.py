@@ -102,9 +102,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"fleets": fleets, "a100_alone": base, "beside_a100": lesser}))
         return
-    print(
-        "| Fleet | Framework, format | Chips | Days | Chip-hours | Price | Energy | Mixed efficiency | Even split |"
-    )
+    print("| Fleet | Framework, format | Chips | Days | Chip-hours | Price | Energy | Mixed efficiency | Even split |")
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for row in fleets:
         name = f"| {row['fleet']} | {row['framework']}, {row['precision']} "
