@@ -196,7 +196,7 @@ def waiting(machine: dict[str, Any], shape: NetworkSpec, data: Path, folder: Pat
     for case in WAITING:
         planned(case, machine, shape, folder / case.label)
         records = run(case, folder / case.label, 0, data, WAITING_STEPS + FIRST_STEPS)
-        busy = [one["busy_seconds"] for one in records if one["kind"] == "workers"][FIRST_STEPS:]
+        busy = [one["busy_seconds"] for one in records if one["kind"] == "step_stats"][FIRST_STEPS:]
         found.append(statistics.median(max(step) / statistics.mean(step) - 1 for step in busy))
     return statistics.mean(found)
 

@@ -312,7 +312,7 @@ def told(out: Path) -> list[dict[str, Any]]:
     values = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     clocks = ("computed again", "usually it takes")
     values = [record for record in values if not any(said in record.get("message", "") for said in clocks)]
-    values = [record for record in values if record["kind"] not in ("crew", "workers", "timeline")]
+    values = [record for record in values if record["kind"] not in ("ranks", "step_stats", "timeline")]
     return [{name: value for name, value in record.items() if name not in clock} for record in values]
 
 

@@ -168,5 +168,5 @@ def test_a_launched_fleet_tells_of_every_worker_of_two_islands(data: Path, shape
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert_all_workers_are_told(tmp_path / "run", done.stderr, [0, 0, 1], tmp_path / "report.html")
-    comm = next(record for record in read_metrics(tmp_path / "run") if record["kind"] == "crew")
+    comm = next(record for record in read_metrics(tmp_path / "run") if record["kind"] == "ranks")
     assert comm["predicted_step_seconds"] > 0

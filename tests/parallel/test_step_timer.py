@@ -79,7 +79,7 @@ def test_a_failure_inside_ends_the_wait():
         clock.now += 1
         raise RuntimeError("Connection closed by peer")
 
-    comm = Communicator(0, 2, watch=watch)
+    comm = Communicator(0, 2, timer=watch)
     with pytest.raises(CommunicationError, match="all-reduce"):
         comm.talk("all-reduce", fail)
     clock.now += 2
@@ -105,7 +105,7 @@ def one_step(comm: Communicator, layout: Layout) -> tuple[StepStats, list[list[S
     comm.everyone([0.0])
     ranks.update(*ranks.gradient(ranks.read(Rows(), 0)), 1e-3)  # type: ignore[arg-type]
     ranks.share_rows()
-    spans = comm.all_values(list(comm.watch.spans))
+    spans = comm.all_values(list(comm.timer.spans))
     for drawn, all_of_it in zip(all_spans(comm, ranks.stats.step_seconds), spans, strict=True):
         assert {tuple(span[:3]) for span in drawn} <= {span[:3] for span in all_of_it}
     return ranks.stats, spans, introduction(comm, ranks.coordinates, ROWS)
@@ -151,7 +151,7 @@ def test_every_second_of_every_worker_is_accounted_for_and_what_one_sends_anothe
 def test_a_crew_of_one_keeps_no_messages():
     (answer,) = on_ranks(1, one_step, side_by_side(1, 4, 2))
     timing, _, about = answer
-    assert (timing.sent, timing.idle_share, timing.share, about["lanes"]) == ([0], [0], [1], [0])
+    assert (timing.sent, timing.idle_share, timing.share, about["replicas"]) == ([0], [0], [1], [0])
 
 
 def made_up(workers: int) -> StepStats:
