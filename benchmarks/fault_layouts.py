@@ -162,7 +162,7 @@ class Bench:
             chosen["plan"] = self.folder / f"{comm.layout}-{comm.workers}.json"
             chosen["plan"].write_text(json.dumps(plan(comm.layout, comm.workers)))
         options = [f"--{name.replace('_', '-')}={value}" for name, value in (chosen | settings).items()]
-        return [sys.executable, "-m", "motley", "pretrain", *options, *(["--live"] if comm.live else [])]
+        return [sys.executable, "-m", "motley", "pretrain", *options, *(["--elastic"] if comm.live else [])]
 
     def start(self, comm: Communicator, restarts: int = 0, odd: list[str] | None = None, **settings: Any) -> None:
         """torchrun with its workers, of which number 1 may run an odd command; or one more live worker."""

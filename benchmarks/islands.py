@@ -104,7 +104,7 @@ def over_the_link(arguments: argparse.Namespace, data: Path, folder: Path) -> di
         found["islands"] = validations(islands)
     _, seconds, loss = found["crew"][-1]
     reached = next((one for one in found["islands"] if one[2] <= loss), None)
-    rounds = [one for one in islands if one["kind"] == "islands"]
+    rounds = [one for one in islands if one["kind"] == "outer_step"]
     later = rounds[1:] or rounds
     found |= {
         "settings": {n: str(v) for n, v in (COMMON | settings).items()}, "loss": loss, "crew_seconds": seconds,

@@ -175,7 +175,7 @@ def run(
 
 def seconds_of(records: list[dict[str, Any]]) -> list[float]:
     """Of each step once shares are found, or of each round by its steps."""
-    rounds = [one["round_seconds"] / one["steps"] for one in records if one["kind"] == "islands"]
+    rounds = [one["round_seconds"] / one["steps"] for one in records if one["kind"] == "outer_step"]
     if rounds:
         return rounds[1:] or rounds
     return step_seconds(records)[FIRST_STEPS:]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from commands import command, losses
 from plans import LAYERS, SHAPE, plan_of
-from spawned_ranks import free_port
+from spawned_ranks import MOTLEY, Started, free_port, run, run_ranks, start
 
 from motley.cli import main
 from motley.errors import InputError

@@ -131,7 +131,7 @@ def meet(comm: Communicator) -> tuple[list[StepStats], list[Any], int]:
 
     Communicator.everyone = counted  # type: ignore[method-assign]
     meetings = learn(island, 4, seconds=100.0)  # so long that none of it was a pause
-    return [meeting.timing for meeting in meetings], [meeting.spans for meeting in meetings], calls
+    return [meeting.stats for meeting in meetings], [meeting.spans for meeting in meetings], calls
 
 
 def test_islands_know_of_all_workers_after_each_round_by_one_message():
