@@ -126,3 +126,26 @@ def test_nothing_read_from_a_file_is_executed(module: str):
 def test_libraries_do_not_print(module: str):
     printing = [place(module, call) for name, call in calls(module) if name == "print"]
     assert not printing, f"{printing} print; return values or use motley.progress"
+
+
+@pytest.mark.parametrize("room_name", ["parallel", "emulation", "launch"])
+def test_one_process_trains_without_importing_what_many_ranks_need(room_name: str):
+    """Whoever trains alone loads `motley.train` and no rank; what the modules import when they are imported counts."""
+    seen: set[str] = set()
+    waiting = ["motley.cli", "motley.train.pretrain", "motley.train.sft", "motley.train.config"]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting += [target for target in imported_modules(module) if room(target) != "demo"]
+    assert "motley.train.trainer" in seen
+    assert not [module for module in seen if room(module) == room_name]
+
+
+def test_no_two_public_classes_share_a_name():
+    found: dict[str, str] = {}
+    for module, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert node.name not in found, f"{module} and {found[node.name]} both have a class {node.name}"
+                found[node.name] = module
