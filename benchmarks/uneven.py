@@ -2,7 +2,7 @@
 
     python benchmarks/uneven.py --speeds 1:2:4:1 [--capped] [--straggler] [--quick] [--json]
 
-Ranks are processes on this machine, made unequal (motley.emulation.cpu_throttle): by waiting after each piece of work, or
+Ranks are processes on this machine, made unequal (motley.emulation.cpu_throttle) by waiting after each piece of work or
 with --capped by a control group that gives each its share of CPU time. In turns, step by step, each trains on its own,
 all at the same time but without a word to each other; then all together, with rows in proportion to measured speed;
 then with the even split that an engine for equal chips makes. The ideal is the sum of the rates on their own: rows of a
