@@ -78,7 +78,7 @@ def test_a_journey_that_was_killed_and_stopped_is_whole_in_the_end(out: tuple[Pa
     assert [stage["name"] for stage in stages] == ["probe", *(name for name, _, _ in STAGES)]
     assert all(stage["seconds"] > 0 and stage["predicted_seconds"] > 0 for stage in stages)
     plan = DemoPlan.from_json(facts(folder)["plan"])
-    for stage, steps in (("pretrain", plan.pretrain.steps), ("sft", plan.sft.steps)):
+    for stage, steps in (("pretrain", plan.pretrain.steps), ("sft", plan.finetune.steps)):
         numbers = [step for step, _ in losses(folder / stage)]
         assert numbers == list(range(1, steps + 1)), "every step stands in the metrics once"
     assert list(folder.rglob("*.writing-*")) == []

@@ -37,7 +37,7 @@ def paces(tokens_per_second: float) -> dict[str, tuple[float, float]]:
     found = {}
     for level in LEVELS:
         rate = tokens_per_second * (1.0 if level.size == "pico" else 0.4)
-        found[level.name] = (tokens_of(level.pretrain) / rate, tokens_of(level.sft) / rate)
+        found[level.name] = (tokens_of(level.pretrain) / rate, tokens_of(level.finetune) / rate)
     return found
 
 
@@ -96,7 +96,7 @@ def test_the_longer_run_goes_to_a_folder_of_its_own_and_keeps_what_was_asked() -
 
 def test_no_time_at_all_still_trains_the_fewest_steps() -> None:
     plan = planned(100, minutes=0.1)
-    assert plan.pretrain.steps == plan.sft.steps == FEWEST_STEPS
+    assert plan.pretrain.steps == plan.finetune.steps == FEWEST_STEPS
     assert plan.evaluated < 500
     assert plan.seconds["sft"] == pytest.approx(FEWEST_STEPS * plan.step_seconds[1] * 1.06 + FIXED_SECONDS)
 
@@ -135,7 +135,7 @@ def test_a_machine_that_became_slower_or_faster_gets_fewer_or_more_steps_of_fine
     plan = planned(1.1 * rate_for(LEVELS[1]))
     left = sum(plan.seconds[name] for name in ("sft", "eval", "export", "report"))
     again = replan(plan, "sft", left, times * plan.step_seconds[1], LEVELS)
-    assert again.sft.steps == pytest.approx(plan.sft.steps / times, rel=0.02)
+    assert again.finetune.steps == pytest.approx(plan.finetune.steps / times, rel=0.02)
     assert again.pretrain == plan.pretrain, "what is done keeps its plan"
     assert again.seconds["sft"] == pytest.approx(plan.seconds["sft"], abs=2 * times * plan.step_seconds[1] * 1.06)
 
