@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spawned_ranks import exit_with_parent
 
 import motley.parallel.build
 import motley.parallel.elastic.agent
@@ -35,6 +36,7 @@ class Gated(TokenStream):
 
 def member(gates: Path, said: Path, program: str, make: str, arguments: dict[str, Any]) -> None:
     """One `motley pretrain --elastic` in a process of its own, on a processor of some kind."""
+    exit_with_parent()
     torch.set_num_threads(1)
     Gated.gates = gates
     motley.train.trainer.TokenStream = Gated  # type: ignore[misc]

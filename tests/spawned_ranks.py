@@ -44,7 +44,20 @@ SERVER.set_forkserver_preload(
 )
 
 
+def exit_with_parent() -> None:
+    """Exit when the process that runs the tests does, however it ends: a rank may wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _begin(rank: int, size: int, port: int, work: Callable[..., Any], arguments: Sequence[Any], results: Any) -> None:
+    exit_with_parent()
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
@@ -95,6 +108,7 @@ def _command(
     before: Callable[[], None] | None,
 ) -> None:
     gc.freeze()
+    exit_with_parent()
     for stream, to in ((out, 1), (err, 2)):
         os.dup2(stream.fileno(), to)
         stream.close()

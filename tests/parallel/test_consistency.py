@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import command
 from layouts import random_layout, settings
-from spawned_ranks import SERVER, free_port, on_ranks
+from spawned_ranks import SERVER, exit_with_parent, free_port, on_ranks
 from tiny_models import DEEP, FEW, Rows, random_model
 
 from motley.errors import InputError
@@ -96,6 +96,7 @@ def test_of_two_copies_nobody_knows_which_is_right_and_copies_of_a_table_in_two_
 
 def disturbed(rank: int, port: int, at: int, said: Path, arguments: dict[str, Any]) -> None:
     """`motley pretrain` on one of two workers; worker 1's weights change by one bit in step `at`, as if it rounded."""
+    exit_with_parent()
     torch.set_num_threads(1)
     if not arguments.get("elastic"):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
