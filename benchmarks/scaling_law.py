@@ -4,8 +4,8 @@
 
 Four widths, four lengths, dense and sparse: 32 runs of `motley pretrain` on the same rows, each with a whole schedule
 of its own. Sparse models have eight experts, of which a token meets two and a shared one; dense ones are as wide as
-that. The law (motley.plan.scaling_law) is fitted to all runs of a kind; how well it foretells is judged by one that has not
-seen the quarter with the most compute. --write keeps the laws in a file, which `motley plan --losses` takes.
+that. The law (motley.plan.scaling_law) is fitted to all runs of a kind; how well it foretells is judged by one that has
+not seen the quarter with the most compute. --write keeps the laws in a file, which `motley plan --losses` takes.
 
 Every finished run stays in --folder: broken off, the same command goes on. All compute in the format that `motley
 pretrain` would choose here. --quick ends within 50 seconds: the least that a law takes (three widths and lengths), of
@@ -162,7 +162,8 @@ def main() -> None:
         draw_laws(found, folder / "laws.svg")
     if arguments.write:
         laws = {"laws": {kind: one["law"] for kind, one in found.items()}}
-        said = f"# Written by benchmarks/scaling_law.py --write on {date.today().isoformat()}; read by motley.plan.scaling_law.\n"
+        said = f"# Written by benchmarks/scaling_law.py --write on {date.today().isoformat()}; "
+        said += "read by motley.plan.scaling_law.\n"
         write_text(arguments.write, said + yaml.safe_dump(laws, sort_keys=False))
     print(json.dumps(found) if arguments.json else told(found))
 
