@@ -13,9 +13,9 @@ Each side races in its best format and setting, found by a trial first:
                        └▶ the fastest format and attention, every kind of experts, through torch.compile
                              └▶ the fastest of all with glibc's own treatment of freed memory  ─▶ the fastest
 
-Freed memory is kept (motley.train.allocator) on both sides, as `motley pretrain` does; the last trial says what the peer
-has of it. bf16 is autocast over fp32 weights on the peer's side and the compute dtype over fp32 weights on ours. A trial
-that takes longer than its seconds is ended and written down as such.
+Freed memory is kept (motley.train.allocator) on both sides, as `motley pretrain` does; the last trial says what the
+peer has of it. bf16 is autocast over fp32 weights on the peer's side and the compute dtype over fp32 weights on ours. A
+trial that takes longer than its seconds is ended and written down as such.
 
 Both have fused AdamW (this is the ratio), and ours its own default besides, Muon, which does more work a step. Products
 of the optimizer do not count in the shares of the peak, which is that of the same format as the side's, measured on the
