@@ -29,7 +29,7 @@ def assert_all_workers_are_told(out: Path, said: str, islands: list[int], page: 
     assert all(len(record["spans"]) == len(islands) for record in rounds)
     lines = [line.partition(": ")[2].split() if said.startswith("localhost: ") else line.split()
              for line in said.splitlines()]  # fmt: skip
-    head = next(number for number, line in enumerate(lines) if line[:3] == ["worker", "island", "chip"])
+    head = next(number for number, line in enumerate(lines) if line[:3] == ["rank", "island", "chip"])
     assert [line[:2] for line in lines[head + 1 : head + 1 + len(islands)]] == [
         [f"{worker}", f"{island}"] for worker, island in zip(workers, islands, strict=True)
     ]

@@ -86,7 +86,10 @@ def test_a_benchmark_that_hangs_ends_with_a_sentence_and_with_what_it_started() 
     assert done.returncode == OUT_OF_TIME
     assert "not done within the 2 s that --quick promises" in done.stderr
     child = Path(f"/proc/{int(done.stdout)}/status")
-    assert not child.exists() or "Z (zombie)" in child.read_text()
+    until = time.monotonic() + 20
+    while child.exists() and "Z (zombie)" not in child.read_text():  # the kernel takes a moment on a busy machine
+        assert time.monotonic() < until, "what it started still runs"
+        time.sleep(0.05)
 
 
 def sleep(rank: int, seconds: list[float], results: Any) -> None:

@@ -132,7 +132,7 @@ def of_makes(comm: Communicator, makes: list[str], zero: int) -> str:
 def test_copies_of_the_model_on_chips_of_several_kinds_are_refused_on_all():
     first, second = on_ranks(2, of_makes, ["one kind", "another"], 0)
     assert first == second
-    assert "workers 0 (one kind) and 1 (another) round differently" in first
+    assert "ranks 0 (one kind) and 1 (another) round differently" in first
     assert "choose --zero 1" in first
     assert on_ranks(2, of_makes, ["one kind", "another"], 1) == on_ranks(2, of_makes, ["one", "one"], 0) == ["", ""]
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from commands import command, until
 from island_runs import PIPELINE, SHAPE, Skipped, island_of, learn, settings
-from layouts import pair
 from plans import SHAPE as PLANNED
 from plans import plan_of
 from safetensors.torch import load_file
@@ -138,9 +137,10 @@ def run_cases(comm: Communicator, names: Sequence[str]) -> dict[str, Any]:
         sizes, speeds, chosen, layouts = CASES[name]
         island = island_of(comm, sizes, speeds, settings(**chosen), 2, layouts)
         meetings = learn(island, 4, skipped=SKIPPED.get(name))
-        state = pair(island.state())
+        gathered = island.ranks.state()  # at each island's leader
+        state = None if gathered is None else {**gathered.weights, **island.outer.tensors()}
         held_out = island.held_out_loss(Rows(), 3)  # type: ignore[arg-type]
-        found[name] = None if state is None else state[0], [meeting.numbers() for meeting in meetings], held_out
+        found[name] = state, [meeting.numbers() for meeting in meetings], held_out
     return found
 
 

@@ -48,7 +48,7 @@ def test_a_plan_may_spread_experts_unevenly_over_a_teams_lanes():
     with pytest.raises(InputError, match="no plan as"):
         from_plan(values, DEEP)
     group["experts"] = [held, 1]
-    with pytest.raises(InputError, match=f"^team 0 has experts .{held}, 1., the model has {held}"):
+    with pytest.raises(InputError, match=f"^pipeline group 0 has experts .{held}, 1., the model has {held}"):
         from_plan(values, DEEP)
 
 
@@ -72,7 +72,7 @@ def test_a_plan_shares_gradients_and_weights_too_among_workers_that_hold_the_who
         (lambda p: p["groups"][0]["stages"][1].update(layers=[2, 4]), r"layers \[2, 3\], the model has 4"),
         (lambda p: p["groups"][0].pop("dp"), "this is no plan as `motley plan --out` writes it: KeyError"),
         (lambda p: p["groups"][0]["precision"].update(small="int3"), "int3"),
-        (lambda p: p["groups"][0].update(zero=2), "ZeRO 2 is for workers that each compute with the whole model"),
+        (lambda p: p["groups"][0].update(zero=2), "ZeRO 2 is for ranks that each compute with the whole model"),
         (lambda p: p.update(groups=[3]), "this is no plan as `motley plan --out` writes it: TypeError"),
     ],
 )
@@ -90,7 +90,7 @@ WHOLE = PipelineGroup(((0,), (1,)), (4,))
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        (Layout((dataclasses.replace(WHOLE, replicas=((0,), (2,))),)), r"for workers \[0, 2\], but 2 were started"),
+        (Layout((dataclasses.replace(WHOLE, replicas=((0,), (2,))),)), r"for ranks \[0, 2\], but 2 were started"),
         (Layout((dataclasses.replace(WHOLE, layers=(3,)),)), r"layers \[3\], the model has 4"),
         (Layout((dataclasses.replace(WHOLE, micro_batch=0),)), "a micro-batch below 1"),
         (Layout((dataclasses.replace(WHOLE, layers=(2, 2)),)), "2 stages, but a replica with another number"),

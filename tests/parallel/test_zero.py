@@ -31,7 +31,7 @@ def keep(comm: Communicator, cases: list[tuple[int, str, float, str]]) -> list[A
         ranks.update(losses, norm, 0.01)
         with LiveBytes() as live:
             ranks.buffers.reduce()
-            ranks.buffers.spread()
+            ranks.buffers.broadcast_weights()
         states = sum(tensor.nbytes for tensor in ranks.optimizer.state_tensors().values())
         kept = (ranks.buffers.weights.flat.nbytes, ranks.buffers.gradients.flat.nbytes, states)
         found.append((kept, live.peak))
